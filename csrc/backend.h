@@ -1,0 +1,249 @@
+// The one seam between the model and the machine.
+//
+// Every operation that the model, the optimizer and the averaging need is a method here, cut where fusion
+// pays. An operation is a struct of TensorViews: inputs, parameters, outputs and two raw areas,
+//   saved    what this backend wants to keep from forward to backward (its size and content are the backend's),
+//   scratch  memory whose content means nothing before and after the call; the backward's is in the Grads struct.
+// All sizes come from the operation's `bytes` overload, asked once with shapes only (data pointers null).
+//
+// Conventions
+//   B sequences of T tokens, N = B·T; V vocabulary, d width, H query heads, K key/value heads, D = d/H,
+//   F hidden width, n buckets and e width of the bigram table. Row-major; weights are [out, in].
+//   Activations, parameters and gradients have the backend's dtype unless a comment says otherwise;
+//   token ids are i32.
+//   "out" tensors are written, parameter gradients are added to (+=), "inout" is said.
+//   No two tensors of a call overlap unless a comment allows it. Absent tensors have rank 0.
+//   Sums are ordered by shape alone: equal inputs give equal bits for any number of threads.
+//   rms(x) = x·(mean(x²) + ε)^(−1/2) over the last axis, ε = 2⁻²³.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "core/tensor.h"
+
+namespace pgolf {
+
+inline constexpr double kRmsEpsilon = 0x1p-23;
+
+struct OpBytes {
+  std::size_t saved = 0;
+  std::size_t forward_scratch = 0;
+  std::size_t backward_scratch = 0;
+};
+
+// x0 = smear(rms(tok_emb[ids] + scale·proj·bigram_emb[hash]))            docs/spec.md §2.1–2.2
+//   hash[0] = n−1; hash[t] = ((36313·ids[t]) xor (27191·ids[t−1])) mod (n−1), wrapping i32, remainder ≥ 0
+//   smear: y[t] = (1−g)·x[t] + g·x[t−1], g = sigmoid(gate), x[−1] = 0; with reset_at_bos also 0 before a BOS
+struct Embed {
+  TensorView ids;           // [B, T] i32
+  TensorView tok_emb;       // [V, d]
+  TensorView bigram_emb;    // [n, e]; absent: no bigram term
+  TensorView bigram_proj;   // [d, e]; absent where e = d: the identity
+  TensorView bigram_scale;  // [1]
+  TensorView smear_gate;    // [d]
+  bool reset_at_bos = false;
+  std::int32_t bos_id = 1;
+  TensorView x0;  // out [B, T, d]
+  TensorView saved, scratch;
+};
+struct EmbedGrads {
+  TensorView dx0;  // in [B, T, d]
+  TensorView tok_emb, bigram_emb, bigram_proj, bigram_scale, smear_gate;
+  TensorView scratch;
+};
+
+// A block's input as its two readers see it: m = mix[0]⊙(x + skip_weight⊙skip) + mix[1]⊙x0   §2.3–2.4
+// It is recomputed where it is read instead of being stored. skip may be x itself.
+struct MixedInput {
+  TensorView x, x0;        // [B, T, d]
+  TensorView resid_mix;    // [2, d]
+  TensorView skip;         // [B, T, d]; absent in encoder blocks
+  TensorView skip_weight;  // [d]
+};
+
+// n = rms(m); q = rope(rms(n·wqᵀ)), k = rope(rms(n·wkᵀ)) per head, v = n·wvᵀ                   §2.5
+//   rope on the pair (j, j + D/2): (a, b) → (a·cos + b·sin, −a·sin + b·cos). The query gain is the attention's.
+struct Qkv {
+  MixedInput in;
+  TensorView wq, wk, wv;  // [H·D, d], [K·D, d], [K·D, d]
+  TensorView cos, sin;    // [≥ T, D/2]
+  TensorView q, k, v;     // out [B, T, H, D], [B, T, K, D], [B, T, K, D]
+  TensorView saved, scratch;
+};
+struct QkvGrads {
+  TensorView dq, dk, dv;  // in; left undefined
+  TensorView dx;          // inout [B, T, d]: in, the gradient at m from the residual path; out, at x
+  TensorView dx0;         // inout [B, T, d]: +=
+  TensorView dskip;       // out [B, T, d]: the gradient at skip, when there is one
+  TensorView pending;     // in [B, T, d]: added to dx at the end (what later blocks sent back through a skip);
+                          //   may be dskip itself, which is written first
+  TensorView resid_mix, skip_weight, wq, wk, wv;
+  TensorView scratch;
+};
+
+// o = softmax(gain[h]·q·kᵀ/√D over keys ≤ t)·v, query head h reading key/value head ⌊h·K/H⌋        §2.5
+struct Attention {
+  TensorView q, k, v;  // [B, T, H, D], [B, T, K, D], [B, T, K, D]
+  TensorView gain;     // [H]
+  TensorView o;        // out [B, T, H, D]
+  TensorView saved, scratch;
+};
+struct AttentionGrads {
+  TensorView d_o;         // in [B, T, H, D]
+  TensorView dq, dk, dv;  // out
+  TensorView gain;
+  TensorView scratch;
+};
+
+// out = residual + scale⊙(a·wᵀ); the residual is `mixed` if present, else `x`
+struct ProjectResidual {
+  TensorView a;  // [B, T, c]
+  TensorView w;  // [d, c]
+  TensorView scale;  // [d]
+  MixedInput mixed;  // attention out: the block's mixed input
+  TensorView x;      // MLP out: [B, T, d]
+  TensorView out;    // out [B, T, d]; may be x
+  TensorView saved, scratch;
+};
+struct ProjectResidualGrads {
+  TensorView dout;  // in [B, T, d]; it is at once the gradient at the residual, which needs no copy
+  TensorView da;    // out [B, T, c]
+  TensorView w;     // [d, c] += doutᵀ·a, NOT yet times scale: finish_projection ends it, once a step
+  TensorView scale; // [d], by finish_projection alone
+  TensorView scratch;
+};
+
+// h = relu(rms(x)·wᵀ)²                                                                            §2.6
+struct MlpUp {
+  TensorView x;  // [B, T, d]
+  TensorView w;  // [F, d]
+  TensorView h;  // out [B, T, F]
+  TensorView saved, scratch;
+};
+struct MlpUpGrads {
+  TensorView dh;  // in [B, T, F]; left undefined
+  TensorView dx;  // inout [B, T, d]: +=
+  TensorView w;
+  TensorView scratch;
+};
+
+// logits = c·tanh(rms(x)·wᵀ/c); loss[t] = logsumexp(logits[t]) − logits[t][target]                    §2.7
+// Only positions first … T−1 of each sequence are computed; T' = T − first.
+struct Head {
+  TensorView x;        // [B, T, d]
+  TensorView w;        // [V, d]
+  TensorView targets;  // [B, T] i32; not read by head_logits
+  double softcap = 30.0;
+  std::int64_t first = 0;
+  TensorView logits;  // out [B, T', V], head_logits only
+  TensorView losses;  // out [B, T'], in nats
+  TensorView saved, scratch;
+};
+struct HeadGrads {
+  double loss_scale = 1.0;  // the gradient is that of loss_scale·Σ losses
+  TensorView dx;            // out [B, T, d]; needs first = 0
+  TensorView w;
+  TensorView scratch;
+};
+
+// Everything that changes from step to step, in the backend's memory, so that a captured step can be replayed.
+enum Group : int { kMatrix, kEmbedding, kScalar, kHead, kGroups };
+struct StepValues {
+  double lr[kGroups];
+  double weight_decay[kGroups];
+  double beta1, beta2, eps;
+  double bias1, bias2;  // 1 − β₁ᵗ and 1 − β₂ᵗ, t from 1
+  double momentum;
+  double clip;  // limit of the global gradient norm; 0: off
+  // Written by grad_norm:
+  double grad_norm;
+  double grad_scale;      // min(1, clip/(norm + 1e−6))
+  std::int32_t finite;    // 0: no optimizer operation changes anything
+};
+
+struct AdamTensor {
+  TensorView w, grad, m, v;  // w, m, v inout
+  Group group;
+};
+struct MuonTensor {
+  TensorView w, grad, momentum;  // [rows, cols]; w, momentum inout
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual DType dtype() const = 0;
+  virtual std::string description() const = 0;  // "cpu avx512, float32, 2 threads"
+  // Scratch sizes depend on this number; a plan made under another one must be made again.
+  virtual int concurrency() const = 0;
+
+  // Memory. Host pointers on one side, the backend's on the other.
+  virtual void* allocate(std::size_t bytes) = 0;
+  virtual void release(void* pointer) noexcept = 0;
+  virtual void upload(void* to, const void* from, std::size_t bytes) = 0;
+  virtual void download(void* to, const void* from, std::size_t bytes) = 0;
+  virtual void zero(const TensorView& t) = 0;
+  virtual void copy(const TensorView& to, const TensorView& from) = 0;
+  // Runs fn, or replays what an earlier call under the same key recorded. All that changes between calls must
+  // lie in the backend's memory.
+  virtual void capture(int key, const std::function<void()>& fn) = 0;
+
+  // Model
+  virtual OpBytes bytes(const Embed&) const = 0;
+  virtual void embed_forward(const Embed&) = 0;
+  virtual void embed_backward(const Embed&, const EmbedGrads&) = 0;
+
+  virtual OpBytes bytes(const Qkv&) const = 0;
+  virtual void qkv_forward(const Qkv&) = 0;
+  virtual void qkv_backward(const Qkv&, const QkvGrads&) = 0;
+
+  virtual OpBytes bytes(const Attention&) const = 0;
+  virtual void attention_forward(const Attention&) = 0;
+  virtual void attention_backward(const Attention&, const AttentionGrads&) = 0;
+
+  virtual OpBytes bytes(const ProjectResidual&) const = 0;
+  virtual void project_residual_forward(const ProjectResidual&) = 0;
+  virtual void project_residual_backward(const ProjectResidual&, const ProjectResidualGrads&) = 0;
+  // grads.scale[i] += w[i]·grads.w[i]; grads.w[i] *= scale[i]: ends the gradients gathered over a step. The
+  // gradient of scale needs no product a·wᵀ this way: Σₜ dout[t,i]·(a·wᵀ)[t,i] = w[i]·(doutᵀ·a)[i].
+  virtual void finish_projection(const ProjectResidual&, const ProjectResidualGrads&) = 0;
+
+  virtual OpBytes bytes(const MlpUp&) const = 0;
+  virtual void mlp_up_forward(const MlpUp&) = 0;
+  virtual void mlp_up_backward(const MlpUp&, const MlpUpGrads&) = 0;
+
+  virtual OpBytes bytes(const Head&) const = 0;
+  virtual void head_logits(const Head&) = 0;
+  virtual void head_loss(const Head&) = 0;
+  // Forward and backward in one pass over the logits: writes losses too.
+  virtual void head_loss_backward(const Head&, const HeadGrads&) = 0;
+
+  // Optimizer                                                                                        §3
+  // norm (in float64), clip scale and finite flag of all gradients together.
+  virtual void grad_norm(std::span<const TensorView> grads, StepValues* values) = 0;
+  virtual void adam(std::span<const AdamTensor> tensors, const StepValues* values) = 0;
+  virtual std::size_t muon_scratch(std::span<const MuonTensor> tensors) const = 0;
+  virtual void muon(std::span<const MuonTensor> tensors, int ns_steps, const StepValues* values, void* scratch) = 0;
+  // out = NS5(u), both [rows, cols]
+  virtual std::size_t newton_schulz_scratch(const TensorView& u) const = 0;
+  virtual void newton_schulz(const TensorView& u, const TensorView& out, int steps, void* scratch) = 0;
+  // out = clamp(round_half_even(w/σ), −c−1, c)·σ, σ = max(max|row|/c, 1e−12) in float32
+  virtual void fake_quantize(const TensorView& w, const TensorView& out, int clip) = 0;
+
+  // Σ t in float64, on the host
+  virtual double sum(const TensorView& t) = 0;
+  // Averaging: y ← a·x + b·y
+  virtual void axpby(double a, const TensorView& x, double b, const TensorView& y) = 0;
+};
+
+// The CPU backend for dtype f32 or f64; picks the widest instruction set of this machine, or PGOLF_CPU_ISA.
+std::unique_ptr<Backend> make_cpu_backend(DType dtype);
+std::string cpu_isa();  // "avx512", "avx2" or "plain": what make_cpu_backend uses
+
+}  // namespace pgolf

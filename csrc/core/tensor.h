@@ -1,0 +1,51 @@
+// TensorView: where a tensor lies and what shape it has. It owns nothing and checks nothing;
+// shapes are checked once, at the Python border and when a plan is made.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+
+// Kernels are compiled once per instruction set from the same headers. Functions that are not
+// templates over a kernel's own types must be inlined there, or the linker could keep the AVX-512
+// copy for everybody.
+#if defined(_MSC_VER)
+#define PGOLF_INLINE __forceinline
+#else
+#define PGOLF_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace pgolf {
+
+enum class DType : std::uint8_t { f32, f64, i32, u8 };
+
+PGOLF_INLINE constexpr std::size_t size_of(DType t) {
+  return t == DType::f64 ? 8 : t == DType::u8 ? 1 : 4;
+}
+
+inline constexpr int kMaxRank = 4;
+
+struct TensorView {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int rank = 0;
+  std::int64_t shape[kMaxRank] = {1, 1, 1, 1};
+
+  TensorView() = default;
+  PGOLF_INLINE TensorView(DType type, std::initializer_list<std::int64_t> dims, void* where = nullptr)
+      : data(where), dtype(type) {
+    for (std::int64_t dim : dims) shape[rank++] = dim;
+  }
+
+  PGOLF_INLINE std::int64_t size() const { return shape[0] * shape[1] * shape[2] * shape[3]; }
+  PGOLF_INLINE std::size_t bytes() const { return static_cast<std::size_t>(size()) * size_of(dtype); }
+  PGOLF_INLINE explicit operator bool() const { return rank > 0; }  // an absent tensor has rank 0
+
+  template <class T>
+  PGOLF_INLINE T* as() const {
+    return static_cast<T*>(data);
+  }
+};
+
+}  // namespace pgolf

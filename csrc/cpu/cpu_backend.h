@@ -1,0 +1,62 @@
+// The CPU backend: the plain reading of backend.h, fused only as far as a cache asks for.
+#pragma once
+
+#include "backend.h"
+#include "core/parallel.h"
+#include "cpu/isa.h"
+
+PGOLF_CPU_BEGIN
+
+template <class T>
+class CpuBackend final : public Backend {
+ public:
+  DType dtype() const override { return sizeof(T) == 8 ? DType::f64 : DType::f32; }
+  std::string description() const override;
+  int concurrency() const override { return thread_count(); }
+
+  void* allocate(std::size_t bytes) override;
+  void release(void* pointer) noexcept override;
+  void upload(void* to, const void* from, std::size_t bytes) override;
+  void download(void* to, const void* from, std::size_t bytes) override;
+  void zero(const TensorView& t) override;
+  void copy(const TensorView& to, const TensorView& from) override;
+  void capture(int key, const std::function<void()>& fn) override;
+
+  OpBytes bytes(const Embed&) const override;
+  void embed_forward(const Embed&) override;
+  void embed_backward(const Embed&, const EmbedGrads&) override;
+
+  OpBytes bytes(const Qkv&) const override;
+  void qkv_forward(const Qkv&) override;
+  void qkv_backward(const Qkv&, const QkvGrads&) override;
+
+  OpBytes bytes(const Attention&) const override;
+  void attention_forward(const Attention&) override;
+  void attention_backward(const Attention&, const AttentionGrads&) override;
+
+  OpBytes bytes(const ProjectResidual&) const override;
+  void project_residual_forward(const ProjectResidual&) override;
+  void project_residual_backward(const ProjectResidual&, const ProjectResidualGrads&) override;
+  void finish_projection(const ProjectResidual&, const ProjectResidualGrads&) override;
+
+  OpBytes bytes(const MlpUp&) const override;
+  void mlp_up_forward(const MlpUp&) override;
+  void mlp_up_backward(const MlpUp&, const MlpUpGrads&) override;
+
+  OpBytes bytes(const Head&) const override;
+  void head_logits(const Head&) override;
+  void head_loss(const Head&) override;
+  void head_loss_backward(const Head&, const HeadGrads&) override;
+
+  void grad_norm(std::span<const TensorView> grads, StepValues* values) override;
+  void adam(std::span<const AdamTensor> tensors, const StepValues* values) override;
+  std::size_t muon_scratch(std::span<const MuonTensor> tensors) const override;
+  void muon(std::span<const MuonTensor> tensors, int ns_steps, const StepValues* values, void* scratch) override;
+  std::size_t newton_schulz_scratch(const TensorView& u) const override;
+  void newton_schulz(const TensorView& u, const TensorView& out, int steps, void* scratch) override;
+  void fake_quantize(const TensorView& w, const TensorView& out, int clip) override;
+  double sum(const TensorView& t) override;
+  void axpby(double a, const TensorView& x, double b, const TensorView& y) override;
+};
+
+PGOLF_CPU_END

@@ -1,0 +1,76 @@
+// Chooses the instruction set once, when the first backend is made. Compiled for the baseline machine.
+#include <cstdlib>
+#include <string_view>
+
+#include "backend.h"
+#include "core/error.h"
+
+extern "C" void scipy_openblas_set_num_threads(int);
+
+namespace pgolf {
+
+namespace plain {
+std::unique_ptr<Backend> make_backend(DType);
+}
+#ifdef PGOLF_HAVE_X86_KERNELS
+namespace avx2 {
+std::unique_ptr<Backend> make_backend(DType);
+}
+namespace avx512 {
+std::unique_ptr<Backend> make_backend(DType);
+}
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  std::unique_ptr<Backend> (*make)(DType);
+};
+
+#ifdef PGOLF_HAVE_X86_KERNELS
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+constexpr Isa kSets[] = {  // widest first
+#ifdef PGOLF_HAVE_X86_KERNELS
+    {"avx512", has_avx512, avx512::make_backend},
+    {"avx2", has_avx2, avx2::make_backend},
+#endif
+    {"plain", [] { return true; }, plain::make_backend},
+};
+
+const Isa& chosen() {
+  static const Isa& isa = []() -> const Isa& {
+    // OpenBLAS's own threads would compete with pgolf's pool, which cuts the products itself.
+    scipy_openblas_set_num_threads(1);
+    const char* wanted = std::getenv("PGOLF_CPU_ISA");
+    if (wanted && *wanted) {
+      std::string names;
+      for (const Isa& set : kSets) {
+        if (std::string_view(wanted) == set.name) {
+          require(set.supported(), "PGOLF_CPU_ISA is \"", wanted, "\", which this processor does not have.");
+          return set;
+        }
+        names += (names.empty() ? "" : ", ") + std::string(set.name);
+      }
+      require(false, "PGOLF_CPU_ISA is \"", wanted, "\"; this build knows: ", names, ".");
+    }
+    for (const Isa& set : kSets)
+      if (set.supported()) return set;
+    return kSets[std::size(kSets) - 1];
+  }();
+  return isa;
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend(DType dtype) { return chosen().make(dtype); }
+std::string cpu_isa() { return chosen().name; }
+
+}  // namespace pgolf

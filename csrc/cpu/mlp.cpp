@@ -1,0 +1,83 @@
+// Norm, the first MLP product and ReLU². Its slope 2·relu(u) is 2·√h: u itself is not kept.
+#include "cpu/cpu_backend.h"
+#include "cpu/rows.h"
+
+PGOLF_CPU_BEGIN
+namespace {
+
+struct Dims {
+  i64 N, d, F;
+  explicit Dims(const MlpUp& op) : N(op.x.shape[0] * op.x.shape[1]), d(op.x.shape[2]), F(op.w.shape[0]) {}
+};
+
+template <class T>
+struct BackwardScratch {
+  T* normed;             // [N, d]
+  PerWorker<T> dnormed;  // [kRowChunk, d]
+  BackwardScratch(Layout& layout, int workers, const Dims& s)
+      : normed(layout.take<T>(s.N * s.d)), dnormed(layout, workers, kRowChunk * s.d) {}
+};
+
+}  // namespace
+
+template <class T>
+OpBytes CpuBackend<T>::bytes(const MlpUp& op) const {
+  const Dims s(op);
+  Layout saved, forward, backward;
+  saved.take<T>(s.N);  // rms factors
+  PerWorker<T>(forward, concurrency(), kRowChunk * s.d);
+  BackwardScratch<T>(backward, concurrency(), s);
+  return {saved.used(), forward.used(), backward.used()};
+}
+
+template <class T>
+void CpuBackend<T>::mlp_up_forward(const MlpUp& op) {
+  const Dims s(op);
+  Layout scratch_layout(op.scratch.data);
+  const PerWorker<T> normed_of(scratch_layout, concurrency(), kRowChunk * s.d);
+  T* factor = op.saved.as<T>();
+  for_row_chunks(s.N, [&](i64 first, i64 count, int worker) {
+    T *normed = normed_of.of(worker), *h = op.h.as<T>() + first * s.F;
+    for (i64 i = 0; i < count; ++i)
+      factor[first + i] = rms_row(op.x.as<T>() + (first + i) * s.d, s.d, normed + i * s.d);
+    gemm<T>(kPlain, kTransposed, count, s.F, s.d, T(1), normed, s.d, op.w.as<T>(), s.d, T(0), h, s.F);
+    PGOLF_SIMD
+    for (i64 i = 0; i < count * s.F; ++i) {
+      const T u = h[i] > 0 ? h[i] : T(0);
+      h[i] = u * u;
+    }
+  });
+}
+
+template <class T>
+void CpuBackend<T>::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
+  const Dims s(op);
+  Layout scratch_layout(grads.scratch.data);
+  const BackwardScratch<T> scratch(scratch_layout, concurrency(), s);
+  const T* factor = op.saved.as<T>();
+  for_row_chunks(s.N, [&](i64 first, i64 count, int worker) {
+    T* du = grads.dh.as<T>() + first * s.F;
+    const T* h = op.h.as<T>() + first * s.F;
+    PGOLF_SIMD
+    for (i64 i = 0; i < count * s.F; ++i) du[i] *= T(2) * std::sqrt(h[i]);
+    T* dnormed = scratch.dnormed.of(worker);
+    gemm<T>(kPlain, kPlain, count, s.d, s.F, T(1), du, s.F, op.w.as<T>(), s.d, T(0), dnormed, s.d);
+    for (i64 i = 0; i < count; ++i) {
+      const T* x = op.x.as<T>() + (first + i) * s.d;
+      T* normed = scratch.normed + (first + i) * s.d;
+      const T f = factor[first + i];
+      PGOLF_SIMD
+      for (i64 j = 0; j < s.d; ++j) normed[j] = x[j] * f;
+      rms_row_backward<true>(normed, f, dnormed + i * s.d, s.d, grads.dx.as<T>() + (first + i) * s.d);
+    }
+  });
+  gemm_weight_gradient<T>(s.N, s.F, s.d, T(1), grads.dh.as<T>(), s.F, scratch.normed, s.d, grads.w.as<T>());
+}
+
+#define PGOLF_INSTANTIATE(T)                                 \
+  template OpBytes CpuBackend<T>::bytes(const MlpUp&) const; \
+  template void CpuBackend<T>::mlp_up_forward(const MlpUp&); \
+  template void CpuBackend<T>::mlp_up_backward(const MlpUp&, const MlpUpGrads&);
+PGOLF_INSTANTIATE(float)
+PGOLF_INSTANTIATE(double)
+PGOLF_CPU_END

@@ -1,0 +1,229 @@
+// Gradient norm, AdamW, Muon with Newton–Schulz, late QAT's working weights, averaging.  docs/spec.md §3
+#include "cpu/cpu_backend.h"
+#include "cpu/rows.h"
+
+PGOLF_CPU_BEGIN
+namespace {
+
+inline constexpr i64 kElementChunk = 16384;  // 64 KiB of floats a task
+
+template <class F>
+void for_elements(i64 size, F&& body) {  // body(first, last)
+  parallel_for(chunks_of(size, kElementChunk), [&](i64 index) {
+    const i64 first = index * kElementChunk;
+    body(first, size < first + kElementChunk ? size : first + kElementChunk);
+  });
+}
+
+// Newton–Schulz works on the wide orientation: r = min(rows, cols), c = max(rows, cols).
+template <class T>
+struct NewtonSchulz {
+  i64 r, c;
+  T *x, *next, *gram, *poly;  // [r, c] twice, [r, r] twice
+
+  NewtonSchulz(Layout& layout, i64 rows, i64 cols) : r(rows < cols ? rows : cols), c(rows < cols ? cols : rows) {
+    x = layout.take<T>(r * c);
+    next = layout.take<T>(r * c);
+    gram = layout.take<T>(r * r);
+    poly = layout.take<T>(r * r);
+  }
+
+  // x ← NS5 of x; the quintic's coefficients are Keller Jordan's.
+  void run(int steps) {
+    constexpr T a = T(3.4445), b = T(-4.7750), q = T(2.0315);
+    double squares = 0;
+    PGOLF_SIMD_SUM(squares)
+    for (i64 i = 0; i < r * c; ++i) squares += double(x[i]) * double(x[i]);
+    const T inverse = T(1.0 / (std::sqrt(squares) + 1e-7));
+    for (i64 i = 0; i < r * c; ++i) x[i] *= inverse;
+    for (int step = 0; step < steps; ++step) {
+      gemm_symmetric<T>(r, c, T(1), x, c, gram);
+      gemm_symmetric<T>(r, r, q, gram, r, poly);  // the Gram matrix is symmetric: its square is G·Gᵀ
+      for (i64 i = 0; i < r * r; ++i) poly[i] += b * gram[i];
+      for (i64 i = 0; i < r; ++i) poly[i * r + i] += a;
+      gemm<T>(kPlain, kPlain, r, c, r, T(1), poly, r, x, c, T(0), next, c);
+      T* swap = x;
+      x = next;
+      next = swap;
+    }
+  }
+};
+
+// Copies u [rows, cols] into x or back, through a transposition where rows > cols.
+template <class T, class F>
+void orient(i64 rows, i64 cols, T* x, F&& element) {
+  if (rows <= cols) {
+    for (i64 i = 0; i < rows * cols; ++i) element(i, x[i]);
+    return;
+  }
+  constexpr i64 kTile = 32;
+  for (i64 r0 = 0; r0 < rows; r0 += kTile)
+    for (i64 c0 = 0; c0 < cols; c0 += kTile)
+      for (i64 r = r0; r < rows && r < r0 + kTile; ++r)
+        for (i64 c = c0; c < cols && c < c0 + kTile; ++c) element(r * cols + c, x[c * rows + r]);
+}
+
+template <class T>
+std::size_t newton_schulz_bytes(const TensorView& u) {
+  Layout layout;
+  NewtonSchulz<T>(layout, u.shape[0], u.shape[1]);
+  return layout.used();
+}
+
+}  // namespace
+
+template <class T>
+void CpuBackend<T>::grad_norm(std::span<const TensorView> grads, StepValues* values) {
+  constexpr std::size_t kBatch = 1024;  // tensors whose sums are kept at a time
+  double total = 0, sums[kBatch];
+  for (std::size_t start = 0; start < grads.size(); start += kBatch) {
+    const std::size_t count = grads.size() - start < kBatch ? grads.size() - start : kBatch;
+    parallel_for(static_cast<i64>(count), [&](i64 i) {
+      const T* g = grads[start + static_cast<std::size_t>(i)].template as<T>();
+      const i64 size = grads[start + static_cast<std::size_t>(i)].size();
+      double sum = 0;
+      PGOLF_SIMD_SUM(sum)
+      for (i64 j = 0; j < size; ++j) sum += double(g[j]) * double(g[j]);
+      sums[i] = sum;
+    });
+    for (std::size_t i = 0; i < count; ++i) total += sums[i];
+  }
+  values->grad_norm = std::sqrt(total);
+  values->finite = std::isfinite(values->grad_norm);
+  values->grad_scale = 1.0;
+  if (values->clip > 0) {
+    const double scale = values->clip / (values->grad_norm + 1e-6);
+    if (scale < 1.0) values->grad_scale = scale;
+  }
+}
+
+template <class T>
+void CpuBackend<T>::adam(std::span<const AdamTensor> tensors, const StepValues* values) {
+  if (!values->finite) return;
+  const T beta1 = T(values->beta1), beta2 = T(values->beta2), eps = T(values->eps);
+  const T rest1 = T(1 - values->beta1), rest2 = T(1 - values->beta2);
+  const T root_bias2 = T(std::sqrt(values->bias2)), scale = T(values->grad_scale);
+  for (const AdamTensor& t : tensors) {
+    const T rate = T(values->lr[t.group] / values->bias1);
+    const T keep = T(1 - values->lr[t.group] * values->weight_decay[t.group]);
+    T *w = t.w.as<T>(), *m = t.m.as<T>(), *v = t.v.as<T>();
+    const T* grad = t.grad.as<T>();
+    for_elements(t.w.size(), [&](i64 first, i64 last) {
+      PGOLF_SIMD
+      for (i64 i = first; i < last; ++i) {
+        const T g = grad[i] * scale;
+        m[i] = beta1 * m[i] + rest1 * g;
+        v[i] = beta2 * v[i] + rest2 * g * g;
+        w[i] = w[i] * keep - rate * m[i] / (std::sqrt(v[i]) / root_bias2 + eps);
+      }
+    });
+  }
+}
+
+template <class T>
+std::size_t CpuBackend<T>::muon_scratch(std::span<const MuonTensor> tensors) const {
+  std::size_t worst = 0;
+  for (const MuonTensor& t : tensors) {
+    const std::size_t bytes = newton_schulz_bytes<T>(t.w);
+    if (bytes > worst) worst = bytes;
+  }
+  return worst * static_cast<std::size_t>(concurrency());
+}
+
+template <class T>
+void CpuBackend<T>::muon(std::span<const MuonTensor> tensors, int ns_steps, const StepValues* values, void* scratch) {
+  if (!values->finite) return;
+  const std::size_t per_worker = muon_scratch(tensors) / static_cast<std::size_t>(concurrency());
+  const T momentum = T(values->momentum), scale = T(values->grad_scale);
+  // A matrix is one task, whole: its products are too small to cut.
+  parallel_for(static_cast<i64>(tensors.size()), [&](i64 index) {
+    const MuonTensor& t = tensors[static_cast<std::size_t>(index)];
+    const i64 rows = t.w.shape[0], cols = t.w.shape[1];
+    Layout layout(static_cast<char*>(scratch) + per_worker * static_cast<std::size_t>(worker_index()));
+    NewtonSchulz<T> ns(layout, rows, cols);
+    T *w = t.w.as<T>(), *m = t.momentum.as<T>();
+    const T* grad = t.grad.as<T>();
+    orient(rows, cols, ns.x, [&](i64 i, T& x) {
+      const T g = grad[i] * scale;
+      m[i] = momentum * m[i] + g;
+      x = g + momentum * m[i];
+    });
+    ns.run(ns_steps);
+    const double ratio = double(rows) / double(cols);
+    const T rate = T(values->lr[kMatrix] * std::sqrt(ratio > 1 ? ratio : 1.0));
+    const T keep = T(1 - values->lr[kMatrix] * values->weight_decay[kMatrix]);
+    orient(rows, cols, ns.x, [&](i64 i, T& x) { w[i] = w[i] * keep - rate * x; });
+  });
+}
+
+template <class T>
+std::size_t CpuBackend<T>::newton_schulz_scratch(const TensorView& u) const {
+  return newton_schulz_bytes<T>(u);
+}
+
+template <class T>
+void CpuBackend<T>::newton_schulz(const TensorView& u, const TensorView& out, int steps, void* scratch) {
+  const i64 rows = u.shape[0], cols = u.shape[1];
+  Layout layout(scratch);
+  NewtonSchulz<T> ns(layout, rows, cols);
+  orient(rows, cols, ns.x, [&](i64 i, T& x) { x = u.as<T>()[i]; });
+  ns.run(steps);
+  orient(rows, cols, ns.x, [&](i64 i, T& x) { out.as<T>()[i] = x; });
+}
+
+template <class T>
+void CpuBackend<T>::fake_quantize(const TensorView& w, const TensorView& out, int clip) {
+  const i64 cols = w.shape[1];
+  const float c = static_cast<float>(clip);
+  for_row_chunks(w.shape[0], [&](i64 first, i64 count, int) {
+    for (i64 row = first; row < first + count; ++row) {
+      const T* in = w.as<T>() + row * cols;
+      T* q = out.as<T>() + row * cols;
+      float top = 0;
+      PGOLF_SIMD_MAX(top)
+      for (i64 j = 0; j < cols; ++j) {
+        const float a = std::fabs(static_cast<float>(in[j]));
+        top = a > top ? a : top;
+      }
+      const float sigma = top / c > 1e-12f ? top / c : 1e-12f;
+      for (i64 j = 0; j < cols; ++j) {
+        const float n = std::nearbyint(static_cast<float>(in[j]) / sigma);
+        q[j] = T((n > c ? c : n < -c - 1 ? -c - 1 : n) * sigma);
+      }
+    }
+  });
+}
+
+template <class T>
+double CpuBackend<T>::sum(const TensorView& t) {
+  const T* x = t.as<T>();
+  double total = 0;
+  PGOLF_SIMD_SUM(total)
+  for (i64 i = 0; i < t.size(); ++i) total += double(x[i]);
+  return total;
+}
+
+template <class T>
+void CpuBackend<T>::axpby(double a, const TensorView& x, double b, const TensorView& y) {
+  const T ta = T(a), tb = T(b);
+  for_elements(x.size(), [&](i64 first, i64 last) {
+    const T* from = x.as<T>();
+    T* to = y.as<T>();
+    PGOLF_SIMD
+    for (i64 i = first; i < last; ++i) to[i] = ta * from[i] + tb * to[i];
+  });
+}
+
+#define PGOLF_INSTANTIATE(T)                                                                                        \
+  template void CpuBackend<T>::grad_norm(std::span<const TensorView>, StepValues*);                                 \
+  template void CpuBackend<T>::adam(std::span<const AdamTensor>, const StepValues*);                                \
+  template std::size_t CpuBackend<T>::muon_scratch(std::span<const MuonTensor>) const;                              \
+  template void CpuBackend<T>::muon(std::span<const MuonTensor>, int, const StepValues*, void*);                    \
+  template std::size_t CpuBackend<T>::newton_schulz_scratch(const TensorView&) const;                               \
+  template void CpuBackend<T>::newton_schulz(const TensorView&, const TensorView&, int, void*);                     \
+  template void CpuBackend<T>::fake_quantize(const TensorView&, const TensorView&, int);                            \
+  template double CpuBackend<T>::sum(const TensorView&);                                                            \
+  template void CpuBackend<T>::axpby(double, const TensorView&, double, const TensorView&);
+PGOLF_INSTANTIATE(float)
+PGOLF_INSTANTIATE(double)
+PGOLF_CPU_END

@@ -1,0 +1,187 @@
+// Mixed input, norm, the three projections, head norms and RoPE.
+#include "cpu/cpu_backend.h"
+#include "cpu/rows.h"
+
+PGOLF_CPU_BEGIN
+namespace {
+
+struct Dims {
+  i64 N, T, d, H, K, D;
+  explicit Dims(const Qkv& op)
+      : N(op.q.shape[0] * op.q.shape[1]),
+        T(op.q.shape[1]),
+        d(op.in.x.shape[2]),
+        H(op.q.shape[2]),
+        K(op.k.shape[2]),
+        D(op.q.shape[3]) {}
+};
+
+template <class T>
+struct Saved {  // rms factors
+  T *input, *q, *k;
+  Saved(Layout& layout, const Dims& s)
+      : input(layout.take<T>(s.N)), q(layout.take<T>(s.N * s.H)), k(layout.take<T>(s.N * s.K)) {}
+};
+
+template <class T>
+struct BackwardScratch {
+  T* normed;             // [N, d]
+  PerWorker<T> dnormed;  // [kRowChunk, d]
+  ColumnSums<T> vectors; // mix row 0, mix row 1, skip weight
+  BackwardScratch(Layout& layout, int workers, const Dims& s)
+      : normed(layout.take<T>(s.N * s.d)), dnormed(layout, workers, kRowChunk * s.d), vectors(layout, s.N, 3 * s.d) {}
+};
+
+// Head rows [heads, D] of one token: norm, then rotate, in place.
+template <class T>
+PGOLF_INLINE void norm_rotate(T* x, i64 heads, i64 D, const T* cos, const T* sin, T* factor) {
+  for (i64 h = 0; h < heads; ++h, x += D) {
+    factor[h] = rms_row(x, D, x);
+    T *a = x, *b = x + D / 2;
+    PGOLF_SIMD
+    for (i64 j = 0; j < D / 2; ++j) {
+      const T u = a[j], w = b[j];
+      a[j] = u * cos[j] + w * sin[j];
+      b[j] = w * cos[j] - u * sin[j];
+    }
+  }
+}
+
+// dx: gradient after the rotation → gradient before the norm. x holds the rotated values; rotating both back
+// is not needed for the norm's dot product, which a rotation keeps.
+template <class T>
+PGOLF_INLINE void norm_rotate_backward(const T* x, T* dx, i64 heads, i64 D, const T* cos, const T* sin,
+                                       const T* factor) {
+  for (i64 h = 0; h < heads; ++h, x += D, dx += D) {
+    rms_row_backward<false>(x, factor[h], dx, D, dx);
+    T *a = dx, *b = dx + D / 2;
+    PGOLF_SIMD
+    for (i64 j = 0; j < D / 2; ++j) {
+      const T u = a[j], w = b[j];
+      a[j] = u * cos[j] - w * sin[j];
+      b[j] = w * cos[j] + u * sin[j];
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+OpBytes CpuBackend<T>::bytes(const Qkv& op) const {
+  const Dims s(op);
+  Layout saved, forward, backward;
+  Saved<T>(saved, s);
+  PerWorker<T>(forward, concurrency(), kRowChunk * s.d);
+  BackwardScratch<T>(backward, concurrency(), s);
+  return {saved.used(), forward.used(), backward.used()};
+}
+
+template <class T>
+void CpuBackend<T>::qkv_forward(const Qkv& op) {
+  const Dims s(op);
+  Layout saved_layout(op.saved.data), scratch_layout(op.scratch.data);
+  const Saved<T> saved(saved_layout, s);
+  const PerWorker<T> normed_of(scratch_layout, concurrency(), kRowChunk * s.d);
+  const MixedRows<T> input(op.in);
+  const T *cos = op.cos.as<T>(), *sin = op.sin.as<T>();
+
+  for_row_chunks(s.N, [&](i64 first, i64 count, int worker) {
+    T* normed = normed_of.of(worker);
+    for (i64 i = 0; i < count; ++i) {
+      input.read(first + i, normed + i * s.d);
+      saved.input[first + i] = rms_row(normed + i * s.d, s.d, normed + i * s.d);
+    }
+    const auto project = [&](const TensorView& w, const TensorView& out, i64 width) {
+      gemm<T>(kPlain, kTransposed, count, width, s.d, T(1), normed, s.d, w.as<T>(), s.d, T(0),
+              out.as<T>() + first * width, width);
+    };
+    project(op.wq, op.q, s.H * s.D);
+    project(op.wk, op.k, s.K * s.D);
+    project(op.wv, op.v, s.K * s.D);
+    for (i64 row = first; row < first + count; ++row) {
+      const i64 angle = row % s.T * (s.D / 2);
+      norm_rotate(op.q.as<T>() + row * s.H * s.D, s.H, s.D, cos + angle, sin + angle, saved.q + row * s.H);
+      norm_rotate(op.k.as<T>() + row * s.K * s.D, s.K, s.D, cos + angle, sin + angle, saved.k + row * s.K);
+    }
+  });
+}
+
+template <class T>
+void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
+  const Dims s(op);
+  Layout saved_layout(op.saved.data), scratch_layout(grads.scratch.data);
+  const Saved<T> saved(saved_layout, s);
+  const BackwardScratch<T> scratch(scratch_layout, concurrency(), s);
+  const MixedRows<T> input(op.in);
+  const T *cos = op.cos.as<T>(), *sin = op.sin.as<T>();
+  T *dq = grads.dq.as<T>(), *dk = grads.dk.as<T>(), *dv = grads.dv.as<T>();
+  T *dx = grads.dx.as<T>(), *dx0 = grads.dx0.as<T>(), *dskip = grads.dskip.as<T>();
+  const T* pending = grads.pending.as<T>();
+  const i64 d = s.d;
+
+  for_row_chunks(s.N, [&](i64 first, i64 count, int worker) {
+    for (i64 row = first; row < first + count; ++row) {
+      const i64 angle = row % s.T * (s.D / 2), q = row * s.H * s.D, k = row * s.K * s.D;
+      norm_rotate_backward(op.q.as<T>() + q, dq + q, s.H, s.D, cos + angle, sin + angle, saved.q + row * s.H);
+      norm_rotate_backward(op.k.as<T>() + k, dk + k, s.K, s.D, cos + angle, sin + angle, saved.k + row * s.K);
+    }
+    T* dnormed = scratch.dnormed.of(worker);
+    const auto back = [&](const T* dout, const TensorView& w, i64 width, T beta) {
+      gemm<T>(kPlain, kPlain, count, d, width, T(1), dout + first * width, width, w.as<T>(), d, beta, dnormed, d);
+    };
+    back(dq, op.wq, s.H * s.D, T(0));
+    back(dk, op.wk, s.K * s.D, T(1));
+    back(dv, op.wv, s.K * s.D, T(1));
+
+    T *dmix0 = scratch.vectors.start(first), *dmix1 = dmix0 + d, *dweight = dmix1 + d;
+    for (i64 row = first; row < first + count; ++row) {
+      T *normed = scratch.normed + row * d, *g = dx + row * d, *g0 = dx0 + row * d;
+      const T factor = saved.input[row];
+      input.read(row, normed);
+      for (i64 j = 0; j < d; ++j) normed[j] *= factor;
+      rms_row_backward<true>(normed, factor, dnormed + (row - first) * d, d, g);
+      // g is now the whole gradient at the mixed input.
+      const T *x = input.x + row * d, *x0 = input.x0 + row * d;
+      if (dskip) {
+        const T *skip = input.skip + row * d, *weight = input.skip_weight;
+        PGOLF_SIMD
+        for (i64 j = 0; j < d; ++j) {
+          const T at_sum = input.mix0[j] * g[j];
+          dmix0[j] += g[j] * (x[j] + weight[j] * skip[j]);
+          dweight[j] += at_sum * skip[j];
+          dskip[row * d + j] = weight[j] * at_sum;
+        }
+      } else {
+        PGOLF_SIMD
+        for (i64 j = 0; j < d; ++j) dmix0[j] += g[j] * x[j];
+      }
+      PGOLF_SIMD
+      for (i64 j = 0; j < d; ++j) {
+        dmix1[j] += g[j] * x0[j];
+        g0[j] += input.mix1[j] * g[j];
+        g[j] *= input.mix0[j];
+      }
+      if (pending) {
+        PGOLF_SIMD
+        for (i64 j = 0; j < d; ++j) g[j] += pending[row * d + j];
+      }
+    }
+  });
+  scratch.vectors.add_to(grads.resid_mix.as<T>(), 0, 2 * d);
+  if (dskip) scratch.vectors.add_to(grads.skip_weight.as<T>(), 2 * d, d);
+
+  const auto weight_gradient = [&](const T* dout, const TensorView& dw, i64 width) {
+    gemm_weight_gradient<T>(s.N, width, d, T(1), dout, width, scratch.normed, d, dw.as<T>());
+  };
+  weight_gradient(dq, grads.wq, s.H * s.D);
+  weight_gradient(dk, grads.wk, s.K * s.D);
+  weight_gradient(dv, grads.wv, s.K * s.D);
+}
+
+#define PGOLF_INSTANTIATE(T)                               \
+  template OpBytes CpuBackend<T>::bytes(const Qkv&) const; \
+  template void CpuBackend<T>::qkv_forward(const Qkv&);    \
+  template void CpuBackend<T>::qkv_backward(const Qkv&, const QkvGrads&);
+PGOLF_INSTANTIATE(float)
+PGOLF_INSTANTIATE(double)
+PGOLF_CPU_END

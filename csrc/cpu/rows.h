@@ -1,0 +1,106 @@
+// What the operations do to rows of d numbers, and how they cut N rows into pieces.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "backend.h"
+#include "cpu/gemm.h"
+#include "cpu/isa.h"
+#include "cpu/scratch.h"
+
+PGOLF_CPU_BEGIN
+
+// Rows done by one task: 256 rows of 512 floats are 512 KiB, which stays in a core's second-level cache
+// between the norm, the product and what follows it.
+inline constexpr i64 kRowChunk = 256;
+
+PGOLF_INLINE i64 chunks_of(i64 rows, i64 chunk = kRowChunk) { return (rows + chunk - 1) / chunk; }
+
+// body(first_row, row_count, worker) for every chunk of rows, in parallel.
+template <class F>
+void for_row_chunks(i64 rows, F&& body, i64 chunk = kRowChunk) {
+  parallel_for(chunks_of(rows, chunk), [&](i64 index) {
+    const i64 first = index * chunk;
+    body(first, rows - first < chunk ? rows - first : chunk, worker_index());
+  });
+}
+
+template <class T>
+PGOLF_INLINE T dot(const T* a, const T* b, i64 n) {
+  T sum = 0;
+  PGOLF_SIMD_SUM(sum)
+  for (i64 i = 0; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// y = rms(x); returns the factor. y may be x.
+template <class T>
+PGOLF_INLINE T rms_row(const T* x, i64 d, T* y) {
+  const T factor = T(1) / std::sqrt(dot(x, x, d) / T(d) + T(kRmsEpsilon));
+  PGOLF_SIMD
+  for (i64 i = 0; i < d; ++i) y[i] = x[i] * factor;
+  return factor;
+}
+
+// dx = (or +=) the gradient at x of y = rms(x), given y, its factor and dy. dx may be dy.
+template <bool kAdd, class T>
+PGOLF_INLINE void rms_row_backward(const T* y, T factor, const T* dy, i64 d, T* dx) {
+  const T mean = dot(dy, y, d) / T(d);
+  PGOLF_SIMD
+  for (i64 i = 0; i < d; ++i) {
+    const T g = factor * (dy[i] - y[i] * mean);
+    dx[i] = kAdd ? dx[i] + g : g;
+  }
+}
+
+// Sums over rows, for the gradients of vectors: a partial sum a chunk, then the chunks in order.
+template <class T>
+struct ColumnSums {
+  T* partial;
+  i64 width, chunks;
+
+  ColumnSums(Layout& layout, i64 rows, i64 columns) : width(columns), chunks(chunks_of(rows)) {
+    partial = layout.take<T>(width * chunks);
+  }
+  T* start(i64 first_row) const {  // the zeroed partial of the chunk that begins at first_row
+    T* p = partial + first_row / kRowChunk * width;
+    for (i64 j = 0; j < width; ++j) p[j] = 0;
+    return p;
+  }
+  void add_to(T* out, i64 from = 0, i64 count = -1) const {
+    if (count < 0) count = width;
+    for (i64 c = 0; c < chunks; ++c)
+      for (i64 j = 0; j < count; ++j) out[j] += partial[c * width + from + j];
+  }
+};
+
+// Reads a block's mixed input row by row.
+template <class T>
+struct MixedRows {
+  const T *x, *x0, *mix0, *mix1, *skip, *skip_weight;
+  i64 d;
+
+  explicit MixedRows(const MixedInput& in)
+      : x(in.x.as<T>()),
+        x0(in.x0.as<T>()),
+        mix0(in.resid_mix.as<T>()),
+        mix1(mix0 + in.x.shape[2]),
+        skip(in.skip.as<T>()),
+        skip_weight(in.skip_weight.as<T>()),
+        d(in.x.shape[2]) {}
+
+  void read(i64 row, T* out) const {
+    const T *a = x + row * d, *b = x0 + row * d;
+    if (skip) {
+      const T* s = skip + row * d;
+      PGOLF_SIMD
+      for (i64 i = 0; i < d; ++i) out[i] = mix0[i] * (a[i] + skip_weight[i] * s[i]) + mix1[i] * b[i];
+    } else {
+      PGOLF_SIMD
+      for (i64 i = 0; i < d; ++i) out[i] = mix0[i] * a[i] + mix1[i] * b[i];
+    }
+  }
+};
+
+PGOLF_CPU_END
