@@ -1,0 +1,193 @@
+#include <mutex>
+
+#include "bindings/bindings.h"
+#include "core/memory.h"
+#include "bindings/model.h"
+
+namespace py = pybind11;
+
+namespace pgolf {
+namespace {
+
+ModelConfig config_from(const py::dict& d) {
+  ModelConfig c{};
+  const auto get = [&](const char* key, auto& field) {
+    field = d[key].cast<std::remove_reference_t<decltype(field)>>();
+  };
+  get("vocab_size", c.vocab_size);
+  get("num_layers", c.num_layers);
+  get("model_dim", c.model_dim);
+  get("num_heads", c.num_heads);
+  get("num_kv_heads", c.num_kv_heads);
+  get("mlp_hidden", c.mlp_hidden);
+  get("tie_embeddings", c.tie_embeddings);
+  get("tied_embed_init_std", c.tied_embed_init_std);
+  get("logit_softcap", c.logit_softcap);
+  get("rope_base", c.rope_base);
+  get("qk_gain_init", c.qk_gain_init);
+  get("bigram_vocab_size", c.bigram_vocab_size);
+  get("bigram_dim", c.bigram_dim);
+  get("smear_reset_at_bos", c.smear_reset_at_bos);
+  get("bos_id", c.bos_id);
+  get("rope_tables_bf16", c.rope_tables_bf16);
+  return c;
+}
+
+DType dtype_from(const std::string& name) {
+  if (name == "float32") return DType::f32;
+  if (name == "float64") return DType::f64;
+  throw std::invalid_argument("The dtype is " + name + "; a CPU model is float32 or float64.");
+}
+
+py::array empty(DType dtype, std::vector<py::ssize_t> shape) {
+  return py::array(py::dtype(dtype == DType::f64 ? "float64" : "float32"), std::move(shape));
+}
+
+}  // namespace
+
+NativeModel::NativeModel(const py::dict& config, std::uint64_t seed, const std::string& dtype) {
+  const ModelConfig parsed = config_from(config);
+  const DType type = dtype_from(dtype);
+  py::gil_scoped_release release;
+  gpt = std::make_shared<GPT>(parsed, make_cpu_backend(type), seed);
+}
+
+py::array read_tensor(NativeModel& model, const TensorView& t, const std::vector<std::int64_t>& shape) {
+  py::array out = empty(t.dtype, std::vector<py::ssize_t>(shape.begin(), shape.end()));
+  void* data = out.mutable_data();
+  py::gil_scoped_release release;
+  std::lock_guard lock(model.mutex);
+  model.gpt->backend().download(data, t.data, t.bytes());
+  return out;
+}
+
+void write_tensor(NativeModel& model, const TensorView& t, const std::string& name, const py::array& values) {
+  const bool wide = t.dtype == DType::f64;
+  if (!values.dtype().is(py::dtype(wide ? "float64" : "float32")) || !(values.flags() & py::array::c_style) ||
+      values.size() != t.size())
+    throw std::invalid_argument(name + " needs a C-contiguous array of " + std::to_string(t.size()) + " numbers of " +
+                                (wide ? "float64" : "float32") + ".");
+  const void* data = values.data();
+  py::gil_scoped_release release;
+  std::lock_guard lock(model.mutex);
+  model.gpt->backend().upload(t.data, data, t.bytes());
+}
+
+void bind_model(py::module_& m) {
+  py::class_<NativeModel>(m, "Model")
+      .def(py::init<const py::dict&, std::uint64_t, const std::string&>(), py::arg("config"), py::arg("seed"),
+           py::arg("dtype"))
+      .def("parameters",
+           [](const NativeModel& self) {
+             py::list list;
+             for (const ParameterSpec& spec : self.gpt->table()) list.append(py::make_tuple(spec.name, py::tuple(py::cast(spec.shape))));
+             return list;
+           })
+      .def("description", [](const NativeModel& self) { return self.gpt->backend().description(); })
+      .def("read",
+           [](NativeModel& self, const std::string& name) {
+             const std::size_t i = self.gpt->index_of(name);
+             return read_tensor(self, self.gpt->weights()[i], self.gpt->table()[i].shape);
+           })
+      .def("read_grad",
+           [](NativeModel& self, const std::string& name) {
+             const std::size_t i = self.gpt->index_of(name);
+             return read_tensor(self, self.gpt->grads()[i], self.gpt->table()[i].shape);
+           })
+      .def("write",
+           [](NativeModel& self, const std::string& name, const py::array& values) {
+             write_tensor(self, self.gpt->weights()[self.gpt->index_of(name)], name, values);
+           })
+      .def("logits",
+           [](NativeModel& self, const Int32Array& ids, std::int64_t first) {
+             const auto B = ids.shape(0), T = ids.shape(1);
+             const ModelConfig& c = self.gpt->config();
+             py::array out = empty(self.gpt->backend().dtype(), {B, std::max<py::ssize_t>(T - first, 0), c.vocab_size});
+             const auto* in = ids.data();
+             void* to = out.mutable_data();
+             {
+               py::gil_scoped_release release;
+               std::lock_guard lock(self.mutex);
+               self.gpt->logits(in, B, T, first, to);
+             }
+             return out;
+           },
+           py::arg("ids"), py::arg("first"))
+      .def("losses",
+           [](NativeModel& self, const Int32Array& ids, const Int32Array& targets, std::int64_t first) {
+             const auto B = ids.shape(0), T = ids.shape(1);
+             py::array out = empty(self.gpt->backend().dtype(), {B, std::max<py::ssize_t>(T - first, 0)});
+             const auto *in = ids.data(), *goal = targets.data();
+             void* to = out.mutable_data();
+             {
+               py::gil_scoped_release release;
+               std::lock_guard lock(self.mutex);
+               self.gpt->losses(in, goal, B, T, first, to);
+             }
+             return out;
+           },
+           py::arg("ids"), py::arg("targets"), py::arg("first"))
+      .def("begin_step",
+           [](NativeModel& self, bool qat) {
+             py::gil_scoped_release release;
+             std::lock_guard lock(self.mutex);
+             const auto before = allocation_count();
+             self.gpt->begin_step(qat);
+             self.step_allocations = allocation_count() - before;
+           },
+           py::arg("qat"))
+      .def("micro_step",
+           [](NativeModel& self, const Int32Array& ids, const Int32Array& targets, double loss_scale) {
+             const auto B = ids.shape(0), T = ids.shape(1);
+             const auto *in = ids.data(), *goal = targets.data();
+             py::gil_scoped_release release;
+             std::lock_guard lock(self.mutex);
+             const auto before = allocation_count();
+             const double sum = self.gpt->micro_step(in, goal, B, T, loss_scale);
+             self.step_allocations += allocation_count() - before;
+             return sum;
+           },
+           py::arg("ids"), py::arg("targets"), py::arg("loss_scale"))
+      .def("end_step",
+           [](NativeModel& self) {
+             py::gil_scoped_release release;
+             std::lock_guard lock(self.mutex);
+             const auto before = allocation_count();
+             self.gpt->end_step();
+             self.step_allocations += allocation_count() - before;
+           })
+      .def_readonly("step_allocations", &NativeModel::step_allocations,
+                    "Native allocations made by the current step's calls so far.")
+      .def("prepare_training",
+           [](NativeModel& self, std::int64_t B, std::int64_t T) {
+             py::gil_scoped_release release;
+             std::lock_guard lock(self.mutex);
+             self.gpt->prepare(Mode::train, B, T);
+           },
+           py::arg("batch_seqs"), py::arg("seq_len"))
+      .def("memory_table", [](NativeModel& self) {
+        py::list rows;
+        std::lock_guard lock(self.mutex);
+        for (const MemoryRow& row : self.gpt->memory_table()) rows.append(py::make_tuple(row.what, row.bytes));
+        return rows;
+      });
+
+  m.def(
+      "newton_schulz",
+      [](const py::array& u, int steps) {
+        const bool wide = u.dtype().is(py::dtype("float64"));
+        const DType type = wide ? DType::f64 : DType::f32;
+        py::array out = empty(type, {u.shape(0), u.shape(1)});
+        const TensorView in(type, {u.shape(0), u.shape(1)}, const_cast<void*>(u.data()));
+        const TensorView to(type, {u.shape(0), u.shape(1)}, out.mutable_data());
+        py::gil_scoped_release release;
+        const auto backend = make_cpu_backend(type);
+        DeviceMemory scratch;
+        scratch.reserve(*backend, backend->newton_schulz_scratch(in));
+        backend->newton_schulz(in, to, steps, scratch.data());
+        return out;
+      },
+      py::arg("u"), py::arg("steps"));
+}
+
+}  // namespace pgolf

@@ -1,0 +1,26 @@
+// What Python holds: a model and the lock that serialises the threads using it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "model/gpt.h"
+
+namespace pgolf {
+
+struct NativeModel {
+  NativeModel(const pybind11::dict& config, std::uint64_t seed, const std::string& dtype);
+
+  std::shared_ptr<GPT> gpt;
+  std::mutex mutex;
+  std::int64_t step_allocations = 0;
+};
+
+pybind11::array read_tensor(NativeModel& model, const TensorView& t, const std::vector<std::int64_t>& shape);
+void write_tensor(NativeModel& model, const TensorView& t, const std::string& name, const pybind11::array& values);
+
+}  // namespace pgolf

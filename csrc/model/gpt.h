@@ -1,0 +1,111 @@
+// The model: weights, gradients, and the forward and backward passes written once over backend.h.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "backend.h"
+#include "core/arena.h"
+#include "model/config.h"
+
+namespace pgolf {
+
+// A block of a backend's memory.
+class DeviceMemory {
+ public:
+  DeviceMemory() = default;
+  ~DeviceMemory() { reset(); }
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+
+  void reserve(Backend& backend, std::size_t bytes);  // keeps what it has if that is enough; content is lost
+  void reset() noexcept;
+  void swap(DeviceMemory& other) noexcept {
+    std::swap(backend_, other.backend_);
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+  }
+  std::size_t bytes() const { return bytes_; }
+  char* data() const { return static_cast<char*>(data_); }
+
+ private:
+  Backend* backend_ = nullptr;
+  void* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+// One tensor for each parameter, laid one after another (weights, gradients, a moment, an average).
+class ParameterSet {
+ public:
+  void allocate(Backend& backend, const std::vector<ParameterSpec>& table);  // zeroed; once
+  bool allocated() const { return memory_.bytes() > 0; }
+  const TensorView& operator[](std::size_t index) const { return views_[index]; }
+  std::size_t size() const { return views_.size(); }
+  TensorView all() const { return all_; }  // everything as one vector, paddings included (they hold zeros)
+  std::size_t bytes() const { return memory_.bytes(); }
+
+ private:
+  DeviceMemory memory_;
+  std::vector<TensorView> views_;
+  TensorView all_;
+};
+
+enum class Mode { logits, losses, train };
+
+struct MemoryRow {
+  std::string what;
+  std::size_t bytes;
+};
+
+class GPT {
+ public:
+  GPT(const ModelConfig& config, std::unique_ptr<Backend> backend, std::uint64_t seed);
+  ~GPT();
+
+  const ModelConfig& config() const { return config_; }
+  Backend& backend() const { return *backend_; }
+  const std::vector<ParameterSpec>& table() const { return table_; }
+  std::size_t index_of(const std::string& name) const;  // throws std::invalid_argument
+  void write(const TensorView& to, const float* values);  // host float32 into a parameter-shaped tensor
+  const ParameterSet& weights() const { return weights_; }
+  const ParameterSet& grads() const { return grads_; }
+
+  // ids, targets: [B, T] in host memory, every id in 0 … V−1 (checked). Outputs in host memory, float or double as
+  // the backend's dtype.
+  void logits(const std::int32_t* ids, std::int64_t B, std::int64_t T, std::int64_t first, void* out);
+  void losses(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T, std::int64_t first,
+              void* out);
+
+  // A training step: begin_step, micro_step for each part of the batch, end_step; then the gradients stand in
+  // grads(). loss_scale is 1/(tokens of the step) for a mean. Nothing is allocated from the second step of a shape on.
+  void begin_step(bool qat);
+  double micro_step(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
+                    double loss_scale);  // returns the sum of the losses
+  void end_step();
+
+  // Plans the arena for a shape without running it.
+  void prepare(Mode mode, std::int64_t B, std::int64_t T);
+  std::vector<MemoryRow> memory_table() const;
+
+ private:
+  struct Plan;
+
+  Plan& plan_for(Mode mode, std::int64_t B, std::int64_t T, std::int64_t first);
+  void bind_parameters(Plan& plan, bool fake_quantized) const;
+  void check_ids(const char* what, const std::int32_t* ids, std::int64_t B, std::int64_t T) const;
+  void forward(Plan& plan);   // up to the head
+  void backward(Plan& plan);  // from the head's dx on
+
+  ModelConfig config_;
+  std::unique_ptr<Backend> backend_;  // outlives the memory below
+  std::vector<ParameterSpec> table_;
+  ParameterSet weights_, grads_, fake_quantized_;
+  // The two last shapes of each kind: a step's last micro-batch may be smaller than the others.
+  std::vector<std::unique_ptr<Plan>> inference_, training_;  // most recently used first
+  bool qat_ = false;  // training operations read the fake-quantised weights
+};
+
+}  // namespace pgolf

@@ -1,0 +1,72 @@
+"""pgolf: train, squeeze and score a language model that must fit in 16 MB.
+
+>>> import pgolf
+>>> config = pgolf.Config.from_recipe("tiny")
+>>> trainer = pgolf.Trainer(config, data="data/demo", run_dir="runs/demo")
+>>> for step in trainer: ...
+>>> report = trainer.finish()
+
+Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pgolf.evaluate import evaluate as evaluate  # not lazy: the module of that name would take the function's place
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from pgolf.artifact import export as export
+    from pgolf.artifact import load as load
+    from pgolf.config import Config as Config
+    from pgolf.config import recipes as recipes
+    from pgolf.data.shards import read_shard as read_shard
+    from pgolf.data.shards import write_shard as write_shard
+    from pgolf.errors import DeviceError as DeviceError
+    from pgolf.errors import FormatError as FormatError
+    from pgolf.errors import NonFiniteError as NonFiniteError
+    from pgolf.model import GPT as GPT
+    from pgolf.model import newton_schulz as newton_schulz
+    from pgolf.quantize import dequantize_rows as dequantize_rows
+    from pgolf.quantize import quantize_rows as quantize_rows
+    from pgolf.threads import get_num_threads as get_num_threads
+    from pgolf.threads import set_num_threads as set_num_threads
+    from pgolf.tokenizer import Tokenizer as Tokenizer
+    from pgolf.trainer import Trainer as Trainer
+
+_HOME = {  # public name -> module
+    "Config": "pgolf.config",
+    "DeviceError": "pgolf.errors",
+    "FormatError": "pgolf.errors",
+    "GPT": "pgolf.model",
+    "NonFiniteError": "pgolf.errors",
+    "Tokenizer": "pgolf.tokenizer",
+    "Trainer": "pgolf.trainer",
+    "dequantize_rows": "pgolf.quantize",
+    "export": "pgolf.artifact",
+    "get_num_threads": "pgolf.threads",
+    "load": "pgolf.artifact",
+    "newton_schulz": "pgolf.model",
+    "quantize_rows": "pgolf.quantize",
+    "read_shard": "pgolf.data.shards",
+    "recipes": "pgolf.config",
+    "set_num_threads": "pgolf.threads",
+    "write_shard": "pgolf.data.shards",
+}
+
+__all__ = [*sorted(_HOME), "__version__", "evaluate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pgolf' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,319 @@
+"""GPT, the model as Python sees it: a thin face over the native one (docs/spec.md §1–2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pgolf import _C
+from pgolf.config import ModelConfig
+from pgolf.errors import DeviceError
+
+FloatArray = npt.NDArray[np.floating[Any]]
+IntArray = npt.NDArray[np.int32]
+
+# Tokens that one native call takes at most when the caller's batch is larger: bounds memory, and the time until
+# Ctrl-C is noticed.
+_CALL_TOKENS = 16_384
+
+
+class GPT:
+    """A U-Net transformer with bigram embedding and smear gate, its weights on one device.
+
+    Args:
+        config: the [model] table.
+        seed: 0 … 2⁶⁴ − 1; with a tensor's name it determines every initial weight.
+        device: "cpu"; None is the best there is.
+        dtype: of weights and activations, "float32" or (to check gradients) "float64"; None is float32 on CPUs.
+
+    Raises:
+        ValueError: an impossible configuration, seed or dtype.
+        DeviceError: a device that cannot be used.
+    """
+
+    def __init__(
+        self, config: ModelConfig, seed: int = 0, *, device: str | None = None, dtype: str | None = None
+    ) -> None:
+        config = dataclasses.replace(config)
+        config.validate()
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}; it must be from 0 to 2**64 - 1.")
+        self.config = config
+        self.device = _resolve_device(device)
+        self.dtype = _resolve_dtype(dtype)
+        self.train_seq_len: int | None = None
+        """The sequence length it was trained at, in tokens; set by Trainer and load."""
+        self.provenance: dict[str, int] | None = None
+        """Steps, tokens and seed of the training; set by Trainer and load."""
+        self._native = _C.Model(_native_config(config), seed, self.dtype)
+        self._shapes: dict[str, tuple[int, ...]] = dict(self._native.parameters())
+        self._training = threading.Lock()
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of weights."""
+        return sum(int(np.prod(shape)) for shape in self._shapes.values())
+
+    def memory_table(self) -> list[tuple[str, float]]:
+        """What lies in memory now, as (what, MiB); indented rows share their arena's memory over time."""
+        return [(what, size / 2**20) for what, size in self._native.memory_table()]
+
+    def state_dict(self) -> dict[str, FloatArray]:
+        """Copies of all weights by their community names, float32 (float64 for a float64 model); docs/spec.md §1."""
+        return {name: self._native.read(name) for name in self._shapes}
+
+    def load_state_dict(self, arrays: Mapping[str, Any]) -> None:
+        """Replaces all weights. Nothing changes unless everything fits.
+
+        Args:
+            arrays: exactly this model's names; floating-point arrays (NumPy, or anything with DLPack) of its shapes.
+
+        Raises:
+            ValueError: tensors that are missing, extra, misshapen or not finite, each named.
+            TypeError: a value that is not a floating-point array, named.
+        """
+        missing = [name for name in self._shapes if name not in arrays]
+        extra = [name for name in arrays if name not in self._shapes]
+        if missing or extra:
+            parts = []
+            if missing:
+                parts.append(f"missing: {', '.join(missing)}")
+            if extra:
+                parts.append("extra: " + ", ".join(_with_suggestion(name, self._shapes) for name in extra))
+            raise ValueError(f"The state dict does not fit this model; {'; '.join(parts)}.")
+        ready = {name: self._parameter(name, arrays[name]) for name in self._shapes}
+        for name, values in ready.items():
+            self._native.write(name, values)
+
+    def _parameter(self, name: str, value: Any) -> FloatArray:
+        array = as_array(value, name)
+        if array.dtype.kind != "f":
+            raise TypeError(f"{name} has dtype {array.dtype}; expected a floating-point array.")
+        if array.shape != self._shapes[name]:
+            raise ValueError(f"{name} has shape {array.shape}; expected {self._shapes[name]}.")
+        bad = np.count_nonzero(~np.isfinite(array))
+        if bad:
+            raise ValueError(f"{name} holds {bad} values that are NaN or infinite; expected finite numbers.")
+        return np.ascontiguousarray(array, dtype=self.dtype)
+
+    def logits(self, ids: Any) -> FloatArray:
+        """The logits after the softcap.
+
+        Args:
+            ids: (B, T) token ids of any integer dtype.
+
+        Returns:
+            (B, T, V), float32.
+
+        Raises:
+            ValueError: an empty batch, or an id outside 0 … V − 1, named.
+            TypeError: ids that are not integers.
+        """
+        tokens = as_tokens(ids, "ids")
+        return self._in_parts(tokens.shape, lambda part: self._native.logits(tokens[part], 0))
+
+    def token_losses(self, ids: Any, targets: Any) -> FloatArray:
+        """The cross-entropy of every token, in nats.
+
+        Args:
+            ids, targets: (B, T) token ids of any integer dtype.
+
+        Returns:
+            (B, T), float32.
+
+        Raises:
+            ValueError: an empty batch, different shapes, or an id outside 0 … V − 1, named.
+            TypeError: ids that are not integers.
+        """
+        return self.window_losses(ids, targets, 0)
+
+    def window_losses(self, ids: Any, targets: Any, first: int) -> FloatArray:
+        """Like `token_losses`, but only for positions first … T − 1: returns (B, T − first), float32.
+
+        The head, a good part of the work, is not computed for the positions before: for sliding evaluation.
+        """
+        tokens, goals = _token_pair(ids, targets)
+        return self._in_parts(tokens.shape, lambda part: self._native.losses(tokens[part], goals[part], first))
+
+    def loss(self, ids: Any, targets: Any) -> float:
+        """The mean of `token_losses`, summed in float64."""
+        return float(np.mean(self.token_losses(ids, targets), dtype=np.float64))
+
+    def loss_and_grads(self, ids: Any, targets: Any) -> tuple[float, dict[str, FloatArray]]:
+        """The mean loss and its gradient by every weight, unclipped.
+
+        Args:
+            ids, targets: (B, T) token ids of any integer dtype.
+
+        Returns:
+            The loss in nats, and arrays by name, shaped as the weights, float32.
+
+        Raises: as `token_losses`.
+        """
+        tokens, goals = _token_pair(ids, targets)
+        with self._training:
+            self._native.begin_step(False)
+            total = sum(
+                self._native.micro_step(tokens[part], goals[part], 1.0 / tokens.size) for part in _parts(tokens.shape)
+            )
+            self._native.end_step()
+            return total / tokens.size, {name: self._native.read_grad(name) for name in self._shapes}
+
+    def generate(
+        self,
+        ids: Any,
+        max_new_tokens: int = 200,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: int | Iterable[int] | None = None,
+        seed: int = 0,
+    ) -> npt.NDArray[np.int64]:
+        """Continues a text by sampling, one token at a time; see `pgolf.generate.sample` for the arguments.
+
+        Args:
+            ids: (T,) or (1, T) token ids, T ≥ 1.
+
+        Returns:
+            The new ids, (n,) with n ≤ max_new_tokens.
+        """
+        from pgolf.generate import sample
+
+        prompt = as_array(ids, "ids")
+        prompt = prompt[0] if prompt.ndim == 2 and prompt.shape[0] == 1 else prompt
+        start = as_tokens(prompt[None] if prompt.ndim == 1 else prompt, "ids")[0]
+
+        def last_logits(context: npt.NDArray[Any]) -> FloatArray:
+            tokens = np.ascontiguousarray(context, dtype=np.int32)[None]
+            return self._native.logits(tokens, tokens.shape[1] - 1)[0, 0]
+
+        return sample(last_logits, start, max_new_tokens, temperature, top_k, top_p, stop, seed)
+
+    def _in_parts(self, shape: tuple[int, ...], call: Callable[[slice], FloatArray]) -> FloatArray:
+        parts = _parts(shape)
+        return call(parts[0]) if len(parts) == 1 else np.concatenate([call(part) for part in parts])
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"GPT({self.num_parameters:,} parameters, {c.num_layers} layers × {c.model_dim}, vocabulary {c.vocab_size}, "
+            f"{self.dtype} on {self.device})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "config": self.config,
+            "device": self.device,
+            "dtype": self.dtype,
+            "train_seq_len": self.train_seq_len,
+            "provenance": self.provenance,
+            "weights": self.state_dict(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["config"], device=state["device"], dtype=state["dtype"])  # type: ignore[misc]
+        self.load_state_dict(state["weights"])
+        self.train_seq_len, self.provenance = state["train_seq_len"], state["provenance"]
+
+
+def newton_schulz(u: Any, steps: int = 5) -> FloatArray:
+    """Muon's orthogonalisation: moves the singular values of u towards 1 (docs/spec.md §3, NS5).
+
+    Args:
+        u: (rows, cols) floating-point array; float64 is computed in float64, anything else in float32.
+        steps: iterations, at least 1.
+
+    Returns:
+        A new array of u's shape.
+
+    Raises:
+        ValueError: not a matrix, empty, not finite, or steps < 1.
+        TypeError: not floating point.
+    """
+    array = as_array(u, "u")
+    if array.dtype.kind != "f":
+        raise TypeError(f"u has dtype {array.dtype}; expected a floating-point array.")
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"u has shape {array.shape}; expected a matrix with at least one element.")
+    if not np.isfinite(array).all():
+        raise ValueError("u holds NaN or infinite values; expected finite numbers.")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1.")
+    dtype = np.float64 if array.dtype == np.float64 else np.float32
+    return _C.newton_schulz(np.ascontiguousarray(array, dtype=dtype), steps)
+
+
+def as_array(value: Any, name: str) -> npt.NDArray[Any]:
+    """A NumPy view of an array, or of anything that speaks DLPack or the buffer protocol; a copy only of lists."""
+    if isinstance(value, np.ndarray):
+        return value
+    if hasattr(value, "detach"):  # a PyTorch tensor that requires gradients refuses to be exported
+        value = value.detach()
+    if hasattr(value, "__dlpack__"):
+        try:
+            return np.from_dlpack(value)
+        except (BufferError, RuntimeError) as error:
+            raise TypeError(f"{name} cannot be read as an array in CPU memory: {error}.") from error
+    return np.asarray(value)
+
+
+def as_tokens(ids: Any, name: str) -> IntArray:
+    """(B, T) token ids as contiguous int32; the native code checks their range."""
+    array = as_array(ids, name)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} has dtype {array.dtype}; token ids are integers.")
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"{name} has shape {array.shape}; expected (B, T) with B and T at least 1.")
+    if array.dtype.itemsize > 4 or array.dtype == np.uint32:
+        limits = np.iinfo(np.int32)
+        if array.min() < limits.min or array.max() > limits.max:
+            raise ValueError(f"{name} holds {array.max() if array.max() > limits.max else array.min()}, no token id.")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _token_pair(ids: Any, targets: Any) -> tuple[IntArray, IntArray]:
+    tokens, goals = as_tokens(ids, "ids"), as_tokens(targets, "targets")
+    if tokens.shape != goals.shape:
+        raise ValueError(f"targets has shape {goals.shape}; expected the shape of ids, {tokens.shape}.")
+    return tokens, goals
+
+
+def _parts(shape: tuple[int, ...]) -> list[slice]:
+    """Cuts B sequences of T tokens into calls of at most `_CALL_TOKENS` tokens."""
+    batch, length = shape
+    step = max(1, _CALL_TOKENS // length)
+    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+
+
+def _with_suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"{name} (did you mean {close[0]}?)" if close else name
+
+
+def _native_config(config: ModelConfig) -> dict[str, Any]:
+    fields = config.to_dict()
+    fields["mlp_hidden"] = config.mlp_hidden
+    fields["rope_tables_bf16"] = config.rope_tables == "bf16"
+    return fields
+
+
+def _resolve_device(device: str | None) -> str:
+    if device is None or device == "cpu":
+        return "cpu"
+    if device == "cuda" or device.startswith("cuda:"):
+        raise DeviceError(f"The device is {device!r}, but this build of pgolf has no CUDA backend; use device='cpu'.")
+    raise ValueError(f"The device is {device!r}; expected 'cpu', 'cuda' or 'cuda:<number>'.")
+
+
+def _resolve_dtype(dtype: str | None) -> str:
+    if dtype in (None, "auto"):
+        return "float32"
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"The dtype is {dtype!r}; a model on the CPU is 'float32' or 'float64'.")
+    return str(dtype)
