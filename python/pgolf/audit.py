@@ -1,0 +1,233 @@
+"""The score audit: is a score what its method defines, of the text that it claims? (docs/spec.md §5)
+
+Always on: public scores were wrong by 4 to 20 % through byte tables that nobody checked. The audit shares no code with
+what it checks: it reads the tokenizer's model file itself and has the method's definition in a form of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pgolf.windows import IntArray
+
+if TYPE_CHECKING:
+    from pgolf.tokenizer import Tokenizer
+
+SAMPLED_DOCUMENTS = 1024
+"""Validation documents that a sample looks up, evenly spaced."""
+SAMPLED_TOKENS = 2**26
+"""Training tokens in which a sample looks, from the beginnings of all training shards in equal parts."""
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Validation documents that also stand, token for token, in the training shards.
+
+    found: how many of the ``looked_up`` validation documents. training_documents: how many they were compared with.
+    complete: every validation document was looked up among all training documents, not a sample of them.
+    """
+
+    found: int
+    looked_up: int
+    training_documents: int
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the audit of a score established; a mismatch of bytes or tokens is an error and never gets here.
+
+    documents: validation documents in the data.
+    scored_tokens, expected_tokens: scores given, and the number that the method defines.
+    bytes_checked: every document's byte count equals its text's UTF-8 length; False: not done, without a tokenizer.
+    duplicates: None where there are no training shards beside the data.
+    """
+
+    documents: int
+    scored_tokens: int
+    expected_tokens: int
+    bytes_checked: bool
+    duplicates: Duplicates | None
+
+
+def document_starts(tokens: npt.NDArray[Any], bos_id: int) -> IntArray:
+    """Where documents begin in a stream: (D,) int64, rising; at every BOS token and, whatever stands there, at 0."""
+    starts = np.flatnonzero(tokens == bos_id)
+    return starts if starts.size and starts[0] == 0 else np.concatenate([[0], starts])
+
+
+def per_document(values: npt.NDArray[Any], starts: IntArray) -> IntArray:
+    """Sums over each document's targets: (D,) int64 from one integer per target, (N,); target i is token i + 1."""
+    before = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    first = np.maximum(starts, 1) - 1
+    sums: IntArray = before[np.append(first[1:], values.size)] - before[first]
+    return sums
+
+
+def check_bytes(
+    tokens: npt.NDArray[Any], target_bytes: npt.NDArray[np.integer[Any]], starts: IntArray, tokenizer: Tokenizer
+) -> None:
+    """Compare every document's byte count with the UTF-8 length of its decoded text.
+
+    tokens: (N + 1,) integers. target_bytes: (N,) integers, the bytes counted for tokens[1:]. starts: as from
+    document_starts.
+
+    SentencePiece drops spaces at the start of a text, so each document is decoded behind a token of other text. What
+    then may differ is explained by unknown and control tokens, exactly: a space behind one of them is text but counts
+    0, and so does the text that an unknown token decodes to. One thing more is allowed: where the stream itself begins
+    or ends inside a character of several byte tokens, each such token decodes to U+FFFD (3 bytes) but counts 1.
+
+    Raises ValueError naming the first document that differs.
+    """
+    pieces = _Pieces(str(tokenizer.path))
+    previous, targets = tokens[:-1], tokens[1:]
+    not_counted = (pieces.has_space[targets] & pieces.is_special[previous]) + pieces.unknown_bytes[targets]
+    counted = per_document(target_bytes, starts)
+    explained = per_document(not_counted, starts)
+    ends = np.append(starts[1:], tokens.size)
+    for index, (start, end) in enumerate(zip(np.maximum(starts, 1), ends, strict=True)):
+        text = pieces.decode(tokens[start:end])
+        size = len(text.encode())
+        surplus = size - int(counted[index] + explained[index])
+        if surplus and surplus != 2 * _cut_bytes(text, at_start=index == 0, at_end=index == starts.size - 1):
+            raise ValueError(
+                f"The score audit found a wrong byte count: the tokens of validation document {index} (from token "
+                f"{starts[index]:,}) count {counted[index]:,} bytes, but their text has {size:,} bytes of UTF-8, of "
+                f"which unknown and control tokens explain {explained[index]:,}. Either the tokens are not this "
+                f"tokenizer's ({tokenizer.path}) or its byte table is wrong."
+            )
+
+
+class _Pieces:
+    """What the audit needs of a SentencePiece model, read from the file."""
+
+    def __init__(self, path: str) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._processor: Any = SentencePieceProcessor(model_file=path)
+        ids = range(self._processor.vocab_size())
+        self._lead = next(i for i in ids if self._is_lead(i))
+        self._lead_text: str = self._processor.decode([self._lead])
+        is_unknown = np.array([self._processor.is_unknown(i) for i in ids])
+        self.is_special = is_unknown | np.array([self._processor.is_control(i) for i in ids])
+        self.has_space = ~self.is_special & np.array([self._processor.id_to_piece(i).startswith("▁") for i in ids])
+        self.unknown_bytes = np.zeros(len(ids), dtype=np.int64)
+        for token in np.flatnonzero(is_unknown):
+            self.unknown_bytes[token] = len(self.decode(np.array([token])).encode())
+
+    def decode(self, ids: npt.NDArray[Any]) -> str:
+        """The text of tokens in the middle of a text: none of their spaces are dropped."""
+        text: str = self._processor.decode([self._lead, *ids.tolist()])
+        return text.removeprefix(self._lead_text)
+
+    def _is_lead(self, token: int) -> bool:
+        text = self._processor.decode([token])
+        return bool(text.strip()) and "\ufffd" not in text
+
+
+def _cut_bytes(text: str, at_start: bool, at_end: bool) -> int:
+    """U+FFFDs at a text's start or end that can be the bytes of one cut character, at most 3 of them."""
+    start = len(text) - len(text.lstrip("\ufffd")) if at_start else 0
+    end = len(text) - len(text.rstrip("\ufffd")) if at_end else 0
+    return min(start, 3) + min(end, 3)
+
+
+def defined_scores(n_targets: int, method: str, seq_len: int, stride: int, tail: str) -> npt.NDArray[np.int32]:
+    """How often the method scores each target, (n_targets,) int32: its definition in closed form, not a window plan."""
+    times = np.zeros(n_targets, dtype=np.int32)
+    cut = n_targets - n_targets % seq_len
+    if method == "standard":
+        times[:cut] = 1
+    elif tail == "exact":
+        times[:] = 1
+    else:
+        whole = (cut - seq_len) // stride
+        times[: seq_len + whole * stride] = 1
+        times[cut - stride : cut] += cut // stride - 1 - whole
+    return times
+
+
+def check_scores(times: npt.NDArray[np.int32], expected: npt.NDArray[np.int32], starts: IntArray) -> None:
+    """Compare how often each target was scored with how often the method scores it, both (N,).
+
+    Raises ValueError naming the first document that differs; starts: as from document_starts.
+    """
+    if np.array_equal(times, expected):
+        return
+    target = int(np.argmax(times != expected))
+    document = int(np.searchsorted(starts, target + 1, side="right")) - 1
+    raise ValueError(
+        f"The score audit found a wrong number of scores: {int(times.sum()):,} were given and the method defines "
+        f"{int(expected.sum()):,}; the first that differs is token {target + 1:,}, in validation document {document}, "
+        f"scored {times[target]} times instead of {expected[target]}."
+    )
+
+
+def find_duplicates(
+    tokens: npt.NDArray[Any], starts: IntArray, shards: Sequence[Path], bos_id: int, full: bool = False
+) -> Duplicates:
+    """Look up validation documents among training documents by the hash of their tokens.
+
+    tokens, starts: the validation stream and its documents. shards: the training shards in order; a document may go on
+    in the next. full: look up all validation documents among all training documents; else at most SAMPLED_DOCUMENTS
+    among the documents of at most SAMPLED_TOKENS. Left out: empty documents and what stands before the first BOS token.
+    """
+    from pgolf.data.shards import read_shard
+
+    ends = np.append(starts[1:], tokens.size)
+    whole = np.flatnonzero((tokens[starts] == bos_id) & (ends - starts > 1))
+    opened = [read_shard(path) for path in shards]
+    longest = max(shard.size for shard in opened)
+    limit = longest if full else SAMPLED_TOKENS // len(shards)
+    complete = limit >= longest
+    if not full and whole.size > SAMPLED_DOCUMENTS:
+        whole = whole[np.arange(SAMPLED_DOCUMENTS) * whole.size // SAMPLED_DOCUMENTS]
+        complete = False
+    keys = _keys(tokens, starts[whole], ends[whole])
+    digests = [_digest(tokens, start, end) for start, end in zip(starts[whole], ends[whole], strict=True)]
+    seen: set[bytes] = set()
+    count = 0
+    for part, part_starts, part_ends in _training_documents(opened, bos_id, limit):
+        count += part_starts.size
+        same_key = np.isin(_keys(part, part_starts, part_ends), keys)
+        for start, end in zip(part_starts[same_key], part_ends[same_key], strict=True):
+            seen.add(_digest(part, start, end))
+    return Duplicates(sum(digest in seen for digest in digests), len(digests), count, complete)
+
+
+def _training_documents(
+    shards: Sequence[npt.NDArray[np.uint16]], bos_id: int, limit: int
+) -> Iterator[tuple[npt.NDArray[np.uint16], IntArray, IntArray]]:
+    """Tokens with the starts and ends of the whole, non-empty documents among the first ``limit`` of each shard."""
+    rest = np.empty(0, dtype=np.uint16)
+    for index, shard in enumerate(shards):
+        tokens = np.concatenate([rest, shard[:limit]])
+        bounds = np.flatnonzero(tokens == bos_id)
+        if limit < shard.size:
+            rest = rest[:0]
+        elif index + 1 < len(shards):
+            rest = tokens[bounds[-1] :] if bounds.size else rest
+        else:
+            bounds = np.append(bounds, tokens.size)
+        starts, ends = bounds[:-1], bounds[1:]
+        filled = ends - starts > 1
+        yield tokens, starts[filled], ends[filled]
+
+
+def _keys(tokens: npt.NDArray[Any], starts: IntArray, ends: IntArray) -> npt.NDArray[np.uint64]:
+    """A cheap key for each document, (D,): equal documents have equal keys, and few others do."""
+    keys = (ends - starts).astype(np.uint64)
+    for position in (starts + 1, (starts + ends) // 2, ends - 1):
+        keys = keys * np.uint64(65_537) + tokens[position].astype(np.uint64)
+    return keys
+
+
+def _digest(tokens: npt.NDArray[Any], start: int, end: int) -> bytes:
+    return hashlib.blake2b(tokens[start + 1 : end].astype("<u4").tobytes(), digest_size=16).digest()

@@ -1,0 +1,302 @@
+"""Scoring a model: mean loss and bits per byte, in total and per document (docs/spec.md §5)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Union
+
+import numpy as np
+import numpy.typing as npt
+
+from pgolf.audit import (
+    Audit,
+    Duplicates,
+    check_bytes,
+    check_scores,
+    defined_scores,
+    document_starts,
+    find_duplicates,
+    per_document,
+)
+from pgolf.errors import NonFiniteError
+from pgolf.windows import IntArray, Windows, check_positive, sliding_windows, standard_windows
+
+if TYPE_CHECKING:
+    from pgolf.tokenizer import Tokenizer
+
+METHODS = ("standard", "sliding")
+AUDITS = ("sample", "full")
+
+BATCH_TOKENS = 65_536
+"""Tokens per batch where batch_seqs is not given: the recipes' 32 windows of 2,048."""
+
+StrPath = Union[str, "os.PathLike[str]"]
+
+
+class Model(Protocol):
+    """What evaluate needs of a model; pgolf.GPT has it."""
+
+    @property
+    def config(self) -> Any:
+        """Has vocab_size and bos_id."""
+
+    @property
+    def train_seq_len(self) -> int | None: ...
+
+    def window_losses(self, ids: npt.NDArray[Any], targets: npt.NDArray[Any], first: int) -> npt.ArrayLike:
+        """Losses in nats, (B, T − first), of positions first … T − 1; ids and targets are (B, T)."""
+
+
+@dataclass(frozen=True)
+class DocumentScores:
+    """Sums over each validation document, in order; D documents.
+
+    Documents begin at BOS tokens, the first at the stream's beginning. A target belongs to the document whose token it
+    is: a BOS token is the first target of the document that it begins. The stream's first token is no target.
+
+    nll: (D,) float64, nats. tokens: (D,) int64, scored targets. bytes: (D,) int64, or None without a tokenizer.
+    """
+
+    nll: npt.NDArray[np.float64]
+    tokens: IntArray
+    bytes: IntArray | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """The result of ``evaluate``.
+
+    loss: mean over the scored tokens, nats. bpb: bits per byte, (Σ nll / ln 2) / Σ bytes; None without a tokenizer.
+    tokens, bytes: scored (with the reference tail, some count more than once). seconds: wall time of the whole call.
+    method, seq_len, stride, tail, windows: how it was scored; stride and tail are None for the standard method.
+    """
+
+    loss: float
+    bpb: float | None
+    tokens: int
+    bytes: int | None
+    seconds: float
+    method: str
+    seq_len: int
+    stride: int | None
+    tail: str | None
+    windows: int
+    documents: DocumentScores
+    audit: Audit
+
+
+@dataclass(frozen=True)
+class ValidationData:
+    """A validation stream that has been read and whose bytes have been audited, to be scored any number of times.
+
+    tokens: (N + 1,) integers. starts: (D,) int64, where documents begin. target_bytes: (N,) int32, the bytes of
+    tokens[1:], or None without a tokenizer. duplicates: None where there are no training shards beside the data.
+    """
+
+    tokens: npt.NDArray[Any]
+    starts: IntArray
+    target_bytes: npt.NDArray[np.int32] | None
+    duplicates: Duplicates | None
+    vocab_size: int
+    bos_id: int
+
+    @classmethod
+    def load(
+        cls,
+        data: StrPath | npt.ArrayLike,
+        tokenizer: StrPath | Tokenizer | None = None,
+        *,
+        vocab_size: int,
+        bos_id: int = 1,
+        audit: str = "sample",
+    ) -> ValidationData:
+        """Read validation data and audit its bytes and its documents; the arguments are those of ``evaluate``."""
+        from pgolf.data.shards import find_data, load_tokens
+
+        if audit not in AUDITS:
+            raise ValueError(f"audit is {audit!r}; expected one of {', '.join(map(repr, AUDITS))}.")
+        folder = None
+        if isinstance(data, (str, os.PathLike)) and not os.path.isfile(data):
+            folder = find_data(data, splits=("val",))
+            tokenizer = folder.tokenizer if tokenizer is None else tokenizer
+        opened = _open_tokenizer(tokenizer, vocab_size)
+        tokens = load_tokens(data, split="val", vocab_size=vocab_size)
+        if tokens.size < 2:
+            raise ValueError(f"The data has {tokens.size} token; expected at least 2, one to read and one to predict.")
+        starts = document_starts(tokens, bos_id)
+        target_bytes = None
+        if opened is not None:
+            target_bytes = opened.target_bytes(tokens[:-1], tokens[1:]).astype(np.int32)
+            check_bytes(tokens, target_bytes, starts, opened)
+        duplicates = None
+        if folder is not None and folder.train:
+            duplicates = find_duplicates(tokens, starts, folder.train, bos_id, full=audit == "full")
+            if duplicates.found:
+                warnings.warn(
+                    f"{duplicates.found:,} of {duplicates.looked_up:,} validation documents also stand in the "
+                    f"training shards of {folder.path}; their scores are not scores of unseen text.",
+                    stacklevel=3,
+                )
+        return cls(tokens, starts, target_bytes, duplicates, vocab_size, bos_id)
+
+
+def evaluate(
+    model: Model,
+    data: StrPath | npt.ArrayLike | ValidationData,
+    tokenizer: StrPath | Tokenizer | None = None,
+    *,
+    method: str = "sliding",
+    seq_len: int | None = None,
+    stride: int = 64,
+    tail: str = "exact",
+    batch_seqs: int | None = None,
+    audit: str = "sample",
+    progress: Callable[[int, int, int], object] | None = None,
+) -> Score:
+    """Score a model on validation data and audit the score (docs/spec.md §5).
+
+    data: a folder with ``*_val_*.bin`` shards, one shard's path, a 1-D integer array of tokens, or a ValidationData.
+    tokenizer: a SentencePiece ``.model`` path or a Tokenizer; None takes the data folder's. Without one, bpb is None.
+    method: ``"standard"`` (windows side by side) or ``"sliding"`` (overlapping; see pgolf.windows for stride and tail).
+    seq_len: tokens of context; None is the model's training length.
+    batch_seqs: windows scored at once, for speed and memory; it never changes a score. None: about 65,536 tokens.
+    audit: look up a ``"sample"`` of the validation documents among the training documents, or the ``"full"`` set (a
+        ValidationData has been audited when it was read).
+    progress: called after every batch with windows done, windows in all, and tokens scored.
+
+    Losses are summed in float64: within each window, then over the windows.
+
+    Raises ValueError for impossible arguments, data too short, a tokenizer of another size than the model's vocabulary
+    and a failed audit; NonFiniteError, naming the token, for a loss that is no number; and the errors of reading data.
+    Warns where validation documents also stand in the folder's training shards.
+    """
+    began = time.perf_counter()
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; this version scores by {' or '.join(map(repr, METHODS))}.")
+    if seq_len is None:
+        seq_len = model.train_seq_len
+        if seq_len is None:
+            raise ValueError("seq_len is None and the model has no training length to take; give seq_len.")
+    if batch_seqs is not None:
+        check_positive(batch_seqs=batch_seqs)
+    vocab_size, bos_id = model.config.vocab_size, model.config.bos_id
+    if isinstance(data, ValidationData):
+        if tokenizer is not None:
+            raise ValueError("tokenizer is given twice: a ValidationData has been read with its own.")
+        if (data.vocab_size, data.bos_id) != (vocab_size, bos_id):
+            raise ValueError(
+                f"The data was read for a vocabulary of {data.vocab_size} with BOS {data.bos_id}; the model has "
+                f"{vocab_size} with BOS {bos_id}."
+            )
+        loaded = data
+    else:
+        loaded = ValidationData.load(data, tokenizer, vocab_size=vocab_size, bos_id=bos_id, audit=audit)
+
+    n_targets = loaded.tokens.size - 1
+    if method == "standard":
+        plan = standard_windows(n_targets, seq_len)
+    else:
+        plan = sliding_windows(n_targets, seq_len, stride, tail)
+    nll, document_nll, times = _score_windows(model, loaded, plan, batch_seqs, progress)
+
+    expected = defined_scores(n_targets, method, seq_len, stride, tail)
+    check_scores(times, expected, loaded.starts)
+    tokens = int(times.sum(dtype=np.int64))
+    document_bytes = n_bytes = bpb = None
+    if loaded.target_bytes is not None:
+        document_bytes = per_document(times * loaded.target_bytes, loaded.starts)
+        n_bytes = int(document_bytes.sum())
+        if n_bytes == 0:
+            raise ValueError("The scored tokens stand for no text at all, so that there are no bits per byte.")
+        bpb = nll / math.log(2) / n_bytes
+    return Score(
+        loss=nll / tokens,
+        bpb=bpb,
+        tokens=tokens,
+        bytes=n_bytes,
+        seconds=time.perf_counter() - began,
+        method=method,
+        seq_len=int(seq_len),
+        stride=stride if method == "sliding" else None,
+        tail=tail if method == "sliding" else None,
+        windows=len(plan),
+        documents=DocumentScores(document_nll, per_document(times, loaded.starts), document_bytes),
+        audit=Audit(
+            documents=int(loaded.starts.size),
+            scored_tokens=tokens,
+            expected_tokens=int(expected.sum(dtype=np.int64)),
+            bytes_checked=loaded.target_bytes is not None,
+            duplicates=loaded.duplicates,
+        ),
+    )
+
+
+def _open_tokenizer(tokenizer: StrPath | Tokenizer | None, vocab_size: int) -> Tokenizer | None:
+    if isinstance(tokenizer, (str, os.PathLike)):
+        from pgolf.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer(tokenizer)
+    if tokenizer is not None and tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"The tokenizer {tokenizer.path} has {tokenizer.vocab_size:,} tokens; the model has {vocab_size:,}."
+        )
+    return tokenizer
+
+
+def _score_windows(
+    model: Model,
+    data: ValidationData,
+    plan: Windows,
+    batch_seqs: int | None,
+    progress: Callable[[int, int, int], object] | None,
+) -> tuple[float, npt.NDArray[np.float64], npt.NDArray[np.int32]]:
+    """The total nll, the nll of each document (D,), and how often each target was scored (N,)."""
+    window_nll = np.empty(len(plan), dtype=np.float64)
+    document_nll = np.zeros(data.starts.size, dtype=np.float64)
+    times = np.zeros(data.tokens.size - 1, dtype=np.int32)
+    scored = 0
+    for begin, end in _batches(plan, batch_seqs):
+        length, first = int(plan.length[begin]), int(plan.first_scored[begin])
+        positions = plan.start[begin:end, None] + np.arange(length)
+        ids = data.tokens[positions].astype(np.int32)
+        targets = data.tokens[positions + 1].astype(np.int32)
+        raw = np.asarray(model.window_losses(ids, targets, first))
+        if raw.shape != (end - begin, length - first):
+            raise ValueError(f"window_losses returned shape {raw.shape}; expected {(end - begin, length - first)}.")
+        losses = raw.astype(np.float64, order="C")
+        window_nll[begin:end] = losses.sum(axis=1)
+        targets_scored = positions[:, first:]
+        _check_finite(losses, targets_scored)
+        documents = np.searchsorted(data.starts, targets_scored + 1, side="right") - 1
+        # One addition after the other, in window order: the batches leave no trace in any bit.
+        np.add.at(document_nll, documents, losses)
+        np.add.at(times, targets_scored, 1)
+        scored += losses.size
+        if progress is not None:
+            progress(end, len(plan), scored)
+    return float(window_nll.sum()), document_nll, times
+
+
+def _batches(plan: Windows, batch_seqs: int | None) -> Iterator[tuple[int, int]]:
+    """Ranges of consecutive windows with one length and one first scored position, in window order."""
+    differs = (np.diff(plan.length) != 0) | (np.diff(plan.first_scored) != 0)
+    bounds = [0, *(np.flatnonzero(differs) + 1).tolist(), len(plan)]
+    for begin, end in itertools.pairwise(bounds):
+        step = batch_seqs or max(1, BATCH_TOKENS // int(plan.length[begin]))
+        for start in range(begin, end, step):
+            yield start, min(start + step, end)
+
+
+def _check_finite(losses: npt.NDArray[np.float64], targets: IntArray) -> None:
+    bad = ~np.isfinite(losses)
+    if bad.any():
+        index = int(np.argmax(bad))
+        raise NonFiniteError(
+            f"The loss of token {targets.flat[index] + 1:,} is {losses.flat[index]}; it must be finite."
+        )
