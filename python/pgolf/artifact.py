@@ -1,0 +1,349 @@
+"""From a model to an artifact and back: export, size report, load (docs/spec.md §4)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zstandard
+
+from pgolf import __version__
+from pgolf.config import Config, ExportConfig, ModelConfig
+from pgolf.container import EncodedTensor, compress, pack, unpack
+from pgolf.data.files import atomic_write
+from pgolf.errors import FormatError, NonFiniteError
+from pgolf.quantize import Float32Array, dequantize_rows, encode_plan, prune_weights, quantize_rows
+from pgolf.threads import get_num_threads
+
+if TYPE_CHECKING:
+    from pgolf.model import GPT
+
+_PROVENANCE = ("steps", "tokens", "seed")
+_HEADER = {"model", "train_seq_len", *_PROVENANCE, "pgolf", "zstd"}
+_ROW_QUANTIZERS: dict[str, dict[str, Any]] = {
+    "int5": {"bits": 5},
+    "int6": {"bits": 6},
+    "int8": {"bits": 8, "method": "quantile_floor"},
+}
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """How one tensor was stored.
+
+    raw_bytes: its payload before compression. compressed_bytes: that payload alone as a zstd frame of level 22.
+    relative_error: ‖loaded − w‖ / ‖w‖, 0 where both are 0; max_error: max |loaded − w|; w is the weight before pruning.
+    """
+
+    name: str
+    encoding: str
+    shape: tuple[int, ...]
+    raw_bytes: int
+    compressed_bytes: int
+    relative_error: float
+    max_error: float
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote, against the limit; sizes in bytes.
+
+    bytes: the artifact's size. code_bytes: the script's, None where none was named.
+    shared_bytes: the artifact less the tensors' compressed_bytes: preamble, header and padding, less what compressing
+        the tensors together saves; it may be negative.
+    """
+
+    path: str
+    bytes: int
+    code_bytes: int | None
+    limit_bytes: int
+    tensors: tuple[TensorReport, ...]
+    pgolf: str
+    zstd: str
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Artifact and code together; None where the code's size is unknown."""
+        return None if self.code_bytes is None else self.bytes + self.code_bytes
+
+    @property
+    def margin(self) -> int:
+        """Bytes left below the limit; where the code's size is unknown, the bytes left for the code."""
+        return self.limit_bytes - self.bytes - (self.code_bytes or 0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether what is known of artifact and code stays within the limit."""
+        return self.margin >= 0
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.bytes - sum(tensor.compressed_bytes for tensor in self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field and property, with JSON's types."""
+        derived = {name: getattr(self, name) for name in ("total_bytes", "margin", "fits", "shared_bytes")}
+        tensors = [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors]
+        return {**asdict(self), **derived, "tensors": tensors}
+
+
+def export(
+    model: GPT,
+    path: str | os.PathLike[str],
+    policy: str | Sequence[tuple[str, str]] = "base",
+    prune: float | None = None,
+    small_numel: int | None = None,
+    code: str | os.PathLike[str] | None = None,
+) -> ExportReport:
+    """Write a model as an artifact: pruned, quantised, compressed, and never half (docs/spec.md §4).
+
+    The model is not changed. Equal weights, header values and zstd version give equal bytes.
+
+    Args:
+        model: the model; its configuration, training length and provenance go into the header.
+        path: the file, replaced where it exists.
+        policy: a recipe's name, or ordered (pattern, encoding) pairs.
+        prune: the share of every large matrix that becomes zero; None: the named recipe's, 0 for a list of pairs.
+        small_numel: tensors of at most so many elements are fp16; None: the named recipe's, 8,192 for a list of pairs.
+        code: the script whose bytes count beside the artifact's.
+
+    Returns:
+        The sizes, against the recipe's limit (16,000,000 bytes for a list of pairs), and each tensor's errors.
+
+    Raises:
+        ValueError: an impossible policy, prune or small_numel, or a tensor that its encoding cannot hold; it is named.
+        FileNotFoundError: there is no such script, or no folder for the artifact.
+        NonFiniteError: a tensor holds NaN or infinity; it is named.
+    """
+    return export_with(model, path, _settings(policy, prune, small_numel), code)
+
+
+def export_with(
+    model: GPT, path: str | os.PathLike[str], settings: ExportConfig, code: str | os.PathLike[str] | None = None
+) -> ExportReport:
+    """:func:`export` with every setting of the ``[export]`` table, as a run has them."""
+    settings.validate()
+    code_bytes = None if code is None else _code_bytes(Path(code))
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {target.parent} for the artifact {target.name}.")
+    with np.errstate(over="ignore"):  # a float64 weight beyond float32 becomes an infinity, refused below
+        state = {name: w.astype(np.float32) for name, w in model.state_dict().items()}
+    for name, w in state.items():
+        if not np.isfinite(w).all():
+            raise NonFiniteError(f"The tensor {name} holds NaN or infinity; only finite weights can be exported.")
+    encoded = encode_state(state, settings)
+    provenance = model.provenance or dict.fromkeys(_PROVENANCE)
+    zstd = ".".join(map(str, zstandard.ZSTD_VERSION))
+    header = {
+        "model": model.config.to_dict(),
+        "train_seq_len": model.train_seq_len,
+        **{key: provenance[key] for key in _PROVENANCE},
+        "pgolf": __version__,
+        "zstd": zstd,
+    }
+    # Level 22 is slow and releases the GIL: the artifact and each tensor alone are compressed side by side, by few
+    # enough threads for level 22's tables (tens of megabytes a thread).
+    with ThreadPoolExecutor(min(get_num_threads(), 8)) as pool:
+        artifact = pool.submit(pack, header, encoded)
+        tensors = tuple(pool.map(_report, state, state.values(), encoded.values()))
+        data = artifact.result()
+    with atomic_write(target) as file:
+        file.write(data)
+    return ExportReport(str(target), len(data), code_bytes, settings.limit_bytes, tensors, __version__, zstd)
+
+
+def load(path: str | os.PathLike[str], device: str | None = None, dtype: str | None = None) -> GPT:
+    """The model in an artifact, ready to score.
+
+    Args:
+        path: a file that :func:`export` wrote.
+        device: as for GPT; None: the best there is.
+        dtype: as for GPT; None: bfloat16 on GPUs, float32 on CPUs.
+
+    Returns:
+        A GPT with the artifact's weights, its ``train_seq_len`` and its ``provenance``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FormatError: the file is damaged, or its tensors are not those of its own model configuration.
+        DeviceError: the device cannot be used.
+    """
+    from pgolf.model import GPT
+
+    header, arrays = read_artifact(path)
+    try:
+        config = ModelConfig.from_dict(header["model"])
+        _check_shapes(config, arrays)
+    except ValueError as error:
+        raise FormatError(f"{path}: {error}") from None
+    model = GPT(config, seed=0, device=device, dtype=dtype)
+    model.load_state_dict(arrays)
+    model.train_seq_len = header["train_seq_len"]
+    provenance = {key: header[key] for key in _PROVENANCE}
+    model.provenance = None if provenance["steps"] is None else provenance
+    return model
+
+
+def read_artifact(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Float32Array]]:
+    """An artifact's header and its tensors, dequantised to float32, without building the model.
+
+    The header's keys: model (the whole ``[model]`` table), train_seq_len, steps, tokens and seed (None for a model
+    that no Trainer trained), pgolf and zstd (versions).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FormatError: the file is damaged, its header is not an artifact's, or a tensor holds NaN or infinity.
+    """
+    header, tensors = unpack(path)
+    if header.keys() != _HEADER:
+        raise FormatError(f"{path}: the header has the keys {_listed(header)}; {_listed(_HEADER)} were expected.")
+    provenance = [header[key] for key in _PROVENANCE]
+    if provenance != [None] * len(provenance) and not all(_is_count(value) for value in provenance):
+        raise FormatError(
+            f"{path}: steps, tokens and seed are {provenance}; "
+            "three non-negative integers or three nulls were expected."
+        )
+    length = header["train_seq_len"]
+    if length is not None and not (_is_count(length) and length > 0):
+        raise FormatError(f"{path}: train_seq_len is {length!r}; a positive integer or null was expected.")
+    arrays = {}
+    for name, tensor in tensors.items():
+        try:
+            arrays[name] = decode_tensor(tensor)
+        except ValueError as error:
+            raise FormatError(f"{path}: the tensor {name!r}: {error}") from None
+    return header, arrays
+
+
+def encode_state(state: Mapping[str, Float32Array], settings: ExportConfig) -> dict[str, EncodedTensor]:
+    """Prune and encode a whole state dict of finite float32 arrays as ``settings`` say, in the order of ``state``.
+
+    Raises ValueError for a tensor that its encoding cannot hold, and for what ``encode_plan`` refuses.
+    """
+    shapes = {name: w.shape for name, w in state.items()}
+    plan = encode_plan(shapes, settings.policy, settings.small_numel, settings.control_patterns)
+    encoded = {}
+    for name, w in state.items():
+        try:
+            encoded[name] = encode_tensor(prune_weights(w, settings.prune), plan[name])
+        except ValueError as error:
+            raise ValueError(f"The tensor {name} cannot be stored as {plan[name]}: {error}") from None
+    return encoded
+
+
+def encode_tensor(w: Float32Array, encoding: str) -> EncodedTensor:
+    """A finite float32 array as ``encoding`` stores it; the integer encodings take matrices."""
+    if encoding in _ROW_QUANTIZERS:
+        return EncodedTensor(encoding, *quantize_rows(w, **_ROW_QUANTIZERS[encoding]))
+    if encoding == "fp32":
+        return EncodedTensor(encoding, w)
+    with np.errstate(over="ignore"):
+        halves = w.astype(np.float16)
+    if not np.isfinite(halves).all():
+        raise ValueError(f"the largest magnitude is {np.abs(w).max():g}, and fp16 ends at 65504.")
+    return EncodedTensor(encoding, halves)
+
+
+def decode_tensor(tensor: EncodedTensor) -> Float32Array:
+    """The float32 array that a stored tensor stands for; raises ValueError where it would hold NaN or infinity."""
+    if tensor.scale is not None:
+        return dequantize_rows(tensor.values, tensor.scale)
+    if not np.isfinite(tensor.values).all():
+        raise ValueError("it holds NaN or infinity; finite values were expected.")
+    return tensor.values.astype(np.float32)
+
+
+def _settings(policy: str | Sequence[tuple[str, str]], prune: float | None, small_numel: int | None) -> ExportConfig:
+    if isinstance(policy, str):
+        settings = Config.from_recipe(policy).export
+    else:
+        settings = ExportConfig(policy=list(policy), prune=0.0, small_numel=8192)
+    if prune is not None:
+        settings.prune = prune
+    if small_numel is not None:
+        settings.small_numel = small_numel
+    return settings
+
+
+def _code_bytes(script: Path) -> int:
+    if not script.is_file():
+        raise FileNotFoundError(f"There is no script {script} whose bytes could be counted.")
+    return script.stat().st_size
+
+
+def _report(name: str, w: Float32Array, tensor: EncodedTensor) -> TensorReport:
+    payload = tensor.payload()
+    wanted = w.astype(np.float64)
+    error = decode_tensor(tensor) - wanted
+    error_norm = float(np.linalg.norm(error))
+    return TensorReport(
+        name=name,
+        encoding=tensor.encoding,
+        shape=w.shape,
+        raw_bytes=len(payload),
+        compressed_bytes=len(compress(payload)),
+        relative_error=error_norm / float(np.linalg.norm(wanted)) if error_norm else 0.0,
+        max_error=float(np.abs(error).max(initial=0.0)),
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    text = ", ".join(sorted(names))
+    return text if len(text) <= 500 else f"{text[:500]} …"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _check_shapes(config: ModelConfig, arrays: Mapping[str, Float32Array]) -> None:
+    """Raises ValueError unless the tensors are those of the configuration; nothing of the model's size is made."""
+    # A layer has tensors of its own: more layers than tensors need no list of what is missing.
+    if config.num_layers > len(arrays):
+        raise ValueError(f"the model has {config.num_layers:,} layers, but the file only {len(arrays):,} tensors.")
+    expected = _parameter_shapes(config)
+    for word, names in (("lacks", expected.keys() - arrays.keys()), ("has", arrays.keys() - expected.keys())):
+        if names:
+            raise ValueError(f"the file {word} {_listed(names)}, against its model configuration.")
+    for name, shape in expected.items():
+        if arrays[name].shape != shape:
+            raise ValueError(
+                f"the tensor {name} has the shape {arrays[name].shape}; its model configuration expects {shape}."
+            )
+
+
+def _parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by name (docs/spec.md §1)."""
+    vocab, d, hidden = config.vocab_size, config.model_dim, config.mlp_hidden
+    kv = config.num_kv_heads * config.head_dim
+    block: dict[str, tuple[int, ...]] = {
+        "resid_mix": (2, d),
+        "attn_scale": (d,),
+        "mlp_scale": (d,),
+        "attn.c_q.weight": (d, d),
+        "attn.c_k.weight": (kv, d),
+        "attn.c_v.weight": (kv, d),
+        "attn.proj.weight": (d, d),
+        "attn.q_gain": (config.num_heads,),
+        "mlp.fc.weight": (hidden, d),
+        "mlp.proj.weight": (d, hidden),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "tok_emb.weight": (vocab, d),
+        "smear.gate": (d,),
+        "skip_weights": (config.num_skips, d),
+        **{f"blocks.{i}.{name}": shape for i in range(config.num_layers) for name, shape in block.items()},
+    }
+    if config.bigram_vocab_size:
+        shapes |= {"bigram.embed.weight": (config.bigram_vocab_size, config.bigram_dim), "bigram.scale": ()}
+        if config.bigram_dim != d:
+            shapes["bigram.proj.weight"] = (d, config.bigram_dim)
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (vocab, d)
+    return shapes

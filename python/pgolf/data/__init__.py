@@ -1,0 +1,1 @@
+"""Token shards, batches, and the preparation of text: docs/spec.md §6."""

@@ -1,0 +1,214 @@
+"""Token shards: the file format of docs/spec.md §6, and what makes a folder of shards one data set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgolf.data.files import atomic_write
+from pgolf.data.manifest import Manifest
+from pgolf.errors import FormatError
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+TOKEN_BYTES = 2
+MAX_TOKEN = 2**16 - 1
+
+StrPath = Union[str, "os.PathLike[str]"]
+
+
+def shard_header(count: int) -> bytes:
+    """The 1,024 bytes that precede `count` tokens: 256 little-endian int32 (magic, version, count, 0 ...)."""
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, count
+    return header.tobytes()
+
+
+def read_shard(path: StrPath) -> NDArray[np.uint16]:
+    """Map a shard's tokens into memory.
+
+    Returns a read-only uint16 array of shape (tokens,), backed by the file: nothing is loaded until it is read.
+
+    Raises FileNotFoundError where there is no such file, and FormatError, naming the file, what was found and what was
+    expected, where it is not exactly one header followed by as many tokens as the header says.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such shard file.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        raw = file.read(HEADER_BYTES)
+    if len(raw) < HEADER_BYTES:
+        raise FormatError(
+            f"{path}: the file has {size:,} bytes; a shard starts with a header of {HEADER_BYTES:,} bytes."
+        )
+    header = np.frombuffer(raw, dtype="<i4")
+    magic, version, count = (int(value) for value in header[:3])
+    if magic != MAGIC:
+        raise FormatError(f"{path}: the first header field (magic) is {magic}; a token shard has {MAGIC}.")
+    if version != VERSION:
+        raise FormatError(f"{path}: the shard's version is {version}; pgolf reads version {VERSION}.")
+    if count < 1:
+        raise FormatError(f"{path}: the header says {count} tokens; a shard holds at least one.")
+    reserved = np.flatnonzero(header[3:])
+    if reserved.size:
+        field = 3 + int(reserved[0])
+        raise FormatError(f"{path}: header field {field} is {header[field]}; fields 3 to 255 of version 1 are 0.")
+    expected = HEADER_BYTES + TOKEN_BYTES * count
+    if size != expected:
+        raise FormatError(
+            f"{path}: the file has {size:,} bytes; its header says {count:,} tokens, which makes {expected:,} bytes."
+        )
+    # A plain array over the map: slices then cost no np.memmap bookkeeping.
+    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,)))
+
+
+def write_shard(path: StrPath, tokens: Any) -> None:
+    """Write a shard; an existing file is replaced whole, and an interrupted write leaves it as it was.
+
+    `tokens` is a 1-D array of any integer dtype with at least one element and values 0..65535.
+
+    Raises TypeError for other dtypes, ValueError for other shapes and values.
+    """
+    array = np.asarray(tokens)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{path}: tokens have dtype {array.dtype}; a shard needs integers.")
+    if array.ndim != 1:
+        raise ValueError(f"{path}: tokens have shape {array.shape}; a shard needs one dimension.")
+    if not 1 <= array.size < 2**31:
+        raise ValueError(f"{path}: there are {array.size:,} tokens; a shard holds 1 to 2,147,483,647.")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > MAX_TOKEN:
+        raise ValueError(f"{path}: tokens range from {low} to {high}; a shard holds values from 0 to {MAX_TOKEN}.")
+    with atomic_write(Path(path)) as file:
+        file.write(shard_header(array.size))
+        file.write(np.ascontiguousarray(array, dtype="<u2").data)
+
+
+class ShardSet:
+    """Several shards, in the order of their file names, as one stream of tokens that wraps around.
+
+    The files stay memory-mapped; every read is checked against the vocabulary.
+
+    `paths`: one or more shard files. `vocab_size`: tokens at or above it are refused; None accepts all of uint16.
+
+    Raises ValueError where no path is given, and read_shard's errors.
+    """
+
+    def __init__(self, paths: Iterable[StrPath], vocab_size: int | None = None) -> None:
+        self.paths = sorted((Path(path) for path in paths), key=lambda path: (path.name, str(path)))
+        if not self.paths:
+            raise ValueError("a shard set needs at least one shard file; none was given.")
+        self.vocab_size = vocab_size
+        self._shards = [read_shard(path) for path in self.paths]
+        self._starts = np.cumsum([0] + [shard.size for shard in self._shards])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __repr__(self) -> str:
+        return f"ShardSet({len(self.paths)} shards from {self.paths[0].name}, {len(self):,} tokens)"
+
+    def read(self, start: int, count: int) -> NDArray[np.uint16]:
+        """`count` tokens from stream position `start` (≥ 0, taken modulo the length), as an owned uint16 array.
+
+        Raises ValueError for a negative start or count, and FormatError where a token is not in the vocabulary.
+        """
+        if start < 0 or count < 0:
+            raise ValueError(f"start is {start} and count is {count}; both must be at least 0.")
+        out = np.empty(count, dtype=np.uint16)
+        position = start % len(self)
+        filled = 0
+        while filled < count:
+            index = int(np.searchsorted(self._starts, position, side="right")) - 1
+            offset = position - int(self._starts[index])
+            part = self._shards[index][offset : offset + count - filled]
+            self._check(index, offset, part)
+            out[filled : filled + part.size] = part
+            filled += part.size
+            position = (position + part.size) % len(self)
+        return out
+
+    def _check(self, index: int, offset: int, part: NDArray[np.uint16]) -> None:
+        if self.vocab_size is None or int(part.max()) < self.vocab_size:
+            return
+        first = int(np.argmax(part >= self.vocab_size))
+        raise FormatError(
+            f"{self.paths[index]}: token {offset + first:,} is {part[first]}; "
+            f"a vocabulary of {self.vocab_size:,} ends at {self.vocab_size - 1}."
+        )
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """What find_data found: shard paths in name order, the tokenizer's path or None, the manifest or None."""
+
+    path: Path
+    train: tuple[Path, ...]
+    val: tuple[Path, ...]
+    tokenizer: Path | None
+    manifest: Manifest | None
+
+
+def find_data(data: StrPath, splits: tuple[str, ...] = ("train", "val")) -> DataFolder:
+    """Look at a data folder: `*_train_*.bin` and `*_val_*.bin` shards, a tokenizer, a manifest.
+
+    The tokenizer is the folder's only `*.model`, else the one that `manifest.json` names, else None.
+
+    Raises FileNotFoundError where the folder is missing, a split of `splits` has no shard, or a shard of the manifest
+    is missing; NotADirectoryError where `data` is a file; FormatError where the manifest cannot be read.
+    """
+    folder = Path(data)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such data folder.")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: this is a file; a data folder with shards is expected.")
+    shards = {split: tuple(sorted(folder.glob(f"*_{split}_*.bin"))) for split in ("train", "val")}
+    for split in splits:
+        if not shards[split]:
+            raise FileNotFoundError(f"{folder}: the data folder holds no *_{split}_*.bin shard.")
+    manifest = Manifest.find(folder)
+    models = sorted(folder.glob("*.model"))
+    tokenizer = models[0] if len(models) == 1 else None
+    if manifest is not None:
+        for name in manifest.shard_names():
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder}: manifest.json lists the shard {name}, which is missing.")
+        named = folder / manifest.tokenizer.file
+        if tokenizer is None and named.is_file():
+            tokenizer = named
+    return DataFolder(folder, shards["train"], shards["val"], tokenizer, manifest)
+
+
+def load_tokens(data: Any, split: str = "val", vocab_size: int | None = None) -> NDArray[np.uint16] | NDArray[np.int32]:
+    """All tokens of a data set in one array, for evaluation.
+
+    `data`: a data folder (its `split` is read), one shard's path, or a 1-D integer array.
+    Returns an owned contiguous array of shape (tokens,): uint16 from files, int32 from arrays.
+
+    Raises TypeError and ValueError for arrays of another dtype, shape or range, and the errors of find_data and
+    read_shard.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        path = Path(data)
+        paths = [path] if path.is_file() else getattr(find_data(path, splits=(split,)), split)
+        shards = ShardSet(paths, vocab_size)
+        return shards.read(0, len(shards))
+    array = np.asarray(data)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"token ids have dtype {array.dtype}; integers are expected.")
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"token ids have shape {array.shape}; one dimension with at least one token is expected.")
+    limit = 2**31 if vocab_size is None else vocab_size
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= limit:
+        raise ValueError(f"token ids range from {low} to {high}; 0 to {limit - 1} is expected.")
+    return np.array(array, dtype=np.int32, order="C")

@@ -1,0 +1,252 @@
+"""Shards and data folders: round trips, and every broken file refused by name (docs/spec.md §6)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pgolf import errors
+from pgolf.data import shards
+from pgolf.data.shards import ShardSet, find_data, load_tokens, read_shard, write_shard
+
+TOKENS = st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=50)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@given(TOKENS, st.sampled_from([np.uint16, np.int32, np.uint32, np.int64, np.uint64]))
+def test_shards_round_trip(scratch: Path, tokens: list[int], dtype: type) -> None:
+    path = scratch / "round.bin"
+    write_shard(path, np.array(tokens, dtype=dtype))
+    read = read_shard(path)
+    assert read.dtype == np.uint16 and read.tolist() == tokens
+    with pytest.raises(ValueError, match="read-only"):
+        read[0] = 1
+
+
+def test_a_shards_bytes_are_the_format(scratch: Path) -> None:
+    write_shard(scratch / "bytes.bin", np.array([1, 258, 65535])[::-1])
+    content = (scratch / "bytes.bin").read_bytes()
+    header = np.frombuffer(content[:1024], "<i4")
+    assert header[:3].tolist() == [20240520, 1, 3] and not header[3:].any()
+    assert content[1024:] == b"\xff\xff\x02\x01\x01\x00"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "words"),
+    [
+        (np.array([0.5]), TypeError, "dtype float64"),
+        (np.array([True]), TypeError, "dtype bool"),
+        (np.array([[1, 2]]), ValueError, r"shape \(1, 2\)"),
+        (np.array(3), ValueError, r"shape \(\)"),
+        (np.array([], dtype=np.int64), ValueError, "0 tokens"),
+        (np.array([4, -1]), ValueError, "from -1 to 4"),
+        (np.array([65536]), ValueError, "from 65536 to 65536"),
+    ],
+)
+def test_tokens_that_no_shard_can_hold(tmp_path: Path, tokens: object, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=rf"new\.bin: .*{words}"):
+        write_shard(tmp_path / "new.bin", tokens)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_write_leaves_the_old_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.bin"
+    write_shard(path, [1, 2, 3])
+
+    def full_disk(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_shard(path, [4, 5])
+    assert read_shard(path).tolist() == [1, 2, 3]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+GOOD = shards.shard_header(2) + b"\1\0\2\0"
+
+
+def with_field(index: int, value: int) -> bytes:
+    header = np.frombuffer(GOOD[:1024], "<i4").copy()
+    header[index] = value
+    return header.tobytes() + GOOD[1024:]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "has 0 bytes; a shard starts with a header of 1,024"),
+        (GOOD[:1023], "has 1,023 bytes"),
+        (GOOD[:-1], "has 1,027 bytes; its header says 2 tokens, which makes 1,028"),
+        (GOOD[:-2], "has 1,026 bytes"),
+        (GOOD + b"\0", "has 1,029 bytes"),
+        (with_field(0, 20240801), "is 20240801; a token shard has 20240520"),
+        (with_field(1, 2), "version is 2; pgolf reads version 1"),
+        (with_field(2, 0), "says 0 tokens"),
+        (with_field(2, -5), "says -5 tokens"),
+        (with_field(2, 2**31 - 1), "2,147,483,647 tokens, which makes 4,294,968,318 bytes"),
+        (with_field(9, 7), "field 9 is 7"),
+    ],
+)
+def test_broken_shards_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "broken.bin"
+    path.write_bytes(content)
+    with pytest.raises(errors.FormatError, match=rf"broken\.bin: .*{words}"):
+        read_shard(path)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone\.bin: no such shard"):
+        read_shard(tmp_path / "gone.bin")
+
+
+@given(st.lists(TOKENS, min_size=1, max_size=4), st.integers(0, 500), st.integers(0, 300))
+def test_a_shard_set_is_one_endless_stream(scratch: Path, parts: list[list[int]], start: int, count: int) -> None:
+    paths = [scratch / f"set_{i}.bin" for i in range(len(parts))]
+    for path, part in zip(paths, parts, strict=True):
+        write_shard(path, part)
+    whole = [token for part in parts for token in part]
+    stream = ShardSet(reversed(paths))
+    assert len(stream) == len(whole)
+    read = stream.read(start, count)
+    assert read.dtype == np.uint16 and read.flags.writeable
+    assert read.tolist() == [whole[(start + i) % len(whole)] for i in range(count)]
+
+
+def test_shards_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    (tmp_path / "z").mkdir()
+    write_shard(tmp_path / "z" / "x_train_000000.bin", [1])
+    write_shard(tmp_path / "x_train_000001.bin", [2])
+    assert ShardSet(tmp_path.rglob("*.bin")).read(0, 2).tolist() == [1, 2]
+
+
+def test_tokens_outside_the_vocabulary_are_found_when_read(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.bin", [5, 6])
+    write_shard(tmp_path / "b.bin", [1, 2, 1024, 2000])
+    stream = ShardSet([tmp_path / "a.bin", tmp_path / "b.bin"], vocab_size=1024)
+    assert stream.read(0, 4).tolist() == [5, 6, 1, 2]
+    for start in (0, 3):
+        with pytest.raises(errors.FormatError, match=r"b\.bin: token 2 is 1024; a vocabulary of 1,024 ends at 1023"):
+            stream.read(start, 5)
+
+
+def test_shard_sets_refuse_nonsense(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one shard"):
+        ShardSet([])
+    write_shard(tmp_path / "a.bin", [5])
+    for start, count in ((-1, 1), (0, -1)):
+        with pytest.raises(ValueError, match="at least 0"):
+            ShardSet([tmp_path / "a.bin"]).read(start, count)
+
+
+def fill(folder: Path) -> Path:
+    """A data folder with two training shards and a validation shard."""
+    write_shard(folder / "text_train_000001.bin", [3, 4])
+    write_shard(folder / "text_train_000000.bin", [1, 2])
+    write_shard(folder / "text_val_000000.bin", [9, 8, 7])
+    return folder
+
+
+def write_manifest(folder: Path, **changes: object) -> None:
+    split = {"documents": 1, "tokens": 3, "source_bytes": 1, "text_bytes": 1, "changed_documents": 0, "shards": []}
+    shard = {"file": "text_val_000000.bin", "tokens": 3, "sha256": "0"}
+    manifest = {
+        "format": "pgolf-data-1",
+        "pgolf": "0",
+        "sources": ["text.txt"],
+        "tokenizer": {"file": "b.model", "sha256": "0", "vocab_size": 10, "normalization": "identity"},
+        "train": split,
+        "val": {**split, "shards": [shard]},
+    }
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def test_find_data_lists_shards_in_order(tmp_path: Path) -> None:
+    found = find_data(str(fill(tmp_path)))
+    assert [path.name for path in found.train] == ["text_train_000000.bin", "text_train_000001.bin"]
+    assert [path.name for path in found.val] == ["text_val_000000.bin"]
+    assert (found.path, found.tokenizer, found.manifest) == (tmp_path, None, None)
+
+
+def test_find_data_takes_the_only_model_else_the_manifests(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "a.model").touch()
+    assert find_data(tmp_path).tokenizer == tmp_path / "a.model"
+    (tmp_path / "b.model").touch()
+    assert find_data(tmp_path).tokenizer is None
+    write_manifest(tmp_path)
+    found = find_data(tmp_path)
+    assert found.tokenizer == tmp_path / "b.model"
+    assert found.manifest is not None and found.manifest.val.tokens == 3
+
+
+def test_find_data_refuses_missing_parts(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent: no such data folder"):
+        find_data(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match=r"holds no \*_train_\*\.bin shard"):
+        find_data(tmp_path)
+    fill(tmp_path)
+    with pytest.raises(NotADirectoryError, match=r"text_val_000000\.bin: this is a file"):
+        find_data(tmp_path / "text_val_000000.bin")
+    (tmp_path / "text_val_000000.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no \*_val_\*\.bin shard"):
+        find_data(tmp_path)
+    assert find_data(tmp_path, splits=("train",)).val == ()
+
+
+def test_find_data_misses_a_shard_of_the_manifest(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "text_val_000000.bin").rename(tmp_path / "text_val_000001.bin")
+    write_manifest(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"lists the shard text_val_000000\.bin, which is missing"):
+        find_data(tmp_path)
+
+
+def test_broken_manifests_are_refused_and_foreign_ones_ignored(tmp_path: Path) -> None:
+    fill(tmp_path)
+    (tmp_path / "manifest.json").write_bytes(b'{"format": "pgolf')
+    with pytest.raises(errors.FormatError, match=r"manifest\.json: this is not JSON"):
+        find_data(tmp_path)
+    for changes in ({"train": {}}, {"tokenizer": None}, {"val": []}):
+        write_manifest(tmp_path, **changes)
+        with pytest.raises(errors.FormatError, match=r"manifest\.json: the manifest's fields"):
+            find_data(tmp_path)
+    (tmp_path / "manifest.json").write_text('["someone", "else"]')
+    assert find_data(tmp_path).manifest is None
+
+
+def test_load_tokens_from_folder_file_and_array(tmp_path: Path) -> None:
+    fill(tmp_path)
+    assert load_tokens(tmp_path).tolist() == [9, 8, 7]
+    assert load_tokens(str(tmp_path), split="train").tolist() == [1, 2, 3, 4]
+    tokens = load_tokens(tmp_path / "text_train_000001.bin")
+    assert tokens.dtype == np.uint16 and tokens.tolist() == [3, 4]
+    given_array = np.arange(10, dtype=np.int64)[::3]
+    tokens = load_tokens(given_array)
+    assert tokens.dtype == np.int32 and tokens.flags.c_contiguous and tokens.tolist() == [0, 3, 6, 9]
+
+
+def test_load_tokens_refuses_what_it_cannot_score(tmp_path: Path) -> None:
+    fill(tmp_path)
+    with pytest.raises(errors.FormatError, match=r"text_val_000000\.bin: token 0 is 9"):
+        load_tokens(tmp_path, vocab_size=9)
+    with pytest.raises(FileNotFoundError, match="no such data folder"):
+        load_tokens(tmp_path / "absent")
+    with pytest.raises(TypeError, match="float64"):
+        load_tokens([0.5])
+    for bad in (np.zeros((2, 2), int), np.zeros(0, int)):
+        with pytest.raises(ValueError, match="one dimension with at least one token"):
+            load_tokens(bad)
+    for low, high in ((-1, 3), (0, 9)):
+        with pytest.raises(ValueError, match=f"from {low} to {high}; 0 to 8"):
+            load_tokens([low, high], vocab_size=9)
