@@ -60,6 +60,11 @@ class GPT:
         """The number of weights."""
         return sum(int(np.prod(shape)) for shape in self._shapes.values())
 
+    @property
+    def description(self) -> str:
+        """Device, instruction set, dtype and threads, as reports name them."""
+        return str(self._native.description())
+
     def memory_table(self) -> list[tuple[str, float]]:
         """What lies in memory now, as (what, MiB); indented rows share their arena's memory over time."""
         return [(what, size / 2**20) for what, size in self._native.memory_table()]

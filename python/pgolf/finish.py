@@ -1,0 +1,135 @@
+"""The end of a run: average, export, reload, score, report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pgolf.data.files import atomic_write
+from pgolf.evaluate import evaluate
+
+if TYPE_CHECKING:
+    import os
+
+    from pgolf.trainer import Trainer
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(what, done, total)."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run came to, as report.json has it.
+
+    Losses are nats per token, bpb bits per byte (None without a tokenizer). val_*: standard windows over the validation
+    data, of the weights as trained, after averaging (None: nothing was averaged) and of the loaded artifact. score_*:
+    the artifact, scored by the [eval] table's method. Sizes in bytes; code_bytes and total_bytes None where no script was
+    named. seconds: training time; score_seconds: scoring. peak_memory: (what, MiB) of the run's memory.
+    """
+
+    val_loss: float
+    val_bpb: float | None
+    val_loss_averaged: float | None
+    val_bpb_averaged: float | None
+    val_loss_quantised: float
+    val_bpb_quantised: float | None
+    score_method: str
+    score_loss: float
+    score_bpb: float | None
+    score_seconds: float
+    artifact_bytes: int
+    code_bytes: int | None
+    total_bytes: int | None
+    limit_bytes: int
+    fits: bool
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    snapshots: int
+    parameters: int
+    seed: int
+    micro_batch_seqs: int
+    device: str
+    versions: dict[str, str]
+    memory: list[tuple[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def finish_run(trainer: Trainer, progress: Progress | None, code: str | os.PathLike[str] | None) -> Report:
+    """See `pgolf.Trainer.finish`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        return _finish(trainer, trainer.run_dir or Path(temporary), progress or (lambda what, done, total: None), code)
+
+
+def _finish(trainer: Trainer, folder: Path, progress: Progress, code: str | os.PathLike[str] | None) -> Report:
+    from pgolf.artifact import export_with, load  # zstandard is needed from here on
+
+    config, model = trainer.config, trainer.model
+    progress("validate", 0, 1)
+    before = trainer.validation_loss()
+    progress("average", 0, 1)
+    averaged = trainer.validation_loss() if trainer.use_average() else None
+    progress("export", 0, 1)
+    sizes = export_with(model, folder / "model.pgolf", config.export, code)
+    loaded = load(folder / "model.pgolf", device=model.device)
+    progress("validate the artifact", 0, 1)
+    quantised = trainer.validation_loss(loaded)
+    started = time.perf_counter()
+    score = evaluate(
+        loaded,
+        trainer.validation,
+        method=config.eval.method,
+        seq_len=config.eval_seq_len,
+        stride=config.eval.eval_stride,
+        tail=config.eval.tail,
+        batch_seqs=config.eval.eval_batch_seqs,
+        progress=lambda done, total, tokens: progress("score", done, total),
+    )
+    report = Report(
+        val_loss=before[0],
+        val_bpb=before[1],
+        val_loss_averaged=averaged[0] if averaged else None,
+        val_bpb_averaged=averaged[1] if averaged else None,
+        val_loss_quantised=quantised[0],
+        val_bpb_quantised=quantised[1],
+        score_method=config.eval.method,
+        score_loss=score.loss,
+        score_bpb=score.bpb,
+        score_seconds=time.perf_counter() - started,
+        artifact_bytes=sizes.bytes,
+        code_bytes=sizes.code_bytes,
+        total_bytes=sizes.total_bytes,
+        limit_bytes=sizes.limit_bytes,
+        fits=sizes.fits,
+        steps=trainer.step,
+        tokens=trainer.tokens,
+        seconds=trainer.seconds,
+        tokens_per_second=trainer.tokens / trainer.seconds if trainer.seconds else 0.0,
+        snapshots=trainer.snapshots,
+        parameters=model.num_parameters,
+        seed=config.train.seed,
+        micro_batch_seqs=trainer.micro_batch_seqs,
+        device=model.description,
+        versions={
+            "pgolf": sizes.pgolf,
+            "zstd": sizes.zstd,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
+        memory=trainer.memory_table(),
+    )
+    if trainer.run_dir is not None:
+        with atomic_write(trainer.run_dir / "report.json") as file:
+            file.write(json.dumps(report.to_dict(), indent=2).encode() + b"\n")
+    return report

@@ -1,0 +1,68 @@
+"""Replaying a run: the decisions of a time-limited run, taken from its log, give the same bits on any clock."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pgolf.config import TrainConfig
+from pgolf.errors import FormatError
+
+_FIELDS = {"step": int, "lr_scale": float, "momentum": float, "qat": bool, "snapshot": bool}
+
+
+class Replay:
+    """Has the methods of `pgolf.schedule.Schedule`, and answers with what `train.replay`, a log.jsonl, recorded.
+
+    Raises FileNotFoundError where there is no such log, and FormatError naming the line that is not a step record.
+    """
+
+    def __init__(self, train: TrainConfig) -> None:
+        path = Path(train.replay)
+        if not path.is_file():
+            raise FileNotFoundError(f"train.replay names {path}, which does not exist; expected the log.jsonl of a run.")
+        self._steps: list[dict[str, Any]] = []
+        self._validated: set[int] = set()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            record = _record(path, number, line)
+            if record.get("val_loss") is not None:
+                self._validated.add(record["step"])
+            if record["step"] == 0:
+                continue
+            if record["step"] != len(self._steps) + 1:
+                raise FormatError(f"{path}, line {number}: step {record['step']}; expected {len(self._steps) + 1}.")
+            self._steps.append(record)
+        if not self._steps:
+            raise FormatError(f"{path} holds no training step to replay.")
+
+    def lr_scale(self, step: int, seconds: float) -> float:
+        return float(self._steps[step]["lr_scale"])
+
+    def momentum(self, step: int) -> float:
+        return float(self._steps[step]["momentum"])
+
+    def qat(self, step: int, seconds: float) -> bool:
+        return bool(self._steps[step]["qat"])
+
+    def snapshot(self, step: int, lr_scale: float) -> bool:
+        return bool(self._steps[step]["snapshot"])
+
+    def done(self, step: int, seconds: float) -> bool:
+        return step >= len(self._steps)
+
+    def validate(self, step: int, done: bool) -> bool:
+        return done or step in self._validated
+
+
+def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise FormatError(f"{path}, line {number} is not JSON ({error}); expected a step record.") from None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise FormatError(f"{path}, line {number} has no step; expected a step record.")
+    for name, kind in _FIELDS.items() if record["step"] > 0 else ():
+        if not isinstance(record.get(name), (kind, int) if kind is float else kind):
+            raise FormatError(f"{path}, line {number}: {name} is {record.get(name)!r}; expected a {kind.__name__}.")
+    return record

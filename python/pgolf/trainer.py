@@ -1,0 +1,376 @@
+"""Training: the loop decides (schedule, averaging, validation, the end), native code computes.
+
+A run is an iterator over its steps:
+
+    trainer = pgolf.Trainer(config, data="data/books", run_dir="runs/books")
+    for step in trainer:
+        print(step.step, step.loss, step.val_loss)
+    report = trainer.finish()
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pgolf import _C, checkpoint
+from pgolf.config import Config
+from pgolf.data.batches import BatchStream
+from pgolf.data.files import atomic_write
+from pgolf.data.shards import ShardSet, find_data
+from pgolf.errors import NonFiniteError
+from pgolf.evaluate import ValidationData, evaluate
+from pgolf.finish import Progress, Report, finish_run
+from pgolf.model import GPT
+from pgolf.replay import Replay
+from pgolf.schedule import Schedule
+from pgolf.tokenizer import Tokenizer
+
+StrPath = str | os.PathLike[str]
+
+# Sequences of a micro-batch where the configuration leaves it open: the largest of these that fits in
+# _MICRO_BATCH_TOKENS, so that a core's share of every activation stays near its caches.
+_MICRO_BATCH_SIZES = (64, 32, 16, 8, 4, 2, 1)
+_MICRO_BATCH_TOKENS = 8_192
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One finished training step, as a line of log.jsonl; record 0 is the validation before training.
+
+    step: finished steps, from 1. tokens: trained so far. loss: the step's mean loss before its update, nats; None in
+    record 0. lr_scale, momentum, qat, snapshot: what the schedule decided, exactly. grad_norm: before clipping.
+    seconds: training time so far, validation excluded. tokens_per_second: of this step. val_loss, val_bpb: None unless
+    measured after this step.
+    """
+
+    step: int
+    tokens: int
+    loss: float | None
+    lr_scale: float | None
+    momentum: float | None
+    qat: bool
+    snapshot: bool
+    grad_norm: float | None
+    seconds: float
+    tokens_per_second: float | None
+    val_loss: float | None = None
+    val_bpb: float | None = None
+
+
+class Trainer:
+    """A training run; iterate over it for its steps, then call `finish`.
+
+    Args:
+        config: the run's configuration.
+        data: a folder with *_train_*.bin and *_val_*.bin shards; None: config.train.data_path.
+        tokenizer: a SentencePiece model, by path or opened; None: config.train.tokenizer_path, else the data folder's.
+            Without any, losses are reported but no bits per byte.
+        run_dir: where config.toml, log.jsonl, checkpoint/, model.pgolf, loss.png and report.json go; None: nowhere.
+        device: as `pgolf.GPT`.
+        resume: continue the run in run_dir from its newest checkpoint, if it has one.
+
+    Raises:
+        ValueError: an impossible configuration; a tokenizer of another vocabulary; a run_dir that holds another run.
+        FileNotFoundError: missing data or tokenizer.
+        FormatError: a shard, tokenizer, checkpoint or log that cannot be read.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: StrPath | None = None,
+        tokenizer: StrPath | Tokenizer | None = None,
+        run_dir: StrPath | None = None,
+        device: str | None = None,
+        resume: bool = False,
+    ) -> None:
+        config.validate()
+        self.config = config
+        train, model = config.train, config.model
+        source = data if data is not None else train.data_path
+        if not source:
+            raise ValueError("No training data was given: pass data= or set train.data_path.")
+        self.data = find_data(source)
+        self.tokenizer = _open_tokenizer(tokenizer or train.tokenizer_path or self.data.tokenizer)
+        self.validation = ValidationData.load(
+            source, self.tokenizer, vocab_size=model.vocab_size, bos_id=model.bos_id
+        )
+        shards = ShardSet(self.data.train, model.vocab_size)
+        self._stream = BatchStream(shards, train.train_batch_tokens, train.grad_accum_steps, train.train_seq_len)
+        self.schedule: Schedule | Replay = Replay(train) if train.replay else Schedule(train)
+        self.run_dir = _prepare_run_dir(run_dir, resume)
+
+        self.model = GPT(model, seed=train.seed, device=device, dtype=train.dtype)
+        self.model.train_seq_len = train.train_seq_len
+        self._native = self.model._native
+        self._optimizer = _C.Optimizer(self._native, train.muon_backend_steps)
+        if train.ema_decay > 0:
+            self._optimizer.start_ema()
+        self.micro_batch_seqs = train.micro_batch_seqs or _automatic_micro_batch(
+            train.train_batch_tokens // train.train_seq_len, train.train_seq_len
+        )
+        self.step = 0
+        """Finished steps."""
+        self.seconds = 0.0
+        """Training time so far, validation excluded."""
+        self.last_validation: StepRecord | None = None
+        self._validated = -1  # the step after which validation was last measured
+        self._warned = 0
+
+        if train.warmup_steps:
+            self._prime(train.warmup_steps)
+        if self.run_dir is not None:
+            if resume:
+                self._resume()
+            with atomic_write(self.run_dir / "config.toml") as file:
+                file.write(config.to_toml().encode())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.step * self.config.train.train_batch_tokens
+
+    @property
+    def snapshots(self) -> int:
+        """Weights added to the running mean so far."""
+        return int(self._optimizer.snapshots)
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has reached its end."""
+        return self.schedule.done(self.step, self.seconds)
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        """Trains until the schedule ends the run. An iteration that was left can be taken up by another one."""
+        if self.step == 0 and self._validated < 0 and self.schedule.validate(0, self.done):
+            yield self._log(self._validate(StepRecord(0, 0, None, None, None, False, False, None, 0.0, None)))
+        while not self.done:
+            record = self._train_step()
+            if self.schedule.validate(self.step, self.done):
+                record = self._validate(record)
+            if self.done:
+                self.save_checkpoint()
+            yield self._log(record)
+
+    def _train_step(self) -> StepRecord:
+        """One optimizer step. Until its last line nothing has changed: an interrupted step can be taken again."""
+        train, schedule, step, position = self.config.train, self.schedule, self.step, self._stream.position
+        started = time.perf_counter()
+        lr_scale, momentum = schedule.lr_scale(step, self.seconds), schedule.momentum(step)
+        qat = schedule.qat(step, self.seconds)
+        snapshot = schedule.snapshot(step, lr_scale)
+        self._warn_of_early_warmdown()
+        try:
+            ids, targets = self._stream.next()
+            self._native.begin_step(qat)
+            total = 0.0
+            for start in range(0, len(ids), self.micro_batch_seqs):
+                part = slice(start, start + self.micro_batch_seqs)
+                total += self._native.micro_step(ids[part], targets[part], 1.0 / ids.size)
+            self._native.end_step()
+        except BaseException:
+            self._stream.position = position
+            raise
+        grad_norm, finite = self._optimizer.step(self._step_settings(lr_scale, momentum))
+        if not finite:
+            self._stream.position = position
+            raise NonFiniteError(self._describe_non_finite(step + 1))
+        if train.ema_decay > 0:
+            self._optimizer.update_ema(train.ema_decay)
+        if snapshot:
+            self._optimizer.add_snapshot()
+        elapsed = time.perf_counter() - started
+        self.step, self.seconds = step + 1, self.seconds + elapsed
+        self.model.provenance = {"steps": self.step, "tokens": self.tokens, "seed": train.seed}
+        return StepRecord(
+            step=self.step,
+            tokens=self.tokens,
+            loss=total / ids.size,
+            lr_scale=lr_scale,
+            momentum=momentum,
+            qat=qat,
+            snapshot=snapshot,
+            grad_norm=grad_norm,
+            seconds=self.seconds,
+            tokens_per_second=ids.size / elapsed,
+        )
+
+    def _step_settings(self, lr_scale: float, momentum: float) -> dict[str, Any]:
+        """What one optimizer step needs; groups in the order matrix, embedding, scalar, head."""
+        train = self.config.train
+        embed_lr = train.tied_embed_lr if self.config.model.tie_embeddings else train.embed_lr
+        rates = (train.matrix_lr, embed_lr, train.scalar_lr, train.head_lr)
+        return {
+            "lr": [lr_scale * rate for rate in rates],
+            "weight_decay": [train.muon_weight_decay, train.weight_decay, train.weight_decay, 0.0],
+            "beta1": train.beta1,
+            "beta2": train.beta2,
+            "eps": train.adam_eps,
+            "momentum": momentum,
+            "clip": train.grad_clip_norm,
+        }
+
+    def validation_loss(self, model: GPT | None = None) -> tuple[float, float | None]:
+        """Mean loss in nats and bits per byte (None without a tokenizer) on the validation data, standard method."""
+        train = self.config.train
+        score = evaluate(
+            model or self.model,
+            self.validation,
+            method="standard",
+            seq_len=train.train_seq_len,
+            batch_seqs=max(1, train.val_batch_tokens // train.train_seq_len),
+        )
+        return score.loss, score.bpb
+
+    def _validate(self, record: StepRecord) -> StepRecord:
+        loss, bpb = self.validation_loss()
+        self._validated = record.step
+        fields = {name: getattr(record, name) for name in StepRecord.__slots__}
+        self.last_validation = StepRecord(**{**fields, "val_loss": loss, "val_bpb": bpb})
+        return self.last_validation
+
+    def finish(self, progress: Progress | None = None, code: StrPath | None = None) -> Report:
+        """Averages the weights, exports them, loads the artifact and scores it; writes the run folder's report.
+
+        Args:
+            progress: called as progress(what, done, total) while it works.
+            code: the script whose bytes count beside the artifact's.
+
+        Returns:
+            The report, as report.json has it.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite; it is named.
+        """
+        return finish_run(self, progress, code)
+
+    def use_average(self) -> bool:
+        """Replaces the weights by their average, if there is one: the EMA, or the mean of at least two snapshots."""
+        if self.config.train.ema_decay > 0:
+            self._optimizer.use_ema()
+            return True
+        if self.snapshots >= 2:
+            self._optimizer.use_snapshot_mean()
+            return True
+        return False
+
+    def memory_table(self) -> list[tuple[str, float]]:
+        """What the run keeps in memory, as (what, MiB), planned if no step has been taken yet."""
+        self._native.prepare_training(self.micro_batch_seqs, self.config.train.train_seq_len)
+        return [*self.model.memory_table(), ("optimizer", self._optimizer.bytes() / 2**20)]
+
+    # ---- State: what a checkpoint holds, and what priming restores.
+
+    def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+        """Everything the next step depends on: arrays by name, and plain values."""
+        arrays = {f"weight.{name}": value for name, value in self.model.state_dict().items()}
+        arrays |= {name: self._optimizer.read(name) for name in self._optimizer.state_names()}
+        values = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "position": self._stream.position,
+            "adam_steps": self._optimizer.steps,
+            "snapshots": self.snapshots,
+            "validated": self._validated,
+            "warned": self._warned,
+            "micro_batch_seqs": self.micro_batch_seqs,
+            "dtype": self.model.dtype,
+            "config": self.config.to_dict(),
+        }
+        return arrays, values
+
+    def load_state(self, arrays: dict[str, np.ndarray[Any, Any]], values: dict[str, Any]) -> None:
+        """Puts back what `state` returned."""
+        prefix = "weight."
+        self.model.load_state_dict({n[len(prefix) :]: a for n, a in arrays.items() if n.startswith(prefix)})
+        self._optimizer.snapshots = values["snapshots"]  # makes room for the average
+        for name in self._optimizer.state_names():
+            self._optimizer.write(name, arrays[name])
+        self._optimizer.steps = values["adam_steps"]
+        self.step, self.seconds = values["step"], values["seconds"]
+        self._stream.position = values["position"]
+        self._validated, self._warned = values["validated"], values["warned"]
+        self.micro_batch_seqs = values["micro_batch_seqs"]
+        if self.step:
+            self.model.provenance = {"steps": self.step, "tokens": self.tokens, "seed": self.config.train.seed}
+
+    def save_checkpoint(self) -> Path | None:
+        """Writes the state into the run folder; None without one."""
+        return checkpoint.save(self.run_dir / "checkpoint", *self.state()) if self.run_dir is not None else None
+
+    def _resume(self) -> None:
+        assert self.run_dir is not None
+        found = checkpoint.newest(self.run_dir / "checkpoint")
+        if found is None:
+            return
+        arrays, values = checkpoint.load(found)
+        checkpoint.check_same_run(found, values, self.config, self.model.dtype)
+        self.load_state(arrays, values)
+        checkpoint.cut_log(self.run_dir / "log.jsonl", self.step)
+
+    def _prime(self, steps: int) -> None:
+        """Runs a few steps and forgets them, as the reference scripts do to trigger their compilation."""
+        arrays, values = self.state()
+        for _ in range(steps):
+            self._train_step()
+        self.load_state(arrays, values)
+        self.model.provenance = None
+
+    # ---- Log and warnings
+
+    def _log(self, record: StepRecord) -> StepRecord:
+        if self.run_dir is not None:
+            with (self.run_dir / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(record)) + "\n")
+        return record
+
+    def _warn_of_early_warmdown(self) -> None:
+        """Once at step 0, and once more at the first step that knows a time."""
+        if self._warned < 2 and isinstance(self.schedule, Schedule) and (self.step == 0 or self._warned < 1 + (self.step > 0)):
+            message = self.schedule.early_warmdown(self.step, self.seconds)
+            self._warned = 2 if message or self.step > 0 else 1
+            if message:
+                warnings.warn(message, stacklevel=3)
+
+    def _describe_non_finite(self, step: int) -> str:
+        for name in self.model._shapes:
+            if not np.isfinite(self._native.read_grad(name)).all():
+                return f"The gradient of {name} became NaN or infinite in step {step}; no weight was changed by it."
+        return f"The gradient norm overflowed in step {step}; no weight was changed by it."
+
+    def __repr__(self) -> str:
+        where = f", run folder {self.run_dir}" if self.run_dir is not None else ""
+        return f"Trainer(step {self.step}, {self.seconds:.1f} s trained, {self.model!r}{where})"
+
+
+def _automatic_micro_batch(sequences: int, seq_len: int) -> int:
+    """The largest size of the fixed list that holds at most _MICRO_BATCH_TOKENS and no more than the step has."""
+    return next((n for n in _MICRO_BATCH_SIZES if n * seq_len <= _MICRO_BATCH_TOKENS and n <= sequences), 1)
+
+
+def _open_tokenizer(tokenizer: StrPath | Tokenizer | None) -> Tokenizer | None:
+    if not tokenizer or isinstance(tokenizer, Tokenizer):
+        return tokenizer or None
+    return Tokenizer(tokenizer)
+
+
+def _prepare_run_dir(run_dir: StrPath | None, resume: bool) -> Path | None:
+    if run_dir is None:
+        if resume:
+            raise ValueError("resume=True needs the run_dir of the run that is to go on.")
+        return None
+    path = Path(run_dir)
+    log = path / "log.jsonl"
+    if not resume and log.exists() and log.stat().st_size > 0:
+        raise ValueError(f"{path} already holds a run; resume it (resume=True, --resume) or choose another folder.")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
