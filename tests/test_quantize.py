@@ -63,6 +63,15 @@ def test_fp16_scales_round_half_even_everywhere():
     np.testing.assert_array_equal(scale, w.astype(np.float16))
 
 
+def test_exact_ties_are_divided_truly_and_rounded_to_even():
+    """Rows σ·(k + ½): w / σ is the tie itself, which a product with 1 / σ would miss for many σ."""
+    sigma = np.random.default_rng(0).uniform(0.001, 10, 500).astype(np.float16).astype(np.float32)[:, None]
+    multiples = np.append(np.arange(-31, 31) + 0.5, 31).astype(np.float32)
+    q, scale = quantize_rows(sigma * multiples, bits=6)
+    np.testing.assert_array_equal(scale, sigma[:, 0].astype(np.float16))
+    np.testing.assert_array_equal(q, np.broadcast_to(np.round(multiples), q.shape))
+
+
 def test_scale_is_at_least_the_smallest_normal_fp16():
     w = np.array([[0.0], [1e-45], [1e-12], [2.0**-15], [2.0**-14 * 0.9999]], np.float32)
     _, scale = quantize_rows(w, bits=2)

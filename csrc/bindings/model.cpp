@@ -45,7 +45,7 @@ py::array empty(DType dtype, std::vector<py::ssize_t> shape) {
 
 }  // namespace
 
-NativeModel::NativeModel(const py::dict& config, std::uint64_t seed, const std::string& dtype) {
+NativeModel::NativeModel(const py::dict& config, std::optional<std::uint64_t> seed, const std::string& dtype) {
   const ModelConfig parsed = config_from(config);
   const DType type = dtype_from(dtype);
   py::gil_scoped_release release;
@@ -75,14 +75,8 @@ void write_tensor(NativeModel& model, const TensorView& t, const std::string& na
 
 void bind_model(py::module_& m) {
   py::class_<NativeModel>(m, "Model")
-      .def(py::init<const py::dict&, std::uint64_t, const std::string&>(), py::arg("config"), py::arg("seed"),
+      .def(py::init<const py::dict&, std::optional<std::uint64_t>, const std::string&>(), py::arg("config"), py::arg("seed"),
            py::arg("dtype"))
-      .def("parameters",
-           [](const NativeModel& self) {
-             py::list list;
-             for (const ParameterSpec& spec : self.gpt->table()) list.append(py::make_tuple(spec.name, py::tuple(py::cast(spec.shape))));
-             return list;
-           })
       .def("description", [](const NativeModel& self) { return self.gpt->backend().description(); })
       .def("read",
            [](NativeModel& self, const std::string& name) {
@@ -171,6 +165,18 @@ void bind_model(py::module_& m) {
         for (const MemoryRow& row : self.gpt->memory_table()) rows.append(py::make_tuple(row.what, row.bytes));
         return rows;
       });
+
+  m.def(
+      "parameter_table",
+      [](const py::dict& config) {
+        const ModelConfig parsed = config_from(config);
+        parsed.validate();
+        py::list shapes;
+        for (const ParameterSpec& spec : parameter_table(parsed))
+          shapes.append(py::make_tuple(spec.name, py::tuple(py::cast(spec.shape))));
+        return shapes;
+      },
+      py::arg("config"), "(name, shape) of every parameter that a configuration implies.");
 
   m.def(
       "newton_schulz",

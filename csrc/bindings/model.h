@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,7 +14,7 @@
 namespace pgolf {
 
 struct NativeModel {
-  NativeModel(const pybind11::dict& config, std::uint64_t seed, const std::string& dtype);
+  NativeModel(const pybind11::dict& config, std::optional<std::uint64_t> seed, const std::string& dtype);
 
   std::shared_ptr<GPT> gpt;
   std::mutex mutex;

@@ -42,16 +42,17 @@ void ParameterSet::allocate(Backend& backend, const std::vector<ParameterSpec>& 
   backend.zero(all_);
 }
 
-GPT::GPT(const ModelConfig& config, std::unique_ptr<Backend> backend, std::uint64_t seed)
+GPT::GPT(const ModelConfig& config, std::unique_ptr<Backend> backend, std::optional<std::uint64_t> seed)
     : config_(config), backend_(std::move(backend)) {
   config_.validate();
   table_ = parameter_table(config_);
   weights_.allocate(*backend_, table_);
+  if (!seed) return;
   std::vector<std::vector<float>> values(table_.size());
   parallel_for(static_cast<std::int64_t>(table_.size()), [&](std::int64_t i) {
     const auto at = static_cast<std::size_t>(i);
     values[at].resize(static_cast<std::size_t>(table_[at].size()));
-    initialize(table_[at], seed, values[at].data());
+    initialize(table_[at], *seed, values[at].data());
   });
   for (std::size_t i = 0; i < table_.size(); ++i) write(weights_[i], values[i].data());
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -62,7 +63,8 @@ struct MemoryRow {
 
 class GPT {
  public:
-  GPT(const ModelConfig& config, std::unique_ptr<Backend> backend, std::uint64_t seed);
+  // Without a seed the weights are zero, for a caller that replaces them all.
+  GPT(const ModelConfig& config, std::unique_ptr<Backend> backend, std::optional<std::uint64_t> seed);
   ~GPT();
 
   const ModelConfig& config() const { return config_; }

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -17,11 +17,10 @@ from pgolf.config import Config, ExportConfig, ModelConfig
 from pgolf.container import EncodedTensor, compress, pack, unpack
 from pgolf.data.files import atomic_write
 from pgolf.errors import FormatError, NonFiniteError
+from pgolf.model import GPT, parameter_shapes
 from pgolf.quantize import Float32Array, dequantize_rows, encode_plan, prune_weights, quantize_rows
 from pgolf.threads import get_num_threads
 
-if TYPE_CHECKING:
-    from pgolf.model import GPT
 
 _PROVENANCE = ("steps", "tokens", "seed")
 _HEADER = {"model", "train_seq_len", *_PROVENANCE, "pgolf", "zstd"}
@@ -174,15 +173,13 @@ def load(path: str | os.PathLike[str], device: str | None = None, dtype: str | N
         FormatError: the file is damaged, or its tensors are not those of its own model configuration.
         DeviceError: the device cannot be used.
     """
-    from pgolf.model import GPT
-
     header, arrays = read_artifact(path)
     try:
         config = ModelConfig.from_dict(header["model"])
         _check_shapes(config, arrays)
     except ValueError as error:
         raise FormatError(f"{path}: {error}") from None
-    model = GPT(config, seed=0, device=device, dtype=dtype)
+    model = GPT(config, seed=None, device=device, dtype=dtype)
     model.load_state_dict(arrays)
     model.train_seq_len = header["train_seq_len"]
     provenance = {key: header[key] for key in _PROVENANCE}
@@ -307,7 +304,7 @@ def _check_shapes(config: ModelConfig, arrays: Mapping[str, Float32Array]) -> No
     # A layer has tensors of its own: more layers than tensors need no list of what is missing.
     if config.num_layers > len(arrays):
         raise ValueError(f"the model has {config.num_layers:,} layers, but the file only {len(arrays):,} tensors.")
-    expected = _parameter_shapes(config)
+    expected = parameter_shapes(config)
     for word, names in (("lacks", expected.keys() - arrays.keys()), ("has", arrays.keys() - expected.keys())):
         if names:
             raise ValueError(f"the file {word} {_listed(names)}, against its model configuration.")
@@ -316,34 +313,3 @@ def _check_shapes(config: ModelConfig, arrays: Mapping[str, Float32Array]) -> No
             raise ValueError(
                 f"the tensor {name} has the shape {arrays[name].shape}; its model configuration expects {shape}."
             )
-
-
-def _parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter by name (docs/spec.md §1)."""
-    vocab, d, hidden = config.vocab_size, config.model_dim, config.mlp_hidden
-    kv = config.num_kv_heads * config.head_dim
-    block: dict[str, tuple[int, ...]] = {
-        "resid_mix": (2, d),
-        "attn_scale": (d,),
-        "mlp_scale": (d,),
-        "attn.c_q.weight": (d, d),
-        "attn.c_k.weight": (kv, d),
-        "attn.c_v.weight": (kv, d),
-        "attn.proj.weight": (d, d),
-        "attn.q_gain": (config.num_heads,),
-        "mlp.fc.weight": (hidden, d),
-        "mlp.proj.weight": (d, hidden),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "tok_emb.weight": (vocab, d),
-        "smear.gate": (d,),
-        "skip_weights": (config.num_skips, d),
-        **{f"blocks.{i}.{name}": shape for i in range(config.num_layers) for name, shape in block.items()},
-    }
-    if config.bigram_vocab_size:
-        shapes |= {"bigram.embed.weight": (config.bigram_vocab_size, config.bigram_dim), "bigram.scale": ()}
-        if config.bigram_dim != d:
-            shapes["bigram.proj.weight"] = (d, config.bigram_dim)
-    if not config.tie_embeddings:
-        shapes["lm_head.weight"] = (vocab, d)
-    return shapes

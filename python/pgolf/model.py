@@ -28,7 +28,8 @@ class GPT:
 
     Args:
         config: the [model] table.
-        seed: 0 … 2⁶⁴ − 1; with a tensor's name it determines every initial weight.
+        seed: 0 … 2⁶⁴ − 1; with a tensor's name it determines every initial weight. None leaves them zero, for a state
+            dict that replaces them.
         device: "cpu"; None is the best there is.
         dtype: of weights and activations, "float32" or (to check gradients) "float64"; None is float32 on CPUs.
 
@@ -38,11 +39,11 @@ class GPT:
     """
 
     def __init__(
-        self, config: ModelConfig, seed: int = 0, *, device: str | None = None, dtype: str | None = None
+        self, config: ModelConfig, seed: int | None = 0, *, device: str | None = None, dtype: str | None = None
     ) -> None:
         config = dataclasses.replace(config)
         config.validate()
-        if not 0 <= seed < 2**64:
+        if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}; it must be from 0 to 2**64 - 1.")
         self.config = config
         self.device = _resolve_device(device)
@@ -52,7 +53,7 @@ class GPT:
         self.provenance: dict[str, int] | None = None
         """Steps, tokens and seed of the training; set by Trainer and load."""
         self._native = _C.Model(_native_config(config), seed, self.dtype)
-        self._shapes: dict[str, tuple[int, ...]] = dict(self._native.parameters())
+        self._shapes = parameter_shapes(config)
         self._training = threading.Lock()
 
     @property
@@ -222,9 +223,14 @@ class GPT:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["config"], device=state["device"], dtype=state["dtype"])  # type: ignore[misc]
+        self.__init__(state["config"], None, device=state["device"], dtype=state["dtype"])  # type: ignore[misc]
         self.load_state_dict(state["weights"])
         self.train_seq_len, self.provenance = state["train_seq_len"], state["provenance"]
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every weight that a configuration implies, in state-dict order (docs/spec.md §1)."""
+    return dict(_C.parameter_table(_native_config(config)))
 
 
 def newton_schulz(u: Any, steps: int = 5) -> FloatArray:
