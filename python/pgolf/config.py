@@ -348,6 +348,8 @@ class TrainConfig(_Table):
     qat_start_frac: float = _key(1.0, _fraction)
     # Steps between validations; 0: only at the end. [§3]
     val_loss_every: int = _key(500, _integer(0))
+    # Steps between checkpoints in the run folder; 0: only at the end and when interrupted.
+    checkpoint_every: int = _key(500, _integer(0))
     # Steps between lines on the terminal, where it shows lines; 0: none. Every step is in log.jsonl.
     train_log_every: int = _key(100, _integer(0))
     # Storage of activations and working weights; auto: bfloat16 on GPUs that have it, else float16; CPUs float32. [§2]
