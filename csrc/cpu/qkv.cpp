@@ -47,19 +47,22 @@ PGOLF_INLINE void norm_rotate(T* x, i64 heads, i64 D, const T* cos, const T* sin
   }
 }
 
-// dx: gradient after the rotation → gradient before the norm. x holds the rotated values; rotating both back
-// is not needed for the norm's dot product, which a rotation keeps.
+// dx: gradient after the rotation → gradient before the norm, in place. x holds the rotated values, whose product
+// with dx is that of the norm's output and its gradient; the output itself is x rotated back, over cos² + sin²,
+// which rounded tables (rope_tables = bf16) keep only near 1.
 template <class T>
 PGOLF_INLINE void norm_rotate_backward(const T* x, T* dx, i64 heads, i64 D, const T* cos, const T* sin,
                                        const T* factor) {
   for (i64 h = 0; h < heads; ++h, x += D, dx += D) {
-    rms_row_backward<false>(x, factor[h], dx, D, dx);
-    T *a = dx, *b = dx + D / 2;
+    const T mean = dot(x, dx, D) / T(D);
+    const T *a = x, *b = x + D / 2;
+    T *da = dx, *db = dx + D / 2;
     PGOLF_SIMD
     for (i64 j = 0; j < D / 2; ++j) {
-      const T u = a[j], w = b[j];
-      a[j] = u * cos[j] - w * sin[j];
-      b[j] = w * cos[j] + u * sin[j];
+      const T share = mean / (cos[j] * cos[j] + sin[j] * sin[j]);
+      const T u = da[j] - share * a[j], w = db[j] - share * b[j];
+      da[j] = factor[h] * (u * cos[j] - w * sin[j]);
+      db[j] = factor[h] * (w * cos[j] + u * sin[j]);
     }
   }
 }

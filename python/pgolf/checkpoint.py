@@ -17,17 +17,30 @@ from pgolf.errors import FormatError
 
 VERSION = 1
 KEPT = 2
+_FREE = ("data_path", "tokenizer_path", "train_log_every", "checkpoint_every")  # keys that change no bit of a run
 _NAME = re.compile(r"step-(\d{8})\.npz")
 _Arrays = dict[str, npt.NDArray[Any]]
 
 
 def save(folder: Path, arrays: _Arrays, values: dict[str, Any]) -> Path:
-    """Writes `folder`/step-NNNNNNNN.npz, whole or not at all, and removes all but the newest two; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes `folder`/step-NNNNNNNN.npz, whole or not at all, and removes all but the newest two; returns its path.
+
+    Raises OSError, with what is left whole, where the file cannot be written.
+    """
     path = folder / f"step-{values['step']:08d}.npz"
     header = np.frombuffer(json.dumps({"version": VERSION, **values}).encode(), dtype=np.uint8)
-    with atomic_write(path) as file:
-        np.savez(file, allow_pickle=False, header=header, **arrays)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            np.savez(file, allow_pickle=False, header=header, **arrays)
+    except OSError as error:
+        last = newest(folder)
+        size = sum(array.nbytes for array in arrays.values()) / 1e6
+        raise OSError(
+            error.errno,
+            f"The checkpoint {path}, {size:,.0f} MB, cannot be written ({error.strerror or error}); "
+            + (f"{last.name} before it is whole." if last else "there is none before it."),
+        ) from error
     for old in _all(folder)[:-KEPT]:
         old.unlink()
     return path
@@ -42,33 +55,45 @@ def newest(folder: Path) -> Path | None:
 def load(path: Path) -> tuple[_Arrays, dict[str, Any]]:
     """Arrays and values of a checkpoint.
 
-    Raises FormatError for a file that is torn, foreign or of a newer version.
+    Raises FileNotFoundError where there is none, and FormatError for one that is torn, foreign or of a newer version;
+    the message names an older one beside it, if there is one.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         values = json.loads(arrays.pop("header").tobytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise FormatError(f"{path} is not a whole pgolf checkpoint ({error}).") from None
-    if values.get("version") != VERSION:
-        raise FormatError(f"{path} has checkpoint version {values.get('version')}; this pgolf reads version {VERSION}.")
+        version = values["version"]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise FormatError(f"{path} is not a whole pgolf checkpoint ({error}).{_older(path)}") from None
+    if version != VERSION:
+        raise FormatError(
+            f"{path} has checkpoint version {version}; this pgolf reads version {VERSION}.{_older(path)}"
+        )
     return arrays, values
 
 
-def check_same_run(path: Path, values: dict[str, Any], config: Config, dtype: str) -> None:
-    """Raises ValueError where a checkpoint belongs to another configuration: it names what differs."""
-    ours = {**config.to_dict(), "dtype": {"": dtype}}
-    theirs = {**values["config"], "dtype": {"": values["dtype"]}}
+def _older(path: Path) -> str:
+    older = [other for other in _all(path.parent) if other.name < path.name]
+    return f" The older {older[-1]} can be resumed from instead." if older else ""
+
+
+def check_same_run(path: Path, values: dict[str, Any], config: Config, dtype: str, data: Any) -> None:
+    """Raises ValueError where a checkpoint belongs to another configuration or other data: it names what differs."""
+    ours, theirs = config.to_dict(), values["config"]
     differences = [
-        f"{table}.{key} is {ours[table].get(key)!r}, there {theirs.get(table, {}).get(key)!r}"
+        f"{table}.{key} is {ours[table][key]!r}, there {theirs.get(table, {}).get(key)!r}"
         for table in ("model", "train")
         for key in ours[table]
-        if json.dumps(ours[table][key]) != json.dumps(theirs.get(table, {}).get(key))
+        if key not in _FREE and json.dumps(ours[table][key]) != json.dumps(theirs.get(table, {}).get(key))
     ]
     if values["dtype"] != dtype:
         differences.append(f"the dtype is {dtype}, there {values['dtype']}")
+    if json.dumps(values["data"]) != json.dumps(data):
+        differences.append(f"the training shards are {data}, there {values['data']}")
     if differences:
-        raise ValueError(f"{path} belongs to a run with another configuration: {'; '.join(differences)}.")
+        raise ValueError(f"{path} belongs to another run: {'; '.join(differences)}.")
 
 
 def cut_log(path: Path, step: int) -> None:

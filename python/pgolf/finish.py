@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import tempfile
@@ -74,6 +75,7 @@ def finish_run(trainer: Trainer, progress: Progress | None, code: str | os.PathL
 
 def _finish(trainer: Trainer, folder: Path, progress: Progress, code: str | os.PathLike[str] | None) -> Report:
     from pgolf.artifact import export_with, load  # zstandard is needed from here on
+    from pgolf.plot import plot_loss
 
     config, model = trainer.config, trainer.model
     progress("validate", 0, 1)
@@ -132,4 +134,6 @@ def _finish(trainer: Trainer, folder: Path, progress: Progress, code: str | os.P
     if trainer.run_dir is not None:
         with atomic_write(trainer.run_dir / "report.json") as file:
             file.write(json.dumps(report.to_dict(), indent=2).encode() + b"\n")
+        with contextlib.suppress(ModuleNotFoundError):  # matplotlib is optional; `pgolf plot` says how to get it
+            plot_loss(trainer.run_dir / "log.jsonl", trainer.run_dir / "loss.png")
     return report

@@ -81,9 +81,11 @@ class GPT:
             arrays: exactly this model's names; floating-point arrays (NumPy, or anything with DLPack) of its shapes.
 
         Raises:
-            ValueError: tensors that are missing, extra, misshapen or not finite, each named.
-            TypeError: a value that is not a floating-point array, named.
+            ValueError: tensors that are missing, extra, misshapen or not finite in the model's dtype, each named.
+            TypeError: a value that is not a floating-point array, named; or no mapping at all.
         """
+        if not isinstance(arrays, Mapping):
+            raise TypeError(f"The state dict is a {type(arrays).__name__}; expected a mapping of names to arrays.")
         missing = [name for name in self._shapes if name not in arrays]
         extra = [name for name in arrays if name not in self._shapes]
         if missing or extra:
@@ -103,10 +105,12 @@ class GPT:
             raise TypeError(f"{name} has dtype {array.dtype}; expected a floating-point array.")
         if array.shape != self._shapes[name]:
             raise ValueError(f"{name} has shape {array.shape}; expected {self._shapes[name]}.")
-        bad = np.count_nonzero(~np.isfinite(array))
+        with np.errstate(over="ignore"):  # a float64 value beyond float32 becomes an infinity, refused below
+            ready: FloatArray = np.ascontiguousarray(array, dtype=self.dtype).reshape(array.shape)
+        bad = np.count_nonzero(~np.isfinite(ready))
         if bad:
-            raise ValueError(f"{name} holds {bad} values that are NaN or infinite; expected finite numbers.")
-        return np.ascontiguousarray(array, dtype=self.dtype)
+            raise ValueError(f"{name} holds {bad} values that are NaN or infinite in {self.dtype}; expected finite ones.")
+        return ready
 
     def logits(self, ids: Any) -> FloatArray:
         """The logits after the softcap.
@@ -192,14 +196,15 @@ class GPT:
         from pgolf.generate import sample
 
         prompt = as_array(ids, "ids")
-        prompt = prompt[0] if prompt.ndim == 2 and prompt.shape[0] == 1 else prompt
-        start = as_tokens(prompt[None] if prompt.ndim == 1 else prompt, "ids")[0]
+        start = as_tokens(prompt[None] if prompt.ndim == 1 else prompt, "ids")
+        if len(start) > 1:
+            raise ValueError(f"ids has shape {start.shape}; expected (T,) or (1, T), one text to continue.")
 
         def last_logits(context: npt.NDArray[Any]) -> FloatArray:
             tokens = np.ascontiguousarray(context, dtype=np.int32)[None]
             return self._native.logits(tokens, tokens.shape[1] - 1)[0, 0]
 
-        return sample(last_logits, start, max_new_tokens, temperature, top_k, top_p, stop, seed)
+        return sample(last_logits, start[0], max_new_tokens, temperature, top_k, top_p, stop, seed)
 
     def _in_parts(self, shape: tuple[int, ...], call: Callable[[slice], FloatArray]) -> FloatArray:
         parts = _parts(shape)
@@ -271,13 +276,16 @@ def as_array(value: Any, name: str) -> npt.NDArray[Any]:
             return np.from_dlpack(value)
         except (BufferError, RuntimeError) as error:
             raise TypeError(f"{name} cannot be read as an array in CPU memory: {error}.") from error
-    return np.asarray(value)
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # a list of unequal lists
+        raise ValueError(f"{name} is no array ({error}).") from None
 
 
 def as_tokens(ids: Any, name: str) -> IntArray:
     """(B, T) token ids as contiguous int32; the native code checks their range."""
     array = as_array(ids, name)
-    if array.dtype.kind not in "iu":
+    if array.dtype.kind not in "iu" and array.size:  # an empty list has no dtype of its own
         raise TypeError(f"{name} has dtype {array.dtype}; token ids are integers.")
     if array.ndim != 2 or array.size == 0:
         raise ValueError(f"{name} has shape {array.shape}; expected (B, T) with B and T at least 1.")
@@ -302,9 +310,9 @@ def _parts(shape: tuple[int, ...]) -> list[slice]:
     return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
 
-def _with_suggestion(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"{name} (did you mean {close[0]}?)" if close else name
+def _with_suggestion(name: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"{name} (did you mean {close[0]}?)" if close else str(name)
 
 
 def _native_config(config: ModelConfig) -> dict[str, Any]:

@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -24,7 +28,7 @@ import numpy as np
 from pgolf import _C, checkpoint
 from pgolf.config import Config
 from pgolf.data.batches import BatchStream
-from pgolf.data.files import atomic_write
+from pgolf.data.files import atomic_write, remove_partials
 from pgolf.data.shards import ShardSet, find_data
 from pgolf.errors import NonFiniteError
 from pgolf.evaluate import ValidationData, evaluate
@@ -76,7 +80,7 @@ class Trainer:
             Without any, losses are reported but no bits per byte.
         run_dir: where config.toml, log.jsonl, checkpoint/, model.pgolf, loss.png and report.json go; None: nowhere.
         device: as `pgolf.GPT`.
-        resume: continue the run in run_dir from its newest checkpoint, if it has one.
+        resume: True continues the run in run_dir from its newest checkpoint, if it has one; a path, from that checkpoint.
 
     Raises:
         ValueError: an impossible configuration; a tokenizer of another vocabulary; a run_dir that holds another run.
@@ -91,7 +95,7 @@ class Trainer:
         tokenizer: StrPath | Tokenizer | None = None,
         run_dir: StrPath | None = None,
         device: str | None = None,
-        resume: bool = False,
+        resume: bool | StrPath = False,
     ) -> None:
         config.validate()
         self.config = config
@@ -104,10 +108,10 @@ class Trainer:
         self.validation = ValidationData.load(
             source, self.tokenizer, vocab_size=model.vocab_size, bos_id=model.bos_id
         )
-        shards = ShardSet(self.data.train, model.vocab_size)
-        self._stream = BatchStream(shards, train.train_batch_tokens, train.grad_accum_steps, train.train_seq_len)
+        self._shards = ShardSet(self.data.train, model.vocab_size)
+        self._stream = BatchStream(self._shards, train.train_batch_tokens, train.grad_accum_steps, train.train_seq_len)
         self.schedule: Schedule | Replay = Replay(train) if train.replay else Schedule(train)
-        self.run_dir = _prepare_run_dir(run_dir, resume)
+        self.run_dir = _prepare_run_dir(run_dir, bool(resume))
 
         self.model = GPT(model, seed=train.seed, device=device, dtype=train.dtype)
         self.model.train_seq_len = train.train_seq_len
@@ -130,7 +134,7 @@ class Trainer:
             self._prime(train.warmup_steps)
         if self.run_dir is not None:
             if resume:
-                self._resume()
+                self._resume(resume)
             with atomic_write(self.run_dir / "config.toml") as file:
                 file.write(config.to_toml().encode())
 
@@ -153,16 +157,18 @@ class Trainer:
         """Trains until the schedule ends the run. An iteration that was left can be taken up by another one."""
         if self.step == 0 and self._validated < 0 and self.schedule.validate(0, self.done):
             yield self._log(self._validate(StepRecord(0, 0, None, None, None, False, False, None, 0.0, None)))
+        every = self.config.train.checkpoint_every
         while not self.done:
             record = self._train_step()
             if self.schedule.validate(self.step, self.done):
                 record = self._validate(record)
-            if self.done:
+            self._log(record)  # before the checkpoint: on resume the log is cut back to it
+            if self.done or (every and self.step % every == 0):
                 self.save_checkpoint()
-            yield self._log(record)
+            yield record
 
     def _train_step(self) -> StepRecord:
-        """One optimizer step. Until its last line nothing has changed: an interrupted step can be taken again."""
+        """One optimizer step, whole or not at all: an interrupted one can be taken again."""
         train, schedule, step, position = self.config.train, self.schedule, self.step, self._stream.position
         started = time.perf_counter()
         lr_scale, momentum = schedule.lr_scale(step, self.seconds), schedule.momentum(step)
@@ -180,17 +186,18 @@ class Trainer:
         except BaseException:
             self._stream.position = position
             raise
-        grad_norm, finite = self._optimizer.step(self._step_settings(lr_scale, momentum))
-        if not finite:
-            self._stream.position = position
-            raise NonFiniteError(self._describe_non_finite(step + 1))
-        if train.ema_decay > 0:
-            self._optimizer.update_ema(train.ema_decay)
-        if snapshot:
-            self._optimizer.add_snapshot()
-        elapsed = time.perf_counter() - started
-        self.step, self.seconds = step + 1, self.seconds + elapsed
-        self.model.provenance = {"steps": self.step, "tokens": self.tokens, "seed": train.seed}
+        with _uninterrupted():
+            grad_norm, finite = self._optimizer.step(self._step_settings(lr_scale, momentum))
+            if not finite:
+                self._stream.position = position
+                raise NonFiniteError(self._describe_non_finite(step + 1))
+            if train.ema_decay > 0:
+                self._optimizer.update_ema(train.ema_decay)
+            if snapshot:
+                self._optimizer.add_snapshot()
+            elapsed = time.perf_counter() - started
+            self.step, self.seconds = step + 1, self.seconds + elapsed
+            self.model.provenance = {"steps": self.step, "tokens": self.tokens, "seed": train.seed}
         return StepRecord(
             step=self.step,
             tokens=self.tokens,
@@ -285,6 +292,7 @@ class Trainer:
             "micro_batch_seqs": self.micro_batch_seqs,
             "dtype": self.model.dtype,
             "config": self.config.to_dict(),
+            "data": self._shards.fingerprint(),
         }
         return arrays, values
 
@@ -307,15 +315,16 @@ class Trainer:
         """Writes the state into the run folder; None without one."""
         return checkpoint.save(self.run_dir / "checkpoint", *self.state()) if self.run_dir is not None else None
 
-    def _resume(self) -> None:
+    def _resume(self, source: bool | StrPath) -> None:
         assert self.run_dir is not None
-        found = checkpoint.newest(self.run_dir / "checkpoint")
-        if found is None:
-            return
-        arrays, values = checkpoint.load(found)
-        checkpoint.check_same_run(found, values, self.config, self.model.dtype)
-        self.load_state(arrays, values)
-        checkpoint.cut_log(self.run_dir / "log.jsonl", self.step)
+        remove_partials(self.run_dir)
+        remove_partials(self.run_dir / "checkpoint")
+        found = checkpoint.newest(self.run_dir / "checkpoint") if source is True else Path(os.fspath(source))
+        if found is not None:
+            arrays, values = checkpoint.load(found)
+            checkpoint.check_same_run(found, values, self.config, self.model.dtype, self._shards.fingerprint())
+            self.load_state(arrays, values)
+        checkpoint.cut_log(self.run_dir / "log.jsonl", self.step if found is not None else -1)
 
     def _prime(self, steps: int) -> None:
         """Runs a few steps and forgets them, as the reference scripts do to trigger their compilation."""
@@ -352,6 +361,22 @@ class Trainer:
         return f"Trainer(step {self.step}, {self.seconds:.1f} s trained, {self.model!r}{where})"
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back until the block ends; elsewhere than in the main thread Python delivers none anyway."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[tuple[int, FrameType | None]] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if received and callable(previous):
+            previous(*received[0])
+
+
 def _automatic_micro_batch(sequences: int, seq_len: int) -> int:
     """The largest size of the fixed list that holds at most _MICRO_BATCH_TOKENS and no more than the step has."""
     return next((n for n in _MICRO_BATCH_SIZES if n * seq_len <= _MICRO_BATCH_TOKENS and n <= sequences), 1)
@@ -372,5 +397,9 @@ def _prepare_run_dir(run_dir: StrPath | None, resume: bool) -> Path | None:
     log = path / "log.jsonl"
     if not resume and log.exists() and log.stat().st_size > 0:
         raise ValueError(f"{path} already holds a run; resume it (resume=True, --resume) or choose another folder.")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        log.touch()
+    except OSError as error:
+        raise OSError(error.errno, f"The run folder {path} cannot be written ({error.strerror}).") from error
     return path

@@ -1,4 +1,4 @@
-"""manifest.json: what a prepared data folder holds, with checksums."""
+"""manifest.json: what a prepared or downloaded data folder holds, with checksums."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class SplitEntry:
 
     documents: int
     tokens: int
-    source_bytes: int
-    """UTF-8 bytes of the documents as they were given."""
+    source_bytes: int | None
+    """UTF-8 bytes of the documents as they were given; None where the tokens came without them."""
     text_bytes: int
     """UTF-8 bytes of the documents as their tokens spell them: after normalisation."""
-    changed_documents: int
-    """Documents that their tokens do not spell exactly."""
+    changed_documents: int | None
+    """Documents that their tokens do not spell exactly; None where the tokens came without them."""
     shards: tuple[ShardEntry, ...]
 
 
@@ -49,6 +49,19 @@ class TokenizerEntry:
 
 
 @dataclass(frozen=True)
+class HubEntry:
+    """Where a downloaded folder came from."""
+
+    repo: str
+    revision: str
+    """The commit."""
+    variant: str
+    train_shards: int
+    """Shards that the export has, whether downloaded or not."""
+    val_shards: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole of manifest.json."""
 
@@ -58,10 +71,12 @@ class Manifest:
     tokenizer: TokenizerEntry
     train: SplitEntry
     val: SplitEntry
+    hub: HubEntry | None = None
+    """Where the shards were downloaded from; None where they were prepared here."""
 
-    def shard_names(self) -> list[str]:
-        """File names of every shard, training first."""
-        return [shard.file for split in (self.train, self.val) for shard in split.shards]
+    def shards(self) -> dict[str, ShardEntry]:
+        """Every shard by its file name, training first."""
+        return {shard.file: shard for split in (self.train, self.val) for shard in split.shards}
 
     def write(self, path: Path) -> None:
         """Write the manifest as JSON; an existing file is replaced whole."""
@@ -90,10 +105,11 @@ class Manifest:
                 tokenizer=TokenizerEntry(**raw["tokenizer"]),
                 train=_split(**raw["train"]),
                 val=_split(**raw["val"]),
+                hub=None if raw.get("hub") is None else HubEntry(**raw["hub"]),
             )
         except (KeyError, TypeError) as error:
             raise FormatError(f"{path}: the manifest's fields are not those that pgolf writes ({error}).") from None
 
 
-def _split(shards: list[dict[str, Any]], **counts: int) -> SplitEntry:
+def _split(shards: list[dict[str, Any]], **counts: Any) -> SplitEntry:
     return SplitEntry(shards=tuple(ShardEntry(**shard) for shard in shards), **counts)

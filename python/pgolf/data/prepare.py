@@ -18,7 +18,8 @@ from pgolf.data.manifest import Manifest, SplitEntry, TokenizerEntry
 from pgolf.data.progress import Progress, ProgressCallback, progress_bar
 from pgolf.data.publish import check_out_dir, partial_folder, publish
 from pgolf.data.shard_writer import ShardWriter
-from pgolf.data.shards import MAX_TOKEN, StrPath
+from pgolf.data.shard_file import MAX_TOKEN
+from pgolf.data.shards import StrPath
 from pgolf.data.train_tokenizer import NORMALIZATIONS, SMALLEST_VOCAB, train_tokenizer
 from pgolf.tokenizer import Tokenizer
 
@@ -263,10 +264,10 @@ def _manifest(reader: Reader, tokenizer: Tokenizer, splits: dict[str, SplitEntry
 
 def _warning(made: Manifest, was_given: bool) -> str | None:
     splits = (made.train, made.val)
-    changed = sum(split.changed_documents for split in splits)
+    changed = sum(split.changed_documents or 0 for split in splits)
     if not changed:
         return None
-    source, text = sum(split.source_bytes for split in splits), sum(split.text_bytes for split in splits)
+    source, text = sum(split.source_bytes or 0 for split in splits), sum(split.text_bytes for split in splits)
     sentence = (
         f"The tokens spell {changed:,} of {sum(split.documents for split in splits):,} documents differently: "
         f"{made.tokenizer.normalization} normalisation made {text:,} bytes of {source:,}, and scores will be per byte "

@@ -21,7 +21,7 @@ def check_out_dir(out: Path, given: Tokenizer | None) -> None:
     if not out.is_dir():
         raise NotADirectoryError(f"{out}: this is a file; the output is a folder.")
     old = Manifest.find(out)
-    ours = set() if old is None else {manifest.NAME, *old.shard_names()}
+    ours = set() if old is None or old.hub is not None else {manifest.NAME, *old.shards()}
     there = [*out.glob("*_train_*.bin"), *out.glob("*_val_*.bin"), *out.glob(manifest.NAME)]
     foreign = sorted(path.name for path in there if path.name not in ours)
     if given is not None:

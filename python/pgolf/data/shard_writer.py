@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pgolf.data.files import file_sha256
 from pgolf.data.manifest import ShardEntry
-from pgolf.data.shards import HEADER_BYTES, shard_header
+from pgolf.data.shard_file import HEADER_BYTES, shard_header
 
 
 class ShardWriter:

@@ -1,7 +1,9 @@
-"""Token shards: the file format of docs/spec.md §6, and what makes a folder of shards one data set."""
+"""Token shards: writing and reading them, alone, as one stream, and as a data folder (docs/spec.md §6)."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,23 +15,12 @@ from numpy.typing import NDArray
 
 from pgolf.data.files import atomic_write
 from pgolf.data.manifest import Manifest
+from pgolf.data.shard_file import HEADER_BYTES, MAX_TOKEN, ShardFile, shard_header
 from pgolf.errors import FormatError
-
-MAGIC = 20240520
-VERSION = 1
-HEADER_INTS = 256
-HEADER_BYTES = 4 * HEADER_INTS
-TOKEN_BYTES = 2
-MAX_TOKEN = 2**16 - 1
 
 StrPath = Union[str, "os.PathLike[str]"]
 
-
-def shard_header(count: int) -> bytes:
-    """The 1,024 bytes that precede `count` tokens: 256 little-endian int32 (magic, version, count, 0 ...)."""
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = MAGIC, VERSION, count
-    return header.tobytes()
+FINGERPRINT_TOKENS = 4096
 
 
 def read_shard(path: StrPath) -> NDArray[np.uint16]:
@@ -40,35 +31,9 @@ def read_shard(path: StrPath) -> NDArray[np.uint16]:
     Raises FileNotFoundError where there is no such file, and FormatError, naming the file, what was found and what was
     expected, where it is not exactly one header followed by as many tokens as the header says.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such shard file.")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        raw = file.read(HEADER_BYTES)
-    if len(raw) < HEADER_BYTES:
-        raise FormatError(
-            f"{path}: the file has {size:,} bytes; a shard starts with a header of {HEADER_BYTES:,} bytes."
-        )
-    header = np.frombuffer(raw, dtype="<i4")
-    magic, version, count = (int(value) for value in header[:3])
-    if magic != MAGIC:
-        raise FormatError(f"{path}: the first header field (magic) is {magic}; a token shard has {MAGIC}.")
-    if version != VERSION:
-        raise FormatError(f"{path}: the shard's version is {version}; pgolf reads version {VERSION}.")
-    if count < 1:
-        raise FormatError(f"{path}: the header says {count} tokens; a shard holds at least one.")
-    reserved = np.flatnonzero(header[3:])
-    if reserved.size:
-        field = 3 + int(reserved[0])
-        raise FormatError(f"{path}: header field {field} is {header[field]}; fields 3 to 255 of version 1 are 0.")
-    expected = HEADER_BYTES + TOKEN_BYTES * count
-    if size != expected:
-        raise FormatError(
-            f"{path}: the file has {size:,} bytes; its header says {count:,} tokens, which makes {expected:,} bytes."
-        )
+    shard = ShardFile.open(Path(path))
     # A plain array over the map: slices then cost no np.memmap bookkeeping.
-    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,)))
+    return np.asarray(np.memmap(shard.path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(shard.tokens,)))
 
 
 def write_shard(path: StrPath, tokens: Any) -> None:
@@ -96,7 +61,8 @@ def write_shard(path: StrPath, tokens: Any) -> None:
 class ShardSet:
     """Several shards, in the order of their file names, as one stream of tokens that wraps around.
 
-    The files stay memory-mapped; every read is checked against the vocabulary.
+    Nothing is loaded before it is read, and every read is checked: against the vocabulary, and for files that changed
+    since the set was opened.
 
     `paths`: one or more shard files. `vocab_size`: tokens at or above it are refused; None accepts all of uint16.
 
@@ -108,8 +74,8 @@ class ShardSet:
         if not self.paths:
             raise ValueError("a shard set needs at least one shard file; none was given.")
         self.vocab_size = vocab_size
-        self._shards = [read_shard(path) for path in self.paths]
-        self._starts = np.cumsum([0] + [shard.size for shard in self._shards])
+        self._shards = [ShardFile.open(path) for path in self.paths]
+        self._starts = np.cumsum([0] + [shard.tokens for shard in self._shards])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -120,7 +86,8 @@ class ShardSet:
     def read(self, start: int, count: int) -> NDArray[np.uint16]:
         """`count` tokens from stream position `start` (≥ 0, taken modulo the length), as an owned uint16 array.
 
-        Raises ValueError for a negative start or count, and FormatError where a token is not in the vocabulary.
+        Raises ValueError for a negative start or count, and FormatError where a token is not in the vocabulary or a
+        shard was removed, cut, replaced or written to since the set was opened.
         """
         if start < 0 or count < 0:
             raise ValueError(f"start is {start} and count is {count}; both must be at least 0.")
@@ -130,12 +97,28 @@ class ShardSet:
         while filled < count:
             index = int(np.searchsorted(self._starts, position, side="right")) - 1
             offset = position - int(self._starts[index])
-            part = self._shards[index][offset : offset + count - filled]
+            shard = self._shards[index]
+            part = out[filled : filled + shard.tokens - offset]
+            shard.read_into(offset, part)
             self._check(index, offset, part)
-            out[filled : filled + part.size] = part
             filled += part.size
             position = (position + part.size) % len(self)
         return out
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this data from other data, to store with a run: {"shards", "tokens", "sha256"}, for JSON.
+
+        The digest covers every shard's name, bytes and tokens, and the FINGERPRINT_TOKENS at either end of it, since
+        exports of one text by two tokenizers may agree in all the rest. A copied or touched file has the same one.
+
+        Raises FormatError as `read` does.
+        """
+        digest = hashlib.sha256()
+        for shard in self._shards:
+            digest.update(json.dumps([shard.path.name, shard.bytes, shard.tokens]).encode())
+            for start in (0, max(shard.tokens - FINGERPRINT_TOKENS, 0)):
+                digest.update(shard.read(start, FINGERPRINT_TOKENS).astype("<u2").tobytes())
+        return {"shards": len(self._shards), "tokens": len(self), "sha256": digest.hexdigest()}
 
     def _check(self, index: int, offset: int, part: NDArray[np.uint16]) -> None:
         if self.vocab_size is None or int(part.max()) < self.vocab_size:
@@ -176,16 +159,20 @@ def find_data(data: StrPath, splits: tuple[str, ...] = ("train", "val")) -> Data
         if not shards[split]:
             raise FileNotFoundError(f"{folder}: the data folder holds no *_{split}_*.bin shard.")
     manifest = Manifest.find(folder)
-    models = sorted(folder.glob("*.model"))
-    tokenizer = models[0] if len(models) == 1 else None
     if manifest is not None:
-        for name in manifest.shard_names():
+        for name in manifest.shards():
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder}: manifest.json lists the shard {name}, which is missing.")
-        named = folder / manifest.tokenizer.file
-        if tokenizer is None and named.is_file():
-            tokenizer = named
-    return DataFolder(folder, shards["train"], shards["val"], tokenizer, manifest)
+    return DataFolder(folder, shards["train"], shards["val"], find_tokenizer(folder, manifest), manifest)
+
+
+def find_tokenizer(folder: Path, manifest: Manifest | None) -> Path | None:
+    """The folder's only `*.model`, else the one that the manifest names, else None."""
+    models = sorted(folder.glob("*.model"))
+    if len(models) == 1:
+        return models[0]
+    named = None if manifest is None else folder / manifest.tokenizer.file
+    return named if named is not None and named.is_file() else None
 
 
 def load_tokens(data: Any, split: str = "val", vocab_size: int | None = None) -> NDArray[np.uint16] | NDArray[np.int32]:
