@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,10 @@ VERSION = 1
 KEPT = 2
 _FREE = ("data_path", "tokenizer_path", "train_log_every", "checkpoint_every")  # keys that change no bit of a run
 _NAME = re.compile(r"step-(\d{8})\.npz")
+_VALUES = (  # what `pgolf.Trainer.state` has beside arrays
+    *("step", "seconds", "position", "adam_steps", "snapshots", "validated", "warned"),
+    *("micro_batch_seqs", "dtype", "config", "data"),
+)
 _Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -61,16 +64,17 @@ def load(path: Path) -> tuple[_Arrays, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}.")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         values = json.loads(arrays.pop("header").tobytes())
         version = values["version"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile, zlib, struct and NumPy each have their own for what is damaged
         raise FormatError(f"{path} is not a whole pgolf checkpoint ({error}).{_older(path)}") from None
     if version != VERSION:
-        raise FormatError(
-            f"{path} has checkpoint version {version}; this pgolf reads version {VERSION}.{_older(path)}"
-        )
+        raise FormatError(f"{path} has checkpoint version {version}; this pgolf reads version {VERSION}.{_older(path)}")
+    missing = [key for key in _VALUES if key not in values]
+    if missing:
+        raise FormatError(f"{path} is not a whole pgolf checkpoint (it lacks {', '.join(missing)}).{_older(path)}")
     return arrays, values
 
 
@@ -101,12 +105,11 @@ def cut_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if record["step"] > step:
+            if json.loads(line)["step"] > step:
+                break
+        except (json.JSONDecodeError, KeyError, TypeError):
             break
         kept.append(line + "\n")
     with atomic_write(path) as file:

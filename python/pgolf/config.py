@@ -390,7 +390,7 @@ class EvalConfig(_Table):
     eval_stride: int = _key(64, _integer(1))
     # Context of a window in tokens; 0: the training length. [§5]
     eval_seq_len: int = _key(0, _integer(0))
-    # Windows per batch: memory and speed only, never the result. [§5]
+    # Windows per batch: memory and speed; the result changes by no more than rounding. [§5]
     eval_batch_seqs: int = _key(32, _integer(1))
     # exact: every target scored once; reference: the public script's shortened windows at the end. [§5]
     tail: str = _key("reference", _choice("exact", "reference"))

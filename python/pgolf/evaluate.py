@@ -165,7 +165,8 @@ def evaluate(
     tokenizer: a SentencePiece ``.model`` path or a Tokenizer; None takes the data folder's. Without one, bpb is None.
     method: ``"standard"`` (windows side by side) or ``"sliding"`` (overlapping; see pgolf.windows for stride and tail).
     seq_len: tokens of context; None is the model's training length.
-    batch_seqs: windows scored at once, for speed and memory; it never changes a score. None: about 65,536 tokens.
+    batch_seqs: windows scored at once, for speed and memory: it changes a score by no more than rounding, since products
+        of another height may round otherwise. None: about 65,536 tokens.
     audit: look up a ``"sample"`` of the validation documents among the training documents, or the ``"full"`` set (a
         ValidationData has been audited when it was read).
     progress: called after every batch with windows done, windows in all, and tokens scored.
@@ -177,8 +178,7 @@ def evaluate(
     Warns where validation documents also stand in the folder's training shards.
     """
     began = time.perf_counter()
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; this version scores by {' or '.join(map(repr, METHODS))}.")
+    _check_method(method)
     if seq_len is None:
         seq_len = model.train_seq_len
         if seq_len is None:
@@ -199,10 +199,7 @@ def evaluate(
         loaded = ValidationData.load(data, tokenizer, vocab_size=vocab_size, bos_id=bos_id, audit=audit)
 
     n_targets = loaded.tokens.size - 1
-    if method == "standard":
-        plan = standard_windows(n_targets, seq_len)
-    else:
-        plan = sliding_windows(n_targets, seq_len, stride, tail)
+    plan = plan_windows(method, n_targets, seq_len, stride, tail)
     nll, document_nll, times = _score_windows(model, loaded, plan, batch_seqs, progress)
 
     expected = defined_scores(n_targets, method, seq_len, stride, tail)
@@ -235,6 +232,23 @@ def evaluate(
             duplicates=loaded.duplicates,
         ),
     )
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; this version scores by {' or '.join(map(repr, METHODS))}.")
+
+
+def plan_windows(method: str, n_targets: int, seq_len: int, stride: int, tail: str) -> Windows:
+    """The windows that a method scores.
+
+    Raises ValueError for an unknown method, an impossible stride or tail, or too few targets: what a run wants to know
+    before it trains.
+    """
+    _check_method(method)
+    if method == "standard":
+        return standard_windows(n_targets, seq_len)
+    return sliding_windows(n_targets, seq_len, stride, tail)
 
 
 def _open_tokenizer(tokenizer: StrPath | Tokenizer | None, vocab_size: int) -> Tokenizer | None:

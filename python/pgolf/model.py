@@ -109,7 +109,7 @@ class GPT:
             ready: FloatArray = np.ascontiguousarray(array, dtype=self.dtype).reshape(array.shape)
         bad = np.count_nonzero(~np.isfinite(ready))
         if bad:
-            raise ValueError(f"{name} holds {bad} values that are NaN or infinite in {self.dtype}; expected finite ones.")
+            raise ValueError(f"{name} holds {bad} values that are NaN or infinite in {self.dtype}; expected none.")
         return ready
 
     def logits(self, ids: Any) -> FloatArray:

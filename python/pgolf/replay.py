@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from pgolf.config import TrainConfig
 from pgolf.errors import FormatError
 
-_FIELDS = {"step": int, "lr_scale": float, "momentum": float, "qat": bool, "snapshot": bool}
+_NUMBERS = ("lr_scale", "momentum")
+_FLAGS = ("qat", "snapshot")
 
 
 class Replay:
@@ -21,10 +23,12 @@ class Replay:
     def __init__(self, train: TrainConfig) -> None:
         path = Path(train.replay)
         if not path.is_file():
-            raise FileNotFoundError(f"train.replay names {path}, which does not exist; expected the log.jsonl of a run.")
+            raise FileNotFoundError(
+                f"train.replay names {path}, which does not exist; expected the log.jsonl of a run."
+            )
         self._steps: list[dict[str, Any]] = []
         self._validated: set[int] = set()
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
             record = _record(path, number, line)
             if record.get("val_loss") is not None:
                 self._validated.add(record["step"])
@@ -60,9 +64,14 @@ def _record(path: Path, number: int, line: str) -> dict[str, Any]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise FormatError(f"{path}, line {number} is not JSON ({error}); expected a step record.") from None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
         raise FormatError(f"{path}, line {number} has no step; expected a step record.")
-    for name, kind in _FIELDS.items() if record["step"] > 0 else ():
-        if not isinstance(record.get(name), (kind, int) if kind is float else kind):
-            raise FormatError(f"{path}, line {number}: {name} is {record.get(name)!r}; expected a {kind.__name__}.")
+    if record["step"] > 0:
+        for name in _NUMBERS:
+            value = record.get(name)
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise FormatError(f"{path}, line {number}: {name} is {value!r}; expected a finite number.")
+        for name in _FLAGS:
+            if not isinstance(record.get(name), bool):
+                raise FormatError(f"{path}, line {number}: {name} is {record.get(name)!r}; expected true or false.")
     return record

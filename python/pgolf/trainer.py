@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,8 +30,8 @@ from pgolf.config import Config
 from pgolf.data.batches import BatchStream
 from pgolf.data.files import atomic_write, remove_partials
 from pgolf.data.shards import ShardSet, find_data
-from pgolf.errors import NonFiniteError
-from pgolf.evaluate import ValidationData, evaluate
+from pgolf.errors import FormatError, NonFiniteError
+from pgolf.evaluate import ValidationData, evaluate, plan_windows
 from pgolf.finish import Progress, Report, finish_run
 from pgolf.model import GPT
 from pgolf.replay import Replay
@@ -111,7 +111,8 @@ class Trainer:
         self._shards = ShardSet(self.data.train, model.vocab_size)
         self._stream = BatchStream(self._shards, train.train_batch_tokens, train.grad_accum_steps, train.train_seq_len)
         self.schedule: Schedule | Replay = Replay(train) if train.replay else Schedule(train)
-        self.run_dir = _prepare_run_dir(run_dir, bool(resume))
+        self._check_evaluation()
+        self.run_dir = _check_run_dir(run_dir, bool(resume))
 
         self.model = GPT(model, seed=train.seed, device=device, dtype=train.dtype)
         self.model.train_seq_len = train.train_seq_len
@@ -127,16 +128,24 @@ class Trainer:
         self.seconds = 0.0
         """Training time so far, validation excluded."""
         self.last_validation: StepRecord | None = None
+        self._taken: StepRecord | None = None  # not logged yet
         self._validated = -1  # the step after which validation was last measured
-        self._warned = 0
+        self._warned = False  # of a warmdown from the start
 
         if train.warmup_steps:
             self._prime(train.warmup_steps)
         if self.run_dir is not None:
+            _make_run_dir(self.run_dir)
             if resume:
                 self._resume(resume)
             with atomic_write(self.run_dir / "config.toml") as file:
                 file.write(config.to_toml().encode())
+
+    def _check_evaluation(self) -> None:
+        """Refuses now what could not be scored after the training."""
+        targets, ev = self.validation.tokens.size - 1, self.config.eval
+        plan_windows("standard", targets, self.config.train.train_seq_len, 1, "exact")
+        plan_windows(ev.method, targets, self.config.eval_seq_len, ev.eval_stride, ev.tail)
 
     @property
     def tokens(self) -> int:
@@ -156,13 +165,17 @@ class Trainer:
     def __iter__(self) -> Iterator[StepRecord]:
         """Trains until the schedule ends the run. An iteration that was left can be taken up by another one."""
         if self.step == 0 and self._validated < 0 and self.schedule.validate(0, self.done):
-            yield self._log(self._validate(StepRecord(0, 0, None, None, None, False, False, None, 0.0, None)))
+            record = self._validate(StepRecord(0, 0, None, None, None, False, False, None, 0.0, None))
+            self._log_taken()
+            yield record
         every = self.config.train.checkpoint_every
         while not self.done:
-            record = self._train_step()
-            if self.schedule.validate(self.step, self.done):
-                record = self._validate(record)
-            self._log(record)  # before the checkpoint: on resume the log is cut back to it
+            try:
+                record = self._train_step()
+                if self.schedule.validate(self.step, self.done):
+                    record = self._validate(record)
+            finally:  # a step that was taken is logged, also where it was interrupted afterwards
+                self._log_taken()  # before the checkpoint: on resume the log is cut back to it
             if self.done or (every and self.step % every == 0):
                 self.save_checkpoint()
             yield record
@@ -198,18 +211,19 @@ class Trainer:
             elapsed = time.perf_counter() - started
             self.step, self.seconds = step + 1, self.seconds + elapsed
             self.model.provenance = {"steps": self.step, "tokens": self.tokens, "seed": train.seed}
-        return StepRecord(
-            step=self.step,
-            tokens=self.tokens,
-            loss=total / ids.size,
-            lr_scale=lr_scale,
-            momentum=momentum,
-            qat=qat,
-            snapshot=snapshot,
-            grad_norm=grad_norm,
-            seconds=self.seconds,
-            tokens_per_second=ids.size / elapsed,
-        )
+            record = self._taken = StepRecord(
+                step=self.step,
+                tokens=self.tokens,
+                loss=total / ids.size,
+                lr_scale=lr_scale,
+                momentum=momentum,
+                qat=qat,
+                snapshot=snapshot,
+                grad_norm=grad_norm,
+                seconds=self.seconds,
+                tokens_per_second=ids.size / elapsed,
+            )
+        return record
 
     def _step_settings(self, lr_scale: float, momentum: float) -> dict[str, Any]:
         """What one optimizer step needs; groups in the order matrix, embedding, scalar, head."""
@@ -241,9 +255,8 @@ class Trainer:
     def _validate(self, record: StepRecord) -> StepRecord:
         loss, bpb = self.validation_loss()
         self._validated = record.step
-        fields = {name: getattr(record, name) for name in StepRecord.__slots__}
-        self.last_validation = StepRecord(**{**fields, "val_loss": loss, "val_bpb": bpb})
-        return self.last_validation
+        measured = self.last_validation = self._taken = replace(record, val_loss=loss, val_bpb=bpb)
+        return measured
 
     def finish(self, progress: Progress | None = None, code: StrPath | None = None) -> Report:
         """Averages the weights, exports them, loads the artifact and scores it; writes the run folder's report.
@@ -302,7 +315,12 @@ class Trainer:
         self.model.load_state_dict({n[len(prefix) :]: a for n, a in arrays.items() if n.startswith(prefix)})
         self._optimizer.snapshots = values["snapshots"]  # makes room for the average
         for name in self._optimizer.state_names():
-            self._optimizer.write(name, arrays[name])
+            if name in arrays:
+                self._optimizer.write(name, arrays[name])
+            elif name.startswith("average."):  # made by a snapshot of the priming steps
+                self._optimizer.write(name, np.zeros_like(self._optimizer.read(name)))
+            else:
+                raise FormatError(f"The checkpoint lacks {name}.")
         self._optimizer.steps = values["adam_steps"]
         self.step, self.seconds = values["step"], values["seconds"]
         self._stream.position = values["position"]
@@ -329,26 +347,30 @@ class Trainer:
     def _prime(self, steps: int) -> None:
         """Runs a few steps and forgets them, as the reference scripts do to trigger their compilation."""
         arrays, values = self.state()
+        self._warned = True  # the run itself will warn
         for _ in range(steps):
             self._train_step()
         self.load_state(arrays, values)
-        self.model.provenance = None
+        self.model.provenance = self._taken = None
 
     # ---- Log and warnings
 
-    def _log(self, record: StepRecord) -> StepRecord:
-        if self.run_dir is not None:
+    def _log_taken(self) -> None:
+        """Appends the record that waits for it, if there is one, to the run folder's log."""
+        record, self._taken = self._taken, None
+        if self.run_dir is not None and record is not None:
             with (self.run_dir / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(record)) + "\n")
-        return record
 
     def _warn_of_early_warmdown(self) -> None:
-        """Once at step 0, and once more at the first step that knows a time."""
-        if self._warned < 2 and isinstance(self.schedule, Schedule) and (self.step == 0 or self._warned < 1 + (self.step > 0)):
-            message = self.schedule.early_warmdown(self.step, self.seconds)
-            self._warned = 2 if message or self.step > 0 else 1
-            if message:
-                warnings.warn(message, stacklevel=3)
+        """Once: at step 0 or, under a time limit, at the first step that knows a time."""
+        last = 1 if self.config.train.max_wallclock_seconds > 0 else 0
+        if self._warned or self.step > last or not isinstance(self.schedule, Schedule):
+            return
+        message = self.schedule.early_warmdown(self.step, self.seconds)
+        if message:
+            self._warned = True
+            warnings.warn(message, stacklevel=3)
 
     def _describe_non_finite(self, step: int) -> str:
         for name in self.model._shapes:
@@ -388,7 +410,7 @@ def _open_tokenizer(tokenizer: StrPath | Tokenizer | None) -> Tokenizer | None:
     return Tokenizer(tokenizer)
 
 
-def _prepare_run_dir(run_dir: StrPath | None, resume: bool) -> Path | None:
+def _check_run_dir(run_dir: StrPath | None, resume: bool) -> Path | None:
     if run_dir is None:
         if resume:
             raise ValueError("resume=True needs the run_dir of the run that is to go on.")
@@ -397,9 +419,12 @@ def _prepare_run_dir(run_dir: StrPath | None, resume: bool) -> Path | None:
     log = path / "log.jsonl"
     if not resume and log.exists() and log.stat().st_size > 0:
         raise ValueError(f"{path} already holds a run; resume it (resume=True, --resume) or choose another folder.")
+    return path
+
+
+def _make_run_dir(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        log.touch()
+        (path / "log.jsonl").touch()
     except OSError as error:
         raise OSError(error.errno, f"The run folder {path} cannot be written ({error.strerror}).") from error
-    return path
