@@ -9,6 +9,7 @@ namespace pgolf {
 
 void bind_core(pybind11::module_& m);
 void bind_model(pybind11::module_& m);
+void bind_ops(pybind11::module_& m);
 void bind_optim(pybind11::module_& m);
 void bind_quant(pybind11::module_& m);
 

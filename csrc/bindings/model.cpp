@@ -2,6 +2,7 @@
 
 #include "bindings/bindings.h"
 #include "core/memory.h"
+#include "core/parallel.h"
 #include "bindings/model.h"
 
 namespace py = pybind11;
@@ -187,6 +188,7 @@ void bind_model(py::module_& m) {
         const TensorView in(type, {u.shape(0), u.shape(1)}, const_cast<void*>(u.data()));
         const TensorView to(type, {u.shape(0), u.shape(1)}, out.mutable_data());
         py::gil_scoped_release release;
+        NativeCall call;
         const auto backend = make_cpu_backend(type);
         DeviceMemory scratch;
         scratch.reserve(*backend, backend->newton_schulz_scratch(in));

@@ -135,8 +135,11 @@ class Pool {
 std::mutex g_pool_mutex;
 std::shared_ptr<Pool>* g_pool = new std::shared_ptr<Pool>;  // leaked: threads may outlive static destruction
 
+std::atomic<int> g_wanted_threads{0};  // what set_thread_count said; a forked child keeps it
+
 int initial_threads() {
-  if (const char* text = std::getenv("PGOLF_NUM_THREADS")) {
+  if (const int wanted = g_wanted_threads.load()) return wanted;
+  if (const char* text = std::getenv("PGOLF_NUM_THREADS"); text && *text) {
     char* end = nullptr;
     const long value = std::strtol(text, &end, 10);
     require(end != text && *end == '\0' && value >= 1 && value <= 1024, "PGOLF_NUM_THREADS is \"", text,
@@ -147,7 +150,10 @@ int initial_threads() {
   return cores ? static_cast<int>(cores) : 1;
 }
 
+thread_local std::shared_ptr<Pool> t_pool;  // kept by a NativeCall
+
 std::shared_ptr<Pool> pool() {
+  if (t_pool) return t_pool;
   std::lock_guard lock(g_pool_mutex);
   if (!*g_pool) {
 #ifdef PGOLF_FORKS
@@ -175,7 +181,8 @@ int worker_index() { return t_worker; }
 void set_thread_count(int count) {
   require(count >= 1 && count <= 1024, "The number of threads is ", count, "; it must be from 1 to 1024.");
   auto replacement = std::make_shared<Pool>(count);
-  pool();
+  g_wanted_threads.store(count);
+  pool();  // registers what a fork needs
   std::lock_guard lock(g_pool_mutex);
   *g_pool = std::move(replacement);
 }
@@ -186,6 +193,14 @@ void run_tasks(std::int64_t count, TaskFunction function, void* context) {
     if (current->threads() > 1 && current->try_run(count, function, context)) return;
   }
   for (std::int64_t i = 0; i < count; ++i) function(context, i);
+}
+
+NativeCall::NativeCall() : outermost_(!t_pool) {
+  if (outermost_) t_pool = pool();
+}
+
+NativeCall::~NativeCall() {
+  if (outermost_) t_pool.reset();
 }
 
 FlushSubnormals::FlushSubnormals() {

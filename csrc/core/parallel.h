@@ -38,4 +38,18 @@ class FlushSubnormals {
   std::uint64_t saved_;
 };
 
+// Held by every entry from Python: subnormals are zero, and this thread keeps its pool, so that scratch sized by
+// thread_count() fits until the call ends; another thread's set_thread_count takes effect from the next call.
+class NativeCall {
+ public:
+  NativeCall();
+  ~NativeCall();
+  NativeCall(const NativeCall&) = delete;
+  NativeCall& operator=(const NativeCall&) = delete;
+
+ private:
+  FlushSubnormals flush_;
+  bool outermost_;
+};
+
 }  // namespace pgolf

@@ -190,7 +190,7 @@ void GPT::backward(Plan& plan) {
 }
 
 void GPT::logits(const std::int32_t* ids, std::int64_t B, std::int64_t T, std::int64_t first, void* out) {
-  FlushSubnormals flush;
+  NativeCall call;
   Plan& plan = plan_for(Mode::logits, B, T, first);
   check_ids("ids", ids, B, T);
   backend_->upload(plan.ids.data, ids, plan.ids.bytes());
@@ -201,7 +201,7 @@ void GPT::logits(const std::int32_t* ids, std::int64_t B, std::int64_t T, std::i
 
 void GPT::losses(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
                  std::int64_t first, void* out) {
-  FlushSubnormals flush;
+  NativeCall call;
   Plan& plan = plan_for(Mode::losses, B, T, first);
   check_ids("ids", ids, B, T);
   check_ids("targets", targets, B, T);
@@ -213,7 +213,7 @@ void GPT::losses(const std::int32_t* ids, const std::int32_t* targets, std::int6
 }
 
 void GPT::begin_step(bool qat) {
-  FlushSubnormals flush;
+  NativeCall call;
   grads_.allocate(*backend_, table_);
   backend_->zero(grads_.all());
   qat_ = qat;
@@ -225,7 +225,7 @@ void GPT::begin_step(bool qat) {
 
 double GPT::micro_step(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
                        double loss_scale) {
-  FlushSubnormals flush;
+  NativeCall call;
   Plan& plan = plan_for(Mode::train, B, T, 0);
   check_ids("ids", ids, B, T);
   check_ids("targets", targets, B, T);
@@ -239,7 +239,7 @@ double GPT::micro_step(const std::int32_t* ids, const std::int32_t* targets, std
 }
 
 void GPT::end_step() {
-  FlushSubnormals flush;
+  NativeCall call;
   require(!training_.empty(), "end_step needs at least one micro_step before it.");
   for (const LayerOps& layer : training_.front()->layers) {
     backend_->finish_projection(layer.attention_out, layer.attention_out_grads);

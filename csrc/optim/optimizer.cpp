@@ -36,7 +36,7 @@ Optimizer::Optimizer(std::shared_ptr<GPT> model, int ns_steps) : model_(std::mov
 }
 
 StepResult Optimizer::step(const StepSettings& settings) {
-  FlushSubnormals flush;
+  NativeCall call;
   Backend& backend = model_->backend();
   if (concurrency_ != backend.concurrency()) {
     concurrency_ = backend.concurrency();

@@ -1,0 +1,744 @@
+"""The single operations of the native backend on NumPy arrays: docs/spec.md §2 and §3, cut as the model runs them.
+
+A forward operation returns its result and a `Saved`, which its backward takes together with the gradient at the
+result. A backward returns one gradient for each field of its named tuple, each called after the tensor it belongs to,
+None where that tensor is absent. Those that are sums over a step's micro-batches are added to what `add_to` holds under
+their names (0 where it holds nothing); the sum is returned.
+
+>>> o, saved = ops.attention(q, k, v, gain)
+>>> dq, dk, dv, dgain = ops.attention_backward(saved, do)
+
+Symbols: B sequences of T tokens; V vocabulary, d model width, H query heads, K key/value heads, D head width,
+F hidden width, n buckets and e width of the bigram table; weights are [out, in].
+
+Arrays: float32 or float64, all of one call alike, of any layout; anything that speaks DLPack will do. Token ids are
+integers of any width. Nothing that is passed in changes; everything returned is new, but a `Saved` refers to its
+forward's arguments, which must not be changed before the backward.
+
+Raises, all functions: ValueError for a shape, id or number that does not fit, TypeError for a dtype; each names the
+argument, what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pgolf import _C
+from pgolf.model import FloatArray, as_array, as_tokens
+from pgolf.model import newton_schulz as newton_schulz
+from pgolf.quantize import _integer
+
+GROUPS = ("matrix", "embedding", "scalar", "head")
+"""The optimizer groups of docs/spec.md §1."""
+
+
+class MixedInput(NamedTuple):
+    """A block's input `m = resid_mix[0]⊙(x + skip_weight⊙skip) + resid_mix[1]⊙x0` (docs/spec.md §2.3–2.4).
+
+    Encoder blocks have no skip. `skip` may be `x` itself.
+    """
+
+    x: Any
+    """[B, T, d]"""
+    x0: Any
+    """[B, T, d]"""
+    resid_mix: Any
+    """[2, d]"""
+    skip: Any = None
+    """[B, T, d]"""
+    skip_weight: Any = None
+    """[d]"""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a forward operation keeps for its backward."""
+
+    operation: str
+    dtype: np.dtype[Any]
+    tensors: dict[str, npt.NDArray[Any]]
+    """Arguments and results by name; "saved" is what the backend itself keeps, as bytes."""
+    numbers: dict[str, Any]
+
+
+class EmbedGrads(NamedTuple):
+    """Each is added to."""
+
+    tok_emb: FloatArray
+    smear_gate: FloatArray
+    bigram_emb: FloatArray | None
+    bigram_proj: FloatArray | None
+    bigram_scale: FloatArray | None
+
+
+class QkvGrads(NamedTuple):
+    """All but x and skip are added to."""
+
+    x: FloatArray
+    x0: FloatArray
+    skip: FloatArray | None
+    resid_mix: FloatArray
+    skip_weight: FloatArray | None
+    wq: FloatArray
+    wk: FloatArray
+    wv: FloatArray
+
+
+class AttentionGrads(NamedTuple):
+    """The gain's is added to."""
+
+    q: FloatArray
+    k: FloatArray
+    v: FloatArray
+    gain: FloatArray
+
+
+class ProjectResidualGrads(NamedTuple):
+    """w's is added to, and is doutᵀ·a without the scale until `finish_projection`."""
+
+    a: FloatArray
+    w: FloatArray
+
+
+class ProjectionGrads(NamedTuple):
+    """Final gradients of a projection."""
+
+    w: FloatArray
+    scale: FloatArray
+
+
+class MlpUpGrads(NamedTuple):
+    """Each is added to."""
+
+    x: FloatArray
+    w: FloatArray
+
+
+class HeadGrads(NamedTuple):
+    """w's is added to."""
+
+    x: FloatArray
+    w: FloatArray
+
+
+class GradNorm(NamedTuple):
+    """What clipping decides for a step."""
+
+    norm: float
+    scale: float
+    """The factor for all gradients, min(1, clip/(norm + 1e−6)); 1 without a clip."""
+    finite: bool
+
+
+# Embedding ------------------------------------------------------------------------------------------------------------
+
+
+def embed(
+    ids: Any,
+    tok_emb: Any,
+    smear_gate: Any,
+    bigram_emb: Any = None,
+    bigram_proj: Any = None,
+    bigram_scale: Any = None,
+    *,
+    reset_at_bos: bool = False,
+    bos_id: int = 1,
+) -> tuple[FloatArray, Saved]:
+    """`x0 = smear(rms(tok_emb[ids] + bigram_scale · bigram_proj · bigram_emb[hash]))` (docs/spec.md §2.1–2.2).
+
+    The smear gate: `y[t] = (1−g)·x[t] + g·x[t−1]`, g = sigmoid(smear_gate), x[−1] = 0.
+
+    Args:
+        ids: [B, T] token ids, 0 … V−1.
+        tok_emb: [V, d].
+        smear_gate: [d].
+        bigram_emb: [n, e], n ≥ 2; None: no bigram term.
+        bigram_proj: [d, e]; None where e = d: the identity.
+        bigram_scale: a scalar, with bigram_emb.
+        reset_at_bos: at `bos_id` the embedding before counts as 0.
+
+    Returns:
+        x0 [B, T, d], and what `embed_backward` needs.
+    """
+    call = _Arrays()
+    call.add("tok_emb", tok_emb, "V", "d")
+    call.add("smear_gate", smear_gate, "d")
+    if (bigram_emb is None) != (bigram_scale is None) or (bigram_emb is None and bigram_proj is not None):
+        raise ValueError("The bigram term is incomplete; expected bigram_emb and bigram_scale, or no bigram_* at all.")
+    if bigram_emb is not None:
+        call.add("bigram_emb", bigram_emb, "n", "d" if bigram_proj is None else "e")
+        if call.sizes["n"] < 2:
+            raise ValueError("bigram_emb has 1 bucket; expected at least 2.")
+        if bigram_proj is not None:
+            call.add("bigram_proj", bigram_proj, "d", "e")
+        call.add("bigram_scale", bigram_scale)
+    call.add_tokens("ids", ids)
+    numbers = {"reset_at_bos": bool(reset_at_bos), "bos_id": _integer(bos_id, "bos_id", -(2**31), 2**31 - 1)}
+    saved = _forward("embed", call, {"x0": ("B", "T", "d")}, **numbers)
+    return saved.tensors["x0"], saved
+
+
+def embed_backward(saved: Saved, dx0: Any, *, add_to: Mapping[str, Any] | None = None) -> EmbedGrads:
+    """The gradients of `embed` from dx0 [B, T, d]; `add_to` may hold any field."""
+    call = _Backward("embed", saved)
+    call.upstream(dx0=dx0)
+    call.added(add_to, *EmbedGrads._fields)
+    return EmbedGrads(*call.run(*EmbedGrads._fields))
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+def qkv(
+    mixed: MixedInput, wq: Any, wk: Any, wv: Any, cos: Any, sin: Any
+) -> tuple[tuple[FloatArray, FloatArray, FloatArray], Saved]:
+    """`n = rms(m)`; per head `q = rope(rms(n·wqᵀ))`, `k = rope(rms(n·wkᵀ))`, `v = n·wvᵀ` (docs/spec.md §2.4–2.5).
+
+    RoPE turns the pair (j, j + D/2): (a, b) → (a·cos + b·sin, −a·sin + b·cos). The query gain is `attention`'s.
+
+    Args:
+        mixed: the parts of m [B, T, d].
+        wq: [H·D, d].
+        wk, wv: [K·D, d].
+        cos, sin: [R, D/2] with R ≥ T; row t is for position t of every sequence.
+
+    Returns:
+        q [B, T, H, D], k and v [B, T, K, D]; and what `qkv_backward` needs.
+    """
+    call = _Arrays()
+    call.add_mixed(mixed)
+    call.add("cos", cos, "R", "D/2")
+    call.add("sin", sin, "R", "D/2")
+    sizes = call.sizes
+    if sizes["R"] < sizes["T"]:
+        raise ValueError(f"cos and sin have {sizes['R']} rows; expected one for each of {sizes['T']} positions.")
+    sizes["D"] = 2 * sizes["D/2"]
+    for name, value, rows, heads in (("wq", wq, "H·D", "H"), ("wk", wk, "K·D", "K"), ("wv", wv, "K·D", "K")):
+        call.add(name, value, rows, "d")
+        sizes[heads], rest = divmod(sizes[rows], sizes["D"])
+        if rest:
+            raise ValueError(f"{name} has {sizes[rows]} rows; expected a multiple of the head width {sizes['D']}.")
+    outputs = {"q": ("B", "T", "H", "D"), "k": ("B", "T", "K", "D"), "v": ("B", "T", "K", "D")}
+    saved = _forward("qkv", call, outputs)
+    return (saved.tensors["q"], saved.tensors["k"], saved.tensors["v"]), saved
+
+
+def qkv_backward(
+    saved: Saved,
+    dq: Any,
+    dk: Any,
+    dv: Any,
+    *,
+    dm: Any = None,
+    pending: Any = None,
+    add_to: Mapping[str, Any] | None = None,
+) -> QkvGrads:
+    """The gradients of `qkv` from those at its results.
+
+    Args:
+        dq, dk, dv: shaped as q, k and v.
+        dm: [B, T, d], the gradient at m from its other reader, the residual path; None: 0.
+        pending: [B, T, d], added to x's gradient (what later blocks sent back through a skip); None: 0.
+        add_to: may hold any field but x and skip.
+
+    Returns:
+        The gradients of both readers together. Where skip is x itself, its share stands apart, in the field skip.
+    """
+    call = _Backward("qkv", saved)
+    call.upstream(dq=dq, dk=dk, dv=dv)
+    if pending is not None:
+        call.inputs["pending"] = call.like("x", "pending", pending)
+    call.outputs["dx"] = call.start("x", "dm", dm)
+    call.written("skip")
+    call.added(add_to, *(field for field in QkvGrads._fields if field not in ("x", "skip")))
+    return QkvGrads(*call.run(*QkvGrads._fields))
+
+
+def attention(q: Any, k: Any, v: Any, gain: Any) -> tuple[FloatArray, Saved]:
+    """`o = softmax(gain[h]·q·kᵀ/√D over keys ≤ t)·v` (docs/spec.md §2.5).
+
+    Args:
+        q: [B, T, H, D].
+        k, v: [B, T, K, D], H a multiple of K; query head h reads head ⌊h·K/H⌋.
+        gain: [H].
+
+    Returns:
+        o [B, T, H, D], and what `attention_backward` needs.
+    """
+    call = _Arrays()
+    call.add("q", q, "B", "T", "H", "D")
+    call.add("k", k, "B", "T", "K", "D")
+    call.add("v", v, "B", "T", "K", "D")
+    call.add("gain", gain, "H")
+    if call.sizes["H"] % call.sizes["K"]:
+        raise ValueError(f"q has {call.sizes['H']} heads; expected a multiple of k's {call.sizes['K']}.")
+    saved = _forward("attention", call, {"o": ("B", "T", "H", "D")})
+    return saved.tensors["o"], saved
+
+
+def attention_backward(saved: Saved, do: Any, *, add_to: Mapping[str, Any] | None = None) -> AttentionGrads:
+    """The gradients of `attention` from do [B, T, H, D]; `add_to` may hold gain."""
+    call = _Backward("attention", saved)
+    call.upstream(do=do)
+    call.written("q", "k", "v")
+    call.added(add_to, "gain")
+    return AttentionGrads(*call.run(*AttentionGrads._fields))
+
+
+# Residual stream and MLP ----------------------------------------------------------------------------------------------
+
+
+def project_residual(residual: Any, a: Any, w: Any, scale: Any) -> tuple[FloatArray, Saved]:
+    """`out = residual + scale⊙(a·wᵀ)`: the last step of attention and MLP (docs/spec.md §2.4).
+
+    Args:
+        residual: a `MixedInput`, computed anew, or an array [B, T, d].
+        a: [B, T, c].
+        w: [d, c].
+        scale: [d].
+
+    Returns:
+        out [B, T, d], and what `project_residual_backward` needs.
+    """
+    call = _Arrays()
+    if isinstance(residual, MixedInput):
+        call.add_mixed(residual)
+    else:
+        call.add("x", residual, "B", "T", "d")
+    call.add("a", a, "B", "T", "c")
+    call.add("w", w, "d", "c")
+    call.add("scale", scale, "d")
+    saved = _forward("project_residual", call, {"out": ("B", "T", "d")})
+    return saved.tensors["out"], saved
+
+
+def project_residual_backward(
+    saved: Saved, dout: Any, *, add_to: Mapping[str, Any] | None = None
+) -> ProjectResidualGrads:
+    """The gradients of `project_residual` from dout [B, T, d], which is at once the residual's; `add_to` may hold w."""
+    call = _Backward("project_residual", saved)
+    call.upstream(dout=dout)
+    call.written("a")
+    call.added(add_to, "w")
+    return ProjectResidualGrads(*call.run(*ProjectResidualGrads._fields))
+
+
+def finish_projection(w: Any, scale: Any, dw: Any, dscale: Any = None) -> ProjectionGrads:
+    """Ends the gradients that `project_residual_backward` gathered over a step.
+
+    The gradient of scale needs no product a·wᵀ: Σₜ dout[t, i]·(a·wᵀ)[t, i] = w[i]·(doutᵀ·a)[i].
+
+    Args:
+        w: [d, c].
+        scale: [d].
+        dw: [d, c], doutᵀ·a.
+        dscale: [d], added to; None: 0.
+
+    Returns:
+        scale⊙dw by rows, and dscale + the sums of w⊙dw by rows.
+    """
+    call = _Arrays()
+    call.add("w", w, "d", "c")
+    call.add("scale", scale, "d")
+    results = _Arrays(call.dtype, call.sizes)
+    results.add("dw", dw, "d", "c", copy=True)
+    results.add("dscale", np.zeros_like(call.arrays["scale"]) if dscale is None else dscale, "d", copy=True)
+    call.native().finish_projection(call.arrays, results.arrays)
+    return ProjectionGrads(results.arrays["dw"], results.arrays["dscale"])
+
+
+def mlp_up(x: Any, w: Any) -> tuple[FloatArray, Saved]:
+    """`h = relu(rms(x)·wᵀ)²` (docs/spec.md §2.6).
+
+    Args:
+        x: [B, T, d].
+        w: [F, d].
+
+    Returns:
+        h [B, T, F], and what `mlp_up_backward` needs.
+    """
+    call = _Arrays()
+    call.add("x", x, "B", "T", "d")
+    call.add("w", w, "F", "d")
+    saved = _forward("mlp_up", call, {"h": ("B", "T", "F")})
+    return saved.tensors["h"], saved
+
+
+def mlp_up_backward(saved: Saved, dh: Any, *, add_to: Mapping[str, Any] | None = None) -> MlpUpGrads:
+    """The gradients of `mlp_up` from dh [B, T, F]; `add_to` may hold any field."""
+    call = _Backward("mlp_up", saved)
+    call.upstream(dh=dh)
+    call.added(add_to, *MlpUpGrads._fields)
+    return MlpUpGrads(*call.run(*MlpUpGrads._fields))
+
+
+# Head -----------------------------------------------------------------------------------------------------------------
+
+
+def head_logits(x: Any, w: Any, *, softcap: float = 30.0, first: int = 0) -> FloatArray:
+    """`logits = c·tanh(rms(x)·wᵀ/c)` of the positions first … T−1 (docs/spec.md §2.7).
+
+    Args:
+        x: [B, T, d].
+        w: [V, d].
+        softcap: c > 0.
+        first: 0 … T−1.
+
+    Returns:
+        [B, T − first, V].
+    """
+    call = _Arrays()
+    numbers = call.add_head(x, w, softcap, first)
+    return _forward("head_logits", call, {"logits": ("B", "T'", "V")}, **numbers).tensors["logits"]
+
+
+def head_loss(x: Any, w: Any, targets: Any, *, softcap: float = 30.0, first: int = 0) -> FloatArray:
+    """`loss[t] = logsumexp(logits[t]) − logits[t][targets[t]]` in nats, of the positions first … T−1.
+
+    Args:
+        x, w, softcap, first: as `head_logits`.
+        targets: [B, T] token ids, 0 … V−1.
+
+    Returns:
+        [B, T − first].
+    """
+    call = _Arrays()
+    numbers = call.add_head(x, w, softcap, first)
+    call.add_tokens("targets", targets)
+    return _forward("head_loss", call, {"losses": ("B", "T'")}, **numbers).tensors["losses"]
+
+
+def head_loss_backward(
+    x: Any,
+    w: Any,
+    targets: Any,
+    *,
+    softcap: float = 30.0,
+    loss_scale: float = 1.0,
+    add_to: Mapping[str, Any] | None = None,
+) -> tuple[FloatArray, HeadGrads]:
+    """Forward and backward of `head_loss` in one pass over the logits.
+
+    Args:
+        x, w, targets, softcap: as `head_loss`.
+        loss_scale: the gradients are those of loss_scale·Σ losses.
+        add_to: may hold w.
+
+    Returns:
+        The losses [B, T], and the gradients.
+    """
+    arrays = _Arrays()
+    numbers = arrays.add_head(x, w, softcap, 0)
+    arrays.add_tokens("targets", targets)
+    numbers["loss_scale"] = float(loss_scale)
+    call = _Backward("head_loss", Saved("head_loss", arrays.dtype, arrays.arrays, numbers))
+    call.outputs["losses"] = arrays.empty("B", "T")
+    call.written("x")
+    call.added(add_to, "w")
+    return call.outputs["losses"], HeadGrads(*call.run(*HeadGrads._fields))
+
+
+# Optimizer ------------------------------------------------------------------------------------------------------------
+
+
+def grad_norm(grads: Sequence[Any], clip: float = 0.0) -> GradNorm:
+    """The L2 norm of all gradients together, summed in float64, and what follows from it (docs/spec.md §3).
+
+    Args:
+        grads: arrays of any shapes.
+        clip: the largest norm that is left as it is; 0: any.
+    """
+    call = _Arrays()
+    arrays = call.add_list("grads", grads)
+    return GradNorm(*call.native().grad_norm(arrays, clip=float(clip)))
+
+
+def adam(
+    weights: Sequence[Any],
+    grads: Sequence[Any],
+    m: Sequence[Any],
+    v: Sequence[Any],
+    *,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    grad_scale: float = 1.0,
+    finite: bool = True,
+    group: str = "scalar",
+) -> tuple[list[FloatArray], list[FloatArray], list[FloatArray]]:
+    """A step of AdamW on several tensors (docs/spec.md §3).
+
+    m ← β₁·m + (1−β₁)·g; v ← β₂·v + (1−β₂)·g²; w ← w·(1 − lr·decay) − lr·(m/(1−β₁ᵗ)) / (√v/√(1−β₂ᵗ) + eps), with
+    g = grad_scale·grad and t = step.
+
+    Args:
+        weights, grads, m, v: as many arrays each, shaped alike.
+        step: t, from 1.
+        finite: False: nothing changes (see `GradNorm`).
+        group: which of `GROUPS` the backend takes rate and decay from; the result does not depend on it.
+
+    Returns:
+        The new weights, m and v.
+    """
+    if group not in GROUPS:
+        raise ValueError(f"group is {group!r}; expected one of {', '.join(GROUPS)}.")
+    t = _integer(step, "step", 1, 2**53)
+    call = _Arrays()
+    new_weights = call.add_list("weights", weights, copy=True)
+    gradients = call.add_list("grads", grads, like=new_weights)
+    new_m = call.add_list("m", m, like=new_weights, copy=True)
+    new_v = call.add_list("v", v, like=new_weights, copy=True)
+    call.native().adam(
+        new_weights,
+        gradients,
+        new_m,
+        new_v,
+        group=GROUPS.index(group),
+        lr=float(lr),
+        weight_decay=float(weight_decay),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(eps),
+        bias1=1.0 - beta1**t,
+        bias2=1.0 - beta2**t,
+        grad_scale=float(grad_scale),
+        finite=bool(finite),
+    )
+    return new_weights, new_m, new_v
+
+
+def muon(
+    weights: Sequence[Any],
+    grads: Sequence[Any],
+    momenta: Sequence[Any],
+    *,
+    lr: float,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    ns_steps: int = 5,
+    grad_scale: float = 1.0,
+    finite: bool = True,
+) -> tuple[list[FloatArray], list[FloatArray]]:
+    """A step of Muon on several matrices (docs/spec.md §3).
+
+    m ← μ·m + g; u = NS5(g + μ·m); w ← w·(1 − lr·decay) − lr·√max(1, rows/cols)·u, with g = grad_scale·grad.
+
+    Args:
+        weights, grads, momenta: as many matrices each, shaped alike.
+        ns_steps: Newton–Schulz iterations, at least 1.
+        finite: False: nothing changes (see `GradNorm`).
+
+    Returns:
+        The new weights and momenta.
+    """
+    steps = _integer(ns_steps, "ns_steps", 1, 1000)
+    call = _Arrays()
+    new_weights = call.add_list("weights", weights, copy=True)
+    for i, w in enumerate(new_weights):
+        if w.ndim != 2:
+            raise ValueError(f"weights[{i}] has shape {w.shape}; expected a matrix.")
+    gradients = call.add_list("grads", grads, like=new_weights)
+    new_momenta = call.add_list("momenta", momenta, like=new_weights, copy=True)
+    call.native().muon(
+        new_weights,
+        gradients,
+        new_momenta,
+        steps,
+        group=GROUPS.index("matrix"),
+        lr=float(lr),
+        weight_decay=float(weight_decay),
+        momentum=float(momentum),
+        grad_scale=float(grad_scale),
+        finite=bool(finite),
+    )
+    return new_weights, new_momenta
+
+
+def fake_quantize(w: Any, clip: int) -> FloatArray:
+    """Late QAT's working weights, `clamp(round_half_even(w/σ), −clip−1, clip)·σ` a row (docs/spec.md §3).
+
+    σ = max(max|row|/clip, 1e−12). All in float32, also for float64 arrays.
+
+    Args:
+        w: [rows, cols].
+        clip: 1 … 127; 15 is int5, 31 int6.
+    """
+    limit = _integer(clip, "clip", 1, 127)
+    call = _Arrays()
+    call.add("w", w, "rows", "cols")
+    out = call.empty("rows", "cols")
+    call.native().fake_quantize(call.arrays["w"], out, limit)
+    return out
+
+
+def sum(x: Any) -> float:
+    """Σ x in float64, x of any shape."""
+    call = _Arrays()
+    (array,) = call.add_list("x", [x])
+    return float(call.native().sum(array))
+
+
+def axpby(a: float, x: Any, b: float, y: Any) -> FloatArray:
+    """`a·x + b·y` for arrays of one shape."""
+    call = _Arrays()
+    (left,) = call.add_list("x", [x])
+    (right,) = call.add_list("y", [y], like=[left], copy=True)
+    call.native().axpby(float(a), left, float(b), right)
+    return right
+
+
+# Checks and calls -----------------------------------------------------------------------------------------------------
+
+
+class _Arrays:
+    """The checked arrays of one call. The first array with a letter in its shape decides that letter's size."""
+
+    def __init__(self, dtype: np.dtype[Any] | None = None, sizes: Mapping[str, int] | None = None) -> None:
+        self.arrays: dict[str, npt.NDArray[Any]] = {}
+        self.sizes = dict(sizes or {})
+        self.known_dtype = dtype
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        assert self.known_dtype is not None
+        return self.known_dtype
+
+    def native(self) -> Any:
+        return _native(self.dtype)
+
+    def add(self, name: str, value: Any, *shape: str | int, copy: bool = False) -> FloatArray:
+        array = as_array(value, name)
+        if self.known_dtype is None:
+            if array.dtype not in (np.float32, np.float64):
+                raise TypeError(f"{name} has dtype {array.dtype}; expected float32 or float64.")
+            self.known_dtype = array.dtype
+        elif array.dtype != self.known_dtype:
+            raise TypeError(f"{name} has dtype {array.dtype}; expected {self.known_dtype}, the dtype of the others.")
+        self._fit(name, array.shape, shape)
+        self.arrays[name] = np.array(array, order="C") if copy else np.asarray(array, order="C")
+        return self.arrays[name]
+
+    def add_tokens(self, name: str, value: Any) -> None:
+        tokens = as_tokens(value, name)
+        self._fit(name, tokens.shape, ("B", "T"))
+        vocab = self.sizes["V"]
+        bad = np.argwhere((tokens < 0) | (tokens >= vocab))
+        if len(bad):
+            b, t = bad[0]
+            raise ValueError(f"{name}[{b}, {t}] is {tokens[b, t]}; token ids run from 0 to {vocab - 1}.")
+        self.arrays[name] = tokens
+
+    def add_mixed(self, mixed: MixedInput) -> None:
+        if not isinstance(mixed, MixedInput):
+            raise TypeError(f"mixed is a {type(mixed).__name__}; expected an ops.MixedInput.")
+        self.add("x", mixed.x, "B", "T", "d")
+        self.add("x0", mixed.x0, "B", "T", "d")
+        self.add("resid_mix", mixed.resid_mix, 2, "d")
+        if (mixed.skip is None) != (mixed.skip_weight is None):
+            raise ValueError("The mixed input has one of skip and skip_weight; expected both or neither.")
+        if mixed.skip is not None:
+            self.add("skip", mixed.skip, "B", "T", "d")
+            self.add("skip_weight", mixed.skip_weight, "d")
+
+    def add_head(self, x: Any, w: Any, softcap: float, first: int) -> dict[str, Any]:
+        self.add("x", x, "B", "T", "d")
+        self.add("w", w, "V", "d")
+        if not 0 < softcap < float("inf"):
+            raise ValueError(f"softcap is {softcap}; expected a number above 0.")
+        start = _integer(first, "first", 0, self.sizes["T"] - 1)
+        self.sizes["T'"] = self.sizes["T"] - start
+        return {"softcap": float(softcap), "first": start}
+
+    def add_list(
+        self, name: str, values: Sequence[Any], like: Sequence[FloatArray] | None = None, copy: bool = False
+    ) -> list[FloatArray]:
+        if len(values) == 0 or (like is not None and len(values) != len(like)):
+            wanted = "at least 1" if like is None else len(like)
+            raise ValueError(f"{name} holds {len(values)} arrays; expected {wanted}.")
+        shapes = [as_array(value, name).shape for value in values] if like is None else [w.shape for w in like]
+        return [
+            self.add(f"{name}[{i}]", value, *shape, copy=copy)
+            for i, (value, shape) in enumerate(zip(values, shapes, strict=True))
+        ]
+
+    def empty(self, *shape: str) -> FloatArray:
+        """An array to be written: it starts as NaN, so that an element that nobody writes shows."""
+        return np.full([self.sizes[letter] for letter in shape], np.nan, self.dtype)
+
+    def _fit(self, name: str, found: tuple[int, ...], shape: tuple[str | int, ...]) -> None:
+        expected = [self.sizes.get(side, side) if isinstance(side, str) else side for side in shape]
+        fits = len(found) == len(shape) and all(
+            n >= 1 if isinstance(side, str) else n == side for n, side in zip(found, expected, strict=True)
+        )
+        if not fits:
+            letters, values = (f"({', '.join(map(str, sides))})" for sides in (shape, expected))
+            meaning = letters if letters == values else f"{letters} = {values}"
+            raise ValueError(f"{name} has shape {found}; expected {meaning}, each at least 1.")
+        self.sizes.update({side: n for side, n in zip(shape, found, strict=True) if isinstance(side, str)})
+
+
+@functools.cache
+def _native(dtype: np.dtype[Any]) -> Any:
+    return _C.Ops(dtype)
+
+
+def _forward(operation: str, call: _Arrays, outputs: Mapping[str, tuple[str, ...]], **numbers: Any) -> Saved:
+    results = {name: call.empty(*shape) for name, shape in outputs.items()}
+    kept = getattr(call.native(), operation)(call.arrays, results, **numbers)
+    return Saved(operation, call.dtype, {**call.arrays, **results, "saved": kept}, numbers)
+
+
+class _Backward:
+    """One call of an operation's backward; the gradient at the tensor `name` is the native argument "d" + name."""
+
+    def __init__(self, operation: str, saved: Saved) -> None:
+        if not isinstance(saved, Saved) or saved.operation != operation:
+            found = f"ops.{saved.operation}" if isinstance(saved, Saved) else f"a {type(saved).__name__}"
+            raise ValueError(f"saved comes from {found}; expected what ops.{operation} returned.")
+        self.operation, self.saved = operation, saved
+        self.inputs = dict(saved.tensors)
+        self.outputs: dict[str, FloatArray] = {}
+
+    def like(self, tensor: str, label: str, value: Any) -> FloatArray:
+        """A checked copy of `value`: backwards use some inputs as scratch, and two may be one array."""
+        return _Arrays(self.saved.dtype).add(label, value, *self.saved.tensors[tensor].shape, copy=True)
+
+    def start(self, tensor: str, label: str, value: Any) -> FloatArray:
+        """What a gradient is added to; None: zeros."""
+        return np.zeros_like(self.saved.tensors[tensor]) if value is None else self.like(tensor, label, value)
+
+    def upstream(self, **gradients: Any) -> None:
+        """Gradients at results."""
+        for label, value in gradients.items():
+            self.inputs[label] = self.like(label.removeprefix("d"), label, value)
+
+    def written(self, *tensors: str) -> None:
+        """These tensors' gradients, where present, are overwritten."""
+        for name in tensors:
+            if name in self.saved.tensors:
+                self.outputs["d" + name] = np.full_like(self.saved.tensors[name], np.nan)
+
+    def added(self, add_to: Mapping[str, Any] | None, *tensors: str) -> None:
+        """These tensors' gradients, where present, are added to what add_to holds."""
+        present = [name for name in tensors if name in self.saved.tensors]
+        given = dict(add_to or {})
+        for name in given:
+            if name not in present:
+                raise ValueError(f"add_to holds {name!r}; expected names from: {', '.join(present)}.")
+        for name in present:
+            self.outputs["d" + name] = self.start(name, f"add_to[{name!r}]", given.get(name))
+
+    def run(self, *fields: str) -> list[Any]:
+        """The gradients of these tensors, None where absent."""
+        native = _native(self.saved.dtype)
+        getattr(native, self.operation + "_backward")(self.inputs, self.outputs, **self.saved.numbers)
+        return [self.outputs.get("d" + name) for name in fields]
