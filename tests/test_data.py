@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgolf import errors
-from pgolf.data import shards
+from pgolf.data.batches import BatchStream
+from pgolf.data.shard_file import shard_header
 from pgolf.data.shards import ShardSet, find_data, load_tokens, read_shard, write_shard
 
 TOKENS = st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=50)
@@ -73,7 +77,7 @@ def test_an_interrupted_write_leaves_the_old_shard(tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == [path]
 
 
-GOOD = shards.shard_header(2) + b"\1\0\2\0"
+GOOD = shard_header(2) + b"\1\0\2\0"
 
 
 def with_field(index: int, value: int) -> bytes:
@@ -147,6 +151,134 @@ def test_shard_sets_refuse_nonsense(tmp_path: Path) -> None:
     for start, count in ((-1, 1), (0, -1)):
         with pytest.raises(ValueError, match="at least 0"):
             ShardSet([tmp_path / "a.bin"]).read(start, count)
+
+
+def sparse_shard(path: Path, tokens: int) -> Path:
+    """A shard of zeros that takes no room on the disk."""
+    with path.open("wb") as file:
+        file.write(shard_header(tokens))
+        file.truncate(1024 + 2 * tokens)
+    return path
+
+
+def test_reading_a_span_does_not_load_the_shard(tmp_path: Path) -> None:
+    path = sparse_shard(tmp_path / "large.bin", 100_000_000)
+    with path.open("r+b") as file:
+        file.seek(1024 + 2 * 70_000_000)
+        file.write(b"\7\0\1\2")
+    tracemalloc.start()
+    try:
+        shards = ShardSet([path, path], vocab_size=1024)
+        span = shards.read(169_999_999, 100_000)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert span[:4].tolist() == [0, 7, 513, 0] and not span[4:].any()
+    assert peak < 1_000_000
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def remove_folder(path: Path) -> None:
+    shutil.rmtree(path.parent)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 1024 + 2 * 50)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def append(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"\0\0")
+
+
+def overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(1024)
+        file.write(b"\5\0")
+
+
+def replace(path: Path) -> None:
+    write_shard(path, np.arange(100)[::-1])
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+CHANGES = [
+    (remove, "the shard was removed while it was in use"),
+    (remove_folder, "the shard was removed while it was in use"),
+    (cut, "changed while it was in use: it had 1,224 bytes and has 1,124 now"),
+    (empty, "it had 1,224 bytes and has 0 now"),
+    (append, "it had 1,224 bytes and has 1,226 now"),
+    (overwrite, "it was written to, or another file took its place"),
+    (replace, "it was written to, or another file took its place"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), CHANGES)
+def test_shards_that_change_in_the_middle_of_a_stream(
+    tmp_path: Path, change: Callable[[Path], None], words: str
+) -> None:
+    (tmp_path / "data").mkdir()
+    paths = [tmp_path / "data" / "a.bin", tmp_path / "data" / "b.bin"]
+    for path in paths:
+        write_shard(path, np.arange(100))
+        os.utime(path, ns=(0, 10**18))  # long ago, so that any later change shows, however coarse the clock
+    shards = ShardSet(paths)
+    stream = BatchStream(shards, 60, 1, 30)
+    assert stream.next()[0].ravel().tolist() == list(range(60))
+    change(paths[1])
+    name = "a" if change is remove_folder else "b"
+    with pytest.raises(errors.FormatError, match=rf"{name}\.bin: .*{words}"):
+        stream.next()
+    assert stream.position == 61
+    with pytest.raises(errors.FormatError, match=words):
+        shards.fingerprint()
+
+
+def test_a_shard_that_becomes_something_else_is_an_error(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.bin", [1, 2])
+    shards = ShardSet([tmp_path / "a.bin"])
+    replace_by_folder(tmp_path / "a.bin")
+    with pytest.raises(OSError, match=r"a\.bin"):
+        shards.read(0, 1)
+
+
+def test_fingerprints_tell_data_apart(tmp_path: Path) -> None:
+    def fingerprint(folder: str, **shards: object) -> object:
+        (tmp_path / folder).mkdir()
+        for name, tokens in shards.items():
+            write_shard(tmp_path / folder / f"{name}.bin", tokens)
+        made = ShardSet((tmp_path / folder).iterdir()).fingerprint()
+        assert json.loads(json.dumps(made)) == made
+        return made
+
+    tokens = np.arange(20_000)
+    first = fingerprint("first", a=tokens, b=[1, 2])
+    assert first["shards"] == 2 and first["tokens"] == 20_002  # type: ignore[index]
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    for path in (tmp_path / "copy").iterdir():
+        os.utime(path, ns=(0, 0))
+    assert ShardSet((tmp_path / "copy").iterdir()).fingerprint() == first
+    others = [
+        fingerprint("renamed", a=tokens, c=[1, 2]),
+        fingerprint("swapped", b=tokens, a=[1, 2]),
+        fingerprint("beginning", a=np.where(tokens == 0, 1, tokens), b=[1, 2]),
+        fingerprint("end", a=np.where(tokens == 19_999, 1, tokens), b=[1, 2]),
+        fingerprint("last", a=tokens, b=[1, 3]),
+        fingerprint("shorter", a=tokens[:-1], b=[1, 2]),
+        fingerprint("more", a=tokens, b=[1, 2], c=[1]),
+    ]
+    assert len({json.dumps(made) for made in [first, *others]}) == 1 + len(others)
 
 
 def fill(folder: Path) -> Path:

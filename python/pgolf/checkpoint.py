@@ -18,10 +18,6 @@ VERSION = 1
 KEPT = 2
 _FREE = ("data_path", "tokenizer_path", "train_log_every", "checkpoint_every")  # keys that change no bit of a run
 _NAME = re.compile(r"step-(\d{8})\.npz")
-_VALUES = (  # what `pgolf.Trainer.state` has beside arrays
-    *("step", "seconds", "position", "adam_steps", "snapshots", "validated", "warned"),
-    *("micro_batch_seqs", "dtype", "config", "data"),
-)
 _Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -31,11 +27,11 @@ def save(folder: Path, arrays: _Arrays, values: dict[str, Any]) -> Path:
     Raises OSError, with what is left whole, where the file cannot be written.
     """
     path = folder / f"step-{values['step']:08d}.npz"
-    header = np.frombuffer(json.dumps({"version": VERSION, **values}).encode(), dtype=np.uint8)
+    header = np.frombuffer(json.dumps({"version": VERSION, "arrays": list(arrays), **values}).encode(), dtype=np.uint8)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            np.savez(file, allow_pickle=False, header=header, **arrays)
+            np.savez(file, header=header, **arrays)
     except OSError as error:
         last = newest(folder)
         size = sum(array.nbytes for array in arrays.values()) / 1e6
@@ -68,13 +64,12 @@ def load(path: Path) -> tuple[_Arrays, dict[str, Any]]:
             arrays = {name: file[name] for name in file.files}
         values = json.loads(arrays.pop("header").tobytes())
         version = values["version"]
+        if version == VERSION and list(arrays) != values.pop("arrays"):
+            raise ValueError("arrays are missing")
     except Exception as error:  # zipfile, zlib, struct and NumPy each have their own for what is damaged
         raise FormatError(f"{path} is not a whole pgolf checkpoint ({error}).{_older(path)}") from None
     if version != VERSION:
         raise FormatError(f"{path} has checkpoint version {version}; this pgolf reads version {VERSION}.{_older(path)}")
-    missing = [key for key in _VALUES if key not in values]
-    if missing:
-        raise FormatError(f"{path} is not a whole pgolf checkpoint (it lacks {', '.join(missing)}).{_older(path)}")
     return arrays, values
 
 

@@ -83,6 +83,11 @@ class Manifest:
         with atomic_write(path) as file:
             file.write(json.dumps({"format": FORMAT, **asdict(self)}, indent=2).encode() + b"\n")
 
+    @property
+    def is_complete(self) -> bool:
+        """False while a download has not brought every validation shard, which come last."""
+        return self.hub is None or len(self.val.shards) == self.hub.val_shards
+
     @classmethod
     def find(cls, folder: Path) -> Manifest | None:
         """The manifest of a data folder; None where there is none, or one that another program wrote.

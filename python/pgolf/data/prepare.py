@@ -17,8 +17,8 @@ from pgolf.data.encode import CHUNK_BYTES, EncodedChunk, chunks, encode
 from pgolf.data.manifest import Manifest, SplitEntry, TokenizerEntry
 from pgolf.data.progress import Progress, ProgressCallback, progress_bar
 from pgolf.data.publish import check_out_dir, partial_folder, publish
-from pgolf.data.shard_writer import ShardWriter
 from pgolf.data.shard_file import MAX_TOKEN
+from pgolf.data.shard_writer import ShardWriter
 from pgolf.data.shards import StrPath
 from pgolf.data.train_tokenizer import NORMALIZATIONS, SMALLEST_VOCAB, train_tokenizer
 from pgolf.tokenizer import Tokenizer

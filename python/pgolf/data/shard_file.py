@@ -121,7 +121,7 @@ def _read_all(file: FileIO, out: NDArray[np.uint8]) -> bool:
     """Fill `out`; False where the file ends before it is full. One system call reads 2 GiB at most."""
     filled = 0
     while filled < out.size:
-        count = file.readinto(out[filled:])
+        count = file.readinto(out[filled:].data)
         if not count:
             return False
         filled += count

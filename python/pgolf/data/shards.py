@@ -146,19 +146,25 @@ def find_data(data: StrPath, splits: tuple[str, ...] = ("train", "val")) -> Data
 
     The tokenizer is the folder's only `*.model`, else the one that `manifest.json` names, else None.
 
-    Raises FileNotFoundError where the folder is missing, a split of `splits` has no shard, or a shard of the manifest
-    is missing; NotADirectoryError where `data` is a file; FormatError where the manifest cannot be read.
+    Raises FileNotFoundError where the folder is missing, a split of `splits` has no shard, a shard of the manifest is
+    missing, or a download is not complete; NotADirectoryError where `data` is a file; FormatError where the manifest
+    cannot be read.
     """
     folder = Path(data)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such data folder.")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: this is a file; a data folder with shards is expected.")
+    manifest = Manifest.find(folder)
+    if splits and manifest is not None and not manifest.is_complete:
+        raise FileNotFoundError(
+            f"{folder}: the download of this data folder was stopped before its end; the same `pgolf data download` "
+            "goes on with it."
+        )
     shards = {split: tuple(sorted(folder.glob(f"*_{split}_*.bin"))) for split in ("train", "val")}
     for split in splits:
         if not shards[split]:
             raise FileNotFoundError(f"{folder}: the data folder holds no *_{split}_*.bin shard.")
-    manifest = Manifest.find(folder)
     if manifest is not None:
         for name in manifest.shards():
             if not (folder / name).is_file():

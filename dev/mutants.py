@@ -1,0 +1,342 @@
+"""Bends one piece of the mathematics at a time, in copies of the source tree, and demands that a test fails.
+
+    python dev/mutants.py                 all mutants of dev/mutants.toml; writes docs/mutants.md
+    python dev/mutants.py rope skip       those whose names contain one of the words
+    python dev/mutants.py --check         only whether every mutant still has exactly one place to bend
+
+The tests must pass on the untouched copy first. A mutant's own selection of tests runs first, then, if none of them
+fails, all tests. What was found is kept in build/mutants and is good until a file changes, so an interrupted run goes
+on where it stopped. The exit status is 1 if a mutant survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import queue
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+LIST = ROOT / "dev" / "mutants.toml"
+TABLE = ROOT / "docs" / "mutants.md"
+WORK = ROOT / "build" / "mutants"
+ALL_TESTS = "tests --ignore=tests/test_package.py"  # that file is about the installed package, which no mutant touches
+TIMEOUT = 1800.0  # seconds of one pytest; no selection takes a tenth of it
+# The finder that an editable install puts before PYTHONPATH would import pgolf from the working tree.
+SITE = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != '_pgolf_editable']\n"
+
+
+class Failure(Exception):
+    """What keeps a mutant from being judged; a sentence."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: in `file`, `old` becomes `new`; `tests` are pytest's arguments for the tests most likely to fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    def bend(self, source: str) -> str:
+        """The source with the change; raises Failure unless it has exactly one place for it."""
+        count = source.count(self.old)
+        if count != 1:
+            raise Failure(f"{self.name}: {self.file} holds {self.old!r} {count} times; exactly once was expected.")
+        return source.replace(self.old, self.new)
+
+
+def read_mutants() -> list[Mutant]:
+    """The list, every entry of which has exactly one place in this tree; raises Failure for the others, all at once."""
+    mutants = [Mutant(**entry) for entry in tomllib.loads(LIST.read_text(encoding="utf-8"))["mutant"]]
+    names = [mutant.name for mutant in mutants]
+    wrong = [f"Two mutants have the name {name!r}." for name in sorted({n for n in names if names.count(n) > 1})]
+    for mutant in mutants:
+        try:
+            mutant.bend((ROOT / mutant.file).read_text(encoding="utf-8"))
+        except (OSError, Failure) as error:
+            wrong.append(str(error))
+    if wrong:
+        raise Failure("\n".join(wrong))
+    return mutants
+
+
+def sources() -> list[str]:
+    """The files that git knows or does not ignore, but for this program's own."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    own = {str(path.relative_to(ROOT)) for path in (LIST, TABLE, Path(__file__).resolve())}
+    return sorted(name for name in set(names) - own if name and (ROOT / name).is_file())
+
+
+class Tree:
+    """A copy of the sources with a build of its own, in which one mutant at a time is tried."""
+
+    def __init__(self, number: int, names: Sequence[str]) -> None:
+        self.path = WORK / f"tree{number}"
+        self._build, self._pristine = self.path / "build", WORK / f"build{number}"
+        self._copy(names)
+        if self._pristine.exists():  # of an earlier run; what changed since is compiled
+            self._restore_build()
+        self._configure()
+        self._compile(os.cpu_count() or 1)
+        shutil.rmtree(self._pristine, ignore_errors=True)
+        shutil.copytree(self._build, self._pristine, symlinks=True)
+        (module,) = self._build.glob("_C.*")
+        link = self.path / "python" / "pgolf" / module.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(module)
+        site = WORK / "site"
+        site.mkdir(exist_ok=True)
+        (site / "sitecustomize.py").write_text(SITE, encoding="utf-8")
+        path = os.pathsep.join([str(site), str(self.path / "python")])
+        self._environment = {**_with_tools(), "PYTHONPATH": path, "COLUMNS": "400"}
+        self._check_imports()
+
+    def _copy(self, names: Sequence[str]) -> None:
+        """Copies what differs, so that time stamps of the rest spare their compilation, and removes what is gone."""
+        for name in names:
+            source, target = ROOT / name, self.path / name
+            if not target.is_file() or target.read_bytes() != source.read_bytes():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, target)
+        known = set(names)
+        for path in self.path.rglob("*"):
+            place = path.relative_to(self.path)
+            if path.is_file() and place.parts[0] != "build" and place.as_posix() not in known:
+                path.unlink()
+
+    def _configure(self) -> None:
+        pybind11 = subprocess.run(
+            [sys.executable, "-m", "pybind11", "--cmakedir"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        self._tool(
+            [
+                "cmake",
+                *("-G", "Ninja", "-S", str(self.path), "-B", str(self._build)),
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11}",
+            ]
+        )
+
+    def _compile(self, jobs: int = 1) -> None:
+        self._tool(["ninja", "-C", str(self._build), f"-j{jobs}"])
+
+    def _tool(self, command: Sequence[str]) -> None:
+        try:
+            done = subprocess.run(command, env=_with_tools(), capture_output=True, text=True)
+        except FileNotFoundError:
+            raise Failure(f"There is no {command[0]}; requirements/build.txt names what a build needs.") from None
+        if done.returncode:
+            raise Failure(f"{shlex.join(command)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+
+    def _restore_build(self) -> None:
+        shutil.rmtree(self._build, ignore_errors=True)
+        shutil.copytree(self._pristine, self._build, symlinks=True)  # with time stamps, as ninja's log has them
+
+    def _check_imports(self) -> None:
+        program = "import pgolf, pgolf._C; print(pgolf.__file__, pgolf._C.__file__, sep='\\n')"
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=WORK, env=self._environment, capture_output=True, text=True
+        )
+        if done.returncode or not all(line.startswith(str(self.path)) for line in done.stdout.splitlines()):
+            raise Failure(f"Tests would not run pgolf from {self.path}:\n{done.stdout}{done.stderr}")
+
+    def judge(self, mutant: Mutant) -> str | None:
+        """The test that fails on the mutant, or None for a survivor."""
+        path = self.path / mutant.file
+        original, stamp = path.read_text(encoding="utf-8"), path.stat()
+        native = not mutant.file.endswith(".py")
+        try:
+            path.write_text(mutant.bend(original), encoding="utf-8")
+            if native:
+                self._compile()
+            return self.failing_test(mutant.name, mutant.tests) or self.failing_test(mutant.name, ALL_TESTS)
+        finally:
+            path.write_text(original, encoding="utf-8")
+            os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+            if native:
+                self._restore_build()
+
+    def failing_test(self, name: str, selection: str) -> str | None:
+        """The first test of a selection that fails, or None; raises Failure where the tests cannot be run."""
+        log = WORK / "logs" / (re.sub(r"\W+", "-", name) + ".txt")
+        log.parent.mkdir(exist_ok=True)
+        shutil.rmtree(self.path / ".hypothesis", ignore_errors=True)  # no mutant profits from another one's examples
+        options = ["-x", "-q", "--tb=short", "--no-header", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+        command = [sys.executable, "-m", "pytest", *options, *shlex.split(selection)]
+        try:
+            done = subprocess.run(
+                command,
+                cwd=self.path,
+                env=self._environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=TIMEOUT,
+            )
+        except subprocess.TimeoutExpired:
+            raise Failure(f"{name}: pytest {selection} took more than {TIMEOUT:.0f} s.") from None
+        log.write_text(done.stdout, encoding="utf-8")
+        if done.returncode == 0:
+            return None
+        failed = re.search(r"^(?:FAILED|ERROR) (tests/\S+\.py::\w+(?:\[.*?\])?)(?: - |$)", done.stdout, re.MULTILINE)
+        # No tests at all, a crash or a module that cannot be imported prove nothing.
+        if done.returncode != 1 or failed is None:
+            raise Failure(f"{name}: pytest {selection} ended with status {done.returncode}, no test failed; see {log}.")
+        return failed[1]
+
+
+def _with_tools() -> dict[str, str]:
+    """The environment with the interpreter's own cmake and ninja in front."""
+    return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+
+
+class Results:
+    """What was found so far, by mutant, in a file that outlives an interrupted run."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._path = WORK / "results.json"
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(f"{name}\0{hashlib.sha256((ROOT / name).read_bytes()).hexdigest()}\0".encode())
+        self.digest = digest.hexdigest()
+        self._found: dict[str, Any] = {}
+        if self._path.exists():
+            stored = json.loads(self._path.read_text(encoding="utf-8"))
+            self._found = stored["found"] if stored["digest"] == self.digest else {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, mutant: Mutant) -> tuple[str | None, float] | None:
+        found = self._found.get(self._key(mutant))
+        return tuple(found) if found else None
+
+    def __setitem__(self, mutant: Mutant, found: tuple[str | None, float]) -> None:
+        with self._lock:
+            self._found[self._key(mutant)] = found
+            temporary = self._path.with_suffix(".new")
+            temporary.write_text(json.dumps({"digest": self.digest, "found": self._found}), encoding="utf-8")
+            os.replace(temporary, self._path)
+
+    @staticmethod
+    def _key(mutant: Mutant) -> str:
+        return json.dumps(astuple(mutant)[1:])
+
+
+UNTOUCHED = Mutant("untouched sources", "", "", "", ALL_TESTS)
+
+
+def run(mutants: Sequence[Mutant], results: Results, names: Sequence[str], jobs: int) -> list[str]:
+    """Judges what has no result yet and prints a line for each; returns what kept mutants from being judged."""
+    waiting = [mutant for mutant in mutants if results[mutant] is None]
+    trees: queue.SimpleQueue[Tree] = queue.SimpleQueue()
+    if waiting:
+        first = Tree(0, names)
+        if results[UNTOUCHED] is None:
+            print("untouched sources: all tests", flush=True)
+            started = time.monotonic()
+            if failed := first.failing_test(UNTOUCHED.name, ALL_TESTS):
+                raise Failure(f"{failed} fails on the untouched sources; no mutant can be judged.")
+            results[UNTOUCHED] = ("none", time.monotonic() - started)
+        for tree in (first, *(Tree(number, names) for number in range(1, jobs))):
+            trees.put(tree)
+
+    def judge(mutant: Mutant) -> str | None:
+        found = results[mutant]
+        if found is None:
+            tree = trees.get()
+            started = time.monotonic()
+            try:
+                found = results[mutant] = (tree.judge(mutant), time.monotonic() - started)
+            except Failure as failure:
+                return str(failure)
+            finally:
+                trees.put(tree)
+        caught_by, seconds = found
+        print(f"{mutant.name:60} {seconds:6.1f} s  {caught_by or 'SURVIVED'}", flush=True)
+        return None
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(judge, mutant) for mutant in mutants]
+        try:
+            return [failure for future in futures if (failure := future.result()) is not None]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def write_table(mutants: Sequence[Mutant], results: Results) -> None:
+    """docs/mutants.md: every mutant and the test that caught it."""
+
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|")
+
+    lines = [
+        "# Mutants",
+        "",
+        f"`make mutants` bends {len(mutants)} pieces of the mathematics, one at a time and in copies of the sources,",
+        "and demands that a test fails. It wrote this table; the changes themselves are in `dev/mutants.toml`.",
+        "",
+        "| mutant | file | caught by |",
+        "| --- | --- | --- |",
+    ]
+    for mutant in mutants:
+        found = results[mutant]
+        assert found is not None
+        caught_by = f"`{cell(found[0])}`" if found[0] else "**survived**"
+        lines.append(f"| {cell(mutant.name)} | `{mutant.file}` | {caught_by} |")
+    TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="only mutants whose names contain one of these")
+    parser.add_argument("--check", action="store_true", help="only check that every mutant has exactly one place")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants tried at a time (default: 2)")
+    arguments = parser.parse_args()
+    try:
+        mutants = read_mutants()
+        chosen = [m for m in mutants if not arguments.words or any(w in m.name for w in arguments.words)]
+        if not chosen:
+            raise Failure(f"No mutant's name contains {' or '.join(arguments.words)}.")
+        if arguments.check:
+            print(f"{len(mutants)} mutants, each with one place")
+            return 0
+        WORK.mkdir(parents=True, exist_ok=True)
+        names = sources()
+        results = Results(names)
+        failures = run(chosen, results, names, max(1, arguments.jobs))
+    except Failure as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    survivors = [m.name for m in chosen if (found := results[m]) is not None and found[0] is None]
+    print(f"{len(chosen) - len(survivors) - len(failures)} of {len(chosen)} mutants caught")
+    for line in [*failures, *(f"SURVIVED: {name}" for name in survivors)]:
+        print(line)
+    if not failures and len(chosen) == len(mutants):
+        write_table(mutants, results)
+    return 1 if failures or survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

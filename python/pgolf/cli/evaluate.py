@@ -1,0 +1,116 @@
+"""`pgolf eval`: the score of a model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pgolf.cli.models import Source
+from pgolf.cli.options import DeviceOption, JsonOption, ModelArgument, ThreadsOption, TokenizerOption, use_threads
+from pgolf.cli.output import bits, console_for, key_value_table, print_json
+from pgolf.config import Config, EvalConfig
+
+if TYPE_CHECKING:
+    from pgolf.audit import Audit
+    from pgolf.evaluate import Score
+
+
+def evaluate_command(
+    model: ModelArgument,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="PATH", help="Data folder, or one shard; default: the run's data folder."),
+    ] = None,
+    tokenizer: TokenizerOption = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="NAME", help="sliding or standard; default: the run's, sliding."),
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            "--seq-len", min=1, metavar="T", help="Tokens of context; default: the run's, the training length."
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option("--stride", min=1, metavar="S", help="Tokens between windows; default: the run's, 64."),
+    ] = None,
+    tail: Annotated[
+        str | None, typer.Option("--tail", metavar="NAME", help="exact or reference; default: the run's, exact.")
+    ] = None,
+    batch_seqs: Annotated[
+        int | None, typer.Option("--batch-seqs", min=1, metavar="N", help="Windows at once: speed and memory only.")
+    ] = None,
+    audit: Annotated[
+        str, typer.Option("--audit", metavar="sample|full", help="How thoroughly to look for trained-on documents.")
+    ] = "sample",
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a model on validation data: mean loss and bits per byte, with an audit of the score.
+
+    Example: pgolf eval runs/demo --method sliding --stride 32
+    """
+    from pgolf.evaluate import evaluate
+    from pgolf.progress import stages
+
+    use_threads(threads)
+    source = Source.of(model)
+    settings = _settings(source.config)
+    loaded = source.load(device)
+    console = console_for(as_json)
+    with stages(console) as show:
+        score = evaluate(
+            loaded,
+            source.data(data),
+            source.tokenizer_path(tokenizer),
+            method=method or settings.method,
+            seq_len=seq_len or settings.eval_seq_len or None,
+            stride=stride or settings.eval_stride,
+            tail=tail or settings.tail,
+            batch_seqs=batch_seqs or settings.eval_batch_seqs,
+            audit=audit,
+            progress=lambda done, total, tokens: show("score", done, total),
+        )
+    console.print(key_value_table(str(source.artifact), _rows(score)))
+    if as_json:
+        print_json(_to_dict(score))
+
+
+def _settings(config: Config | None) -> EvalConfig:
+    """The run's, else what `pgolf.evaluate` does by itself."""
+    return EvalConfig(tail="exact") if config is None else config.eval
+
+
+def _rows(score: Score) -> list[tuple[str, str]]:
+    how = f"{score.method}, context {score.seq_len:,}"
+    if score.stride is not None:
+        how += f", stride {score.stride:,}, {score.tail} tail"
+    return [
+        ("bits per byte", bits(score.bpb)),
+        ("loss, nats per token", f"{score.loss:.4f}"),
+        ("scored tokens", f"{score.tokens:,}"),
+        ("bytes of text", "–" if score.bytes is None else f"{score.bytes:,}"),
+        ("method", how),
+        ("time", f"{score.seconds:.1f} s"),
+        ("audit", _audit_text(score.audit)),
+    ]
+
+
+def _audit_text(audit: Audit) -> str:
+    checked = "bytes and scores checked" if audit.bytes_checked else "scores checked, bytes not (no tokenizer)"
+    text = f"{checked} in {audit.documents:,} documents"
+    if audit.duplicates is None:
+        return text
+    return f"{text}; {audit.duplicates.found:,} of {audit.duplicates.looked_up:,} looked up stand in training data"
+
+
+def _to_dict(score: Score) -> dict[str, Any]:
+    """Every field but the per-document arrays."""
+    names = ("loss", "bpb", "tokens", "bytes", "seconds", "method", "seq_len", "stride", "tail", "windows")
+    return {**{name: getattr(score, name) for name in names}, "audit": asdict(score.audit)}

@@ -1,0 +1,97 @@
+"""From errors to one sentence on standard error and an exit code; a traceback only for developers who ask for it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import typer
+
+from pgolf.errors import DeviceError, NonFiniteError
+
+FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 130
+
+# What a request, its files included, can be wrong in.
+_WRONG_REQUEST = (
+    ValueError,
+    TypeError,
+    IndexError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+)
+# What can fail in a right request: devices, disks, arithmetic, memory, a missing optional package.
+_FAILED = (OSError, DeviceError, NonFiniteError, MemoryError, ImportError)
+
+
+def reported(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors become exit codes, and whose warnings become sentences.
+
+    With PGOLF_TRACEBACK=1 in the environment, errors pass through with their tracebacks.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = _show_warning
+            try:
+                command(*args, **options)
+            except (KeyboardInterrupt, Exception) as error:
+                # typer itself ends quietly where the reader of a pipe has gone.
+                if isinstance(error, (typer.Exit, BrokenPipeError)) or os.environ.get("PGOLF_TRACEBACK") == "1":
+                    raise
+                code, sentence = _verdict(error)
+                typer.echo(sentence, err=True)
+                raise typer.Exit(code) from None
+
+    return run
+
+
+@contextmanager
+def requested_device() -> Iterator[None]:
+    """Around the opening of a model: a device that cannot be used there was asked for in the request."""
+    try:
+        yield
+    except DeviceError as error:
+        raise ValueError(str(error)) from None
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """The exit code and the sentence for an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, str(error) or "Interrupted."
+    if isinstance(error, _WRONG_REQUEST):
+        return WRONG_REQUEST, f"Error: {_sentence(error)}"
+    if isinstance(error, _FAILED):
+        return FAILED, f"Error: {_sentence(error)}"
+    return FAILED, (
+        f"Error: an unexpected {type(error).__name__} ({error}). This is a defect in pgolf; PGOLF_TRACEBACK=1 in the "
+        "environment shows where."
+    )
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:  # the system's: "[Errno 28] No space left on device: 'x'"
+        sentence = error.strerror.removesuffix(".") + "."
+        return f"{error.filename}: {sentence}" if error.filename else sentence
+    if isinstance(error, MemoryError):
+        return f"The memory is not enough{f': {error}' if str(error) else '.'}"
+    return str(error) or f"{type(error).__name__}."
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"Warning: {message}", file=sys.stderr)

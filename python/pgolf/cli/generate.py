@@ -1,0 +1,69 @@
+"""`pgolf generate`: text from a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pgolf.cli.models import Source
+from pgolf.cli.options import DeviceOption, JsonOption, ModelArgument, ThreadsOption, TokenizerOption, use_threads
+from pgolf.cli.output import print_json
+
+if TYPE_CHECKING:
+    from pgolf.model import GPT
+    from pgolf.tokenizer import Tokenizer
+
+
+def generate_command(
+    model: ModelArgument,
+    tokenizer: TokenizerOption = None,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="The beginning of the text.")] = "",
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", help="The longest continuation.")
+    ] = 200,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="X", help="0 takes the most likely token.")
+    ] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", metavar="K", help="Sample among the K most likely tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", metavar="P", help="Sample among the likeliest tokens of mass P.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="The same seed gives the same text.")] = 0,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a text with a trained model, to the end of its document or so many tokens.
+
+    Example: pgolf generate runs/demo --prompt "Return the" --temperature 0.8
+    """
+    use_threads(threads)
+    source = Source.of(model)
+    loaded = source.load(device)
+    opened = source.open_tokenizer(tokenizer, loaded)
+    sampling = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    text, new_tokens = continue_text(loaded, opened, prompt, **sampling)
+    if as_json:
+        print_json({"text": text, "prompt": prompt, "new_tokens": new_tokens, **sampling})
+    else:
+        typer.echo(text)
+
+
+def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str, **sampling: Any) -> tuple[str, list[int]]:
+    """A document that begins with ``prompt``: its whole text, and the ids of the new tokens.
+
+    sampling: as for `pgolf.GPT.generate`. The next document's BOS token ends the text; it is the last new token.
+    """
+    bos = model.config.bos_id
+    given = [bos, *tokenizer.encode(prompt)]
+    new = model.generate(given, stop=bos, **sampling).tolist()
+    return tokenizer.decode([*given, *new]), new

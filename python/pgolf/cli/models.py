@@ -1,0 +1,84 @@
+"""From the MODEL of a command, an artifact or a run folder, to the model and to what its run knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pgolf.cli.failures import requested_device
+from pgolf.config import Config
+
+if TYPE_CHECKING:
+    from pgolf.model import GPT
+    from pgolf.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies: its artifact, and the configuration of its run where MODEL is a run folder."""
+
+    artifact: Path
+    config: Config | None
+
+    @classmethod
+    def of(cls, path: Path) -> Source:
+        """Raises FileNotFoundError where nothing is there, and the errors of the run's config.toml."""
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder; an artifact or a run folder is expected.")
+        if not path.is_dir():
+            return cls(path, None)
+        return cls(path / "model.pgolf", Config.from_toml(run_config_path(path)))
+
+    def load(self, device: str | None) -> GPT:
+        """The artifact's model."""
+        from pgolf.artifact import load
+
+        if not self.artifact.is_file():
+            raise FileNotFoundError(
+                f"{self.artifact}: the run folder holds no artifact; finish the run, or export one from its checkpoint."
+            )
+        with requested_device():
+            return load(self.artifact, device=device)
+
+    def data(self, given: Path | None) -> Path:
+        """The data folder: the one that was given, else the run's."""
+        if given is not None:
+            return given
+        if self.config is None or not self.config.train.data_path:
+            raise ValueError(f"{self.artifact} does not say on which data it was trained; give --data.")
+        return Path(self.config.train.data_path)
+
+    def tokenizer_path(self, given: Path | None) -> Path | None:
+        """The tokenizer: the one that was given, else the one that the run names; None leaves it to the data folder."""
+        if given is not None or self.config is None:
+            return given
+        return Path(self.config.train.tokenizer_path) if self.config.train.tokenizer_path else None
+
+    def open_tokenizer(self, given: Path | None, model: GPT) -> Tokenizer:
+        """The tokenizer, of the model's vocabulary.
+
+        Raises ValueError where none is known or its vocabulary is another one, and the errors of reading it.
+        """
+        from pgolf.data.shards import find_data
+        from pgolf.tokenizer import Tokenizer
+
+        path = self.tokenizer_path(given)
+        if path is None and self.config is not None and self.config.train.data_path:
+            path = find_data(self.config.train.data_path, splits=()).tokenizer
+        if path is None:
+            raise ValueError(f"No tokenizer is known for {self.artifact}; give --tokenizer.")
+        tokenizer = Tokenizer(path)
+        if tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"The tokenizer {path} has {tokenizer.vocab_size:,} tokens; the model has {model.config.vocab_size:,}."
+            )
+        return tokenizer
+
+
+def run_config_path(run: Path) -> Path:
+    """config.toml of a run folder; raises FileNotFoundError where the folder is none."""
+    path = run / "config.toml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run}: this folder is no run folder, as it holds no config.toml.")
+    return path

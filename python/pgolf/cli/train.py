@@ -1,0 +1,144 @@
+"""`pgolf train`: a whole run, from the first step to the scored artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pgolf.cli.failures import requested_device
+from pgolf.cli.options import DeviceOption, JsonOption, ThreadsOption, TokenizerOption, use_threads
+from pgolf.cli.output import bits, console_for, key_value_table, print_json
+from pgolf.config import Config, parse_override
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pgolf.finish import Report
+    from pgolf.trainer import Trainer
+
+
+def train_command(
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="NAME", help="A built-in recipe; see `pgolf recipes`; default: base."),
+    ] = None,
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="A TOML file in its place; it may extend a recipe."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace one value, as in train.iterations=100; repeatable."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="DIR", help="Data folder with shards; see `pgolf data prepare`.")
+    ] = None,
+    tokenizer: TokenizerOption = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run-dir", metavar="DIR", help="Where configuration, log, checkpoint, artifact and report go."),
+    ] = None,
+    device: DeviceOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")] = False,
+    replay_schedule: Annotated[
+        Path | None,
+        typer.Option("--replay-schedule", metavar="LOG", help="Repeat the timed decisions of another run's log.jsonl."),
+    ] = None,
+    code: Annotated[
+        Path | None,
+        typer.Option("--code", metavar="FILE", help="The script whose bytes count beside the artifact's."),
+    ] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model by a recipe: train, average, export, reload, score.
+
+    Example: pgolf train --recipe tiny --data data/demo --run-dir runs/demo --set train.max_wallclock_seconds=60
+    """
+    from pgolf.progress import run_with_progress
+    from pgolf.trainer import Trainer
+
+    values = dict(parse_override(text) for text in overrides or [])
+    given = {"data_path": data, "tokenizer_path": tokenizer, "replay": replay_schedule}
+    values |= {f"train.{key}": str(path) for key, path in given.items() if path is not None}
+    config = _configuration(recipe, config_file, values)
+    if code is not None and not code.is_file():
+        raise FileNotFoundError(f"{code}: no such script, whose bytes could be counted.")
+    use_threads(threads)
+    with requested_device():
+        trainer = Trainer(config, run_dir=run_dir, device=device, resume=resume)
+    console = console_for(as_json)
+    console.print(f"{trainer.model!r}, data {trainer.data.path}", soft_wrap=True)
+    try:
+        report = run_with_progress(trainer, console, code)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_interrupted(trainer)) from None
+    console.print(report_table(report))
+    if run_dir is not None:
+        console.print(save_plot(run_dir), soft_wrap=True)
+        console.print(f"The run is in {run_dir}.", soft_wrap=True)
+    if as_json:
+        print_json({"run_dir": None if run_dir is None else str(run_dir), **report.to_dict()})
+
+
+def _configuration(recipe: str | None, path: Path | None, overrides: dict[str, object]) -> Config:
+    if path is None:
+        return Config.from_recipe(recipe or "base", overrides)
+    if recipe is not None:
+        raise ValueError(f'--recipe and --config are both given; write extends = "{recipe}" in {path} instead.')
+    return Config.from_toml(path, overrides)
+
+
+def _interrupted(trainer: Trainer) -> str:
+    from pgolf import checkpoint
+
+    found = None if trainer.run_dir is None else checkpoint.newest(trainer.run_dir / "checkpoint")
+    how_to_go_on = "it has no checkpoint yet" if found is None else f"--resume goes on from {found}"
+    return f"Interrupted after step {trainer.step:,}; the run is not finished, and {how_to_go_on}."
+
+
+def save_plot(run_dir: Path) -> str:
+    """Draw a run folder's loss.png from its log; returns the sentence that says so, or what is missing for it."""
+    from pgolf.plot import plot_loss
+
+    picture = run_dir / "loss.png"
+    try:
+        plot_loss(run_dir / "log.jsonl", picture)
+    except ImportError as error:
+        return f"There is no {picture.name}: {error}"
+    return f"The loss curve is {picture}."
+
+
+def report_table(report: Report) -> Table:
+    """A run's report as a table."""
+    from pgolf.progress import duration
+
+    rows = [("bits per byte, as trained", bits(report.val_bpb))]
+    if report.val_loss_averaged is not None:
+        rows.append(
+            (
+                f"  averaged over {report.snapshots} snapshots" if report.snapshots else "  averaged",
+                bits(report.val_bpb_averaged),
+            )
+        )
+    rows += [
+        ("  quantised", bits(report.val_bpb_quantised)),
+        (f"  quantised, {report.score_method}", bits(report.score_bpb)),
+        ("validation loss, as trained", f"{report.val_loss:.4f}"),
+        ("  quantised", f"{report.val_loss_quantised:.4f}"),
+        (f"  quantised, {report.score_method}", f"{report.score_loss:.4f}"),
+        ("artifact", f"{report.artifact_bytes:,} bytes"),
+    ]
+    if report.total_bytes is not None:
+        rows.append(("artifact and code", f"{report.total_bytes:,} bytes"))
+    rows += [
+        ("limit", f"{report.limit_bytes:,} bytes, {'it fits' if report.fits else 'exceeded'}"),
+        ("parameters", f"{report.parameters:,}"),
+        ("steps, tokens", f"{report.steps:,}, {report.tokens:,}"),
+        ("training time", f"{duration(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s"),
+        ("scoring time", duration(report.score_seconds)),
+        ("device", report.device),
+    ]
+    return key_value_table("Report", rows)

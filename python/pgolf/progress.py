@@ -1,0 +1,161 @@
+"""What people watch while pgolf works: live bars on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    import os
+
+    from pgolf.config import TrainConfig
+    from pgolf.finish import Report
+    from pgolf.trainer import StepRecord, Trainer
+
+ShowStage = Callable[[str, int, int], None]
+"""Called as show(what, done, total); another ``what`` begins another stage."""
+
+
+def run_with_progress(trainer: Trainer, console: Console, code: str | os.PathLike[str] | None = None) -> Report:
+    """Train to the end of the run and finish it, with progress on ``console``; arguments as `Trainer.finish`."""
+    with training_progress(trainer.config.train, console) as show:
+        for record in trainer:
+            show(record)
+    with stages(console) as show_stage:
+        return trainer.finish(show_stage, code)
+
+
+@contextmanager
+def training_progress(train: TrainConfig, console: Console) -> Iterator[Callable[[StepRecord], None]]:
+    """A function that shows step records.
+
+    On a terminal a bar follows the steps, and every validation leaves a line above it. Elsewhere there is a line every
+    ``train_log_every`` steps and for every validation.
+    """
+    if not console.is_terminal:
+        yield lambda record: _print_record(record, train, console)
+        return
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("training", total=1.0, status="")
+
+        def show(record: StepRecord) -> None:
+            if record.val_loss is not None:
+                console.print(_validation_line(record))
+            status = " · ".join(_status(record, train))
+            bar.update(task, completed=_share_done(record, train), status=status)
+
+        yield show
+
+
+@contextmanager
+def stages(console: Console) -> Iterator[ShowStage]:
+    """A function that shows how far each stage of some work has come: a bar each, or where nobody watches a line each.
+
+    A stage is complete when the next one begins.
+    """
+    if not console.is_terminal:
+        begun: set[str] = set()
+
+        def name_once(what: str, done: int, total: int) -> None:
+            if what not in begun:
+                begun.add(what)
+                console.print(f"{what} …")
+
+        yield name_once
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, int] = {}
+
+        def complete_all() -> None:
+            for task in bar.tasks:
+                bar.update(task.id, completed=task.total)
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                complete_all()
+                tasks[what] = bar.add_task(what)
+            bar.update(bar.tasks[tasks[what]].id, completed=done, total=total)
+
+        yield show
+        complete_all()
+
+
+def seconds_left(record: StepRecord, train: TrainConfig) -> float | None:
+    """The time until the run's limit, whichever comes first, at the pace so far; None before there is a pace."""
+    if record.step == 0:
+        return None
+    left = []
+    if train.iterations:
+        left.append((train.iterations - record.step) * record.seconds / record.step)
+    if train.max_wallclock_seconds:
+        left.append(train.max_wallclock_seconds - record.seconds)
+    return max(min(left), 0.0)
+
+
+def _share_done(record: StepRecord, train: TrainConfig) -> float:
+    """The part of the run that is over, from 0 to 1, by the limit that is nearer."""
+    shares = []
+    if train.iterations:
+        shares.append(record.step / train.iterations)
+    if train.max_wallclock_seconds:
+        shares.append(record.seconds / train.max_wallclock_seconds)
+    return min(max(shares), 1.0)
+
+
+def _status(record: StepRecord, train: TrainConfig) -> list[str]:
+    """Step, loss, speed, learning-rate multiplier and time left, where they are known."""
+    by_time = train.max_wallclock_seconds > 0
+    status = [f"step {record.step:,}" + ("" if by_time else f" of {train.iterations:,}")]
+    if record.loss is not None:
+        status.append(f"loss {record.loss:.4f}")
+    if record.seconds:
+        status.append(f"{record.tokens / record.seconds:,.0f} tokens/s")
+    if record.lr_scale is not None:
+        status.append(f"lr ×{record.lr_scale:.2f}")
+    left = seconds_left(record, train)
+    if left is not None:
+        status.append(f"{duration(left)} left")
+    return status
+
+
+def _validation_line(record: StepRecord) -> str:
+    line = f"step {record.step:,} · validation loss {record.val_loss:.4f}"
+    return line if record.val_bpb is None else f"{line} · {record.val_bpb:.4f} bits per byte"
+
+
+def _print_record(record: StepRecord, train: TrainConfig, console: Console) -> None:
+    every = train.train_log_every
+    if every and record.step and record.step % every == 0:
+        console.print(" · ".join(_status(record, train)), soft_wrap=True)
+    if record.val_loss is not None:
+        console.print(_validation_line(record), soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """A time as people read it: 4.2 s, 42 s, 3:05 min, 1:02:09 h."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d} h"

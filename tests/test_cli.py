@@ -1,0 +1,708 @@
+"""The command line: every verb on a tiny run; a wrong request gets a sentence, exit code 2, and writes nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+import pgolf
+from pgolf import errors
+from pgolf.cli.app import app
+from pgolf.config import Config, TrainConfig
+from pgolf.progress import duration, seconds_left, stages, training_progress
+from pgolf.trainer import StepRecord
+
+CONFIG = """
+extends = "tiny"
+
+[model]
+vocab_size = 512
+num_layers = 2
+model_dim = 32
+num_heads = 2
+num_kv_heads = 1
+bigram_vocab_size = 64
+bigram_dim = 16
+
+[train]
+iterations = 24
+max_wallclock_seconds = 0
+train_batch_tokens = 256
+train_seq_len = 64
+swa_every = 2
+val_loss_every = 10
+train_log_every = 8
+"""
+
+
+def pgolf_(*arguments: str | Path) -> Result:
+    """The command in this process."""
+    return CliRunner(env={"PGOLF_TRACEBACK": "", "COLUMNS": "120"}).invoke(app, [str(word) for word in arguments])
+
+
+def process(*arguments: str | Path) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pgolf", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PGOLF_NUM_THREADS": "1"},
+    )
+
+
+def last_json(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    value: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return value
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file in a folder that holds something, by its path there."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def refused(result: Result, pattern: str) -> None:
+    """Exit code 2, and on standard error one message and nothing else."""
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("Error: ") and "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and re.search(pattern, result.stderr), result.stderr
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "small.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(config_file: Path, small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run folder."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    result = pgolf_("train", "--config", config_file, "--data", small_corpus, "--run-dir", folder)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of another vocabulary than the model's."""
+    from pgolf.data.train_tokenizer import train_tokenizer
+
+    path = tmp_path_factory.mktemp("tokenizer") / "other.model"
+    train_tokenizer(["the cat sat on the mat and the dog sat on the cat"] * 20, path, 300, "nmt_nfkc")
+    return path
+
+
+# Every verb
+
+
+def test_train_leaves_a_whole_run_folder(run: Path, small_corpus: Path) -> None:
+    assert set(files(run)) == {
+        "config.toml",
+        "log.jsonl",
+        "checkpoint/step-00000024.npz",
+        "model.pgolf",
+        "loss.png",
+        "report.json",
+    }
+    config = Config.from_toml(run / "config.toml")
+    assert (config.train.iterations, config.train.data_path) == (24, str(small_corpus))
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(25))
+    report = json.loads((run / "report.json").read_text())
+    assert report["artifact_bytes"] == (run / "model.pgolf").stat().st_size
+    assert report["snapshots"] >= 2
+
+
+def test_train_tells_what_it_does_where_nobody_watches(config_file: Path, small_corpus: Path, tmp_path: Path) -> None:
+    code = tmp_path / "train.py"
+    code.write_text("x" * 1234)
+    folder = tmp_path / "run"
+    result = pgolf_(
+        "train", "--config", config_file, "--data", small_corpus, "--run-dir", folder, "--set", "train.iterations=9",
+        "--set", "train.warmdown_frac=0.9", "--code", code, "--threads", 1, "--device", "cpu", "--json",
+    )  # fmt: skip
+    report = last_json(result)
+    assert len(result.stdout.splitlines()) == 1
+    assert (report["steps"], report["code_bytes"], report["run_dir"]) == (9, 1234, str(folder))
+    assert report["total_bytes"] == report["artifact_bytes"] + 1234
+    steps = [line for line in result.stderr.splitlines() if line.startswith("step")]
+    assert [line.split(" · ")[0] for line in steps] == ["step 0", "step 8 of 9", "step 9"]
+    assert re.search(r"loss \d\.\d{4} · [\d,]+ tokens/s · lr ×0\.\d\d · .* left", steps[1])
+    assert re.fullmatch(r"step 9 · validation loss \d\.\d{4} · \d\.\d{4} bits per byte", steps[2])
+    for expected in ("export …", "score …", "it fits", f"The run is in {folder}."):
+        assert expected in result.stderr
+    assert f"{report['score_bpb']:.4f}" in result.stderr
+
+
+def test_train_repeats_the_schedule_of_a_log(run: Path, config_file: Path, small_corpus: Path, tmp_path: Path) -> None:
+    result = pgolf_(
+        "train", "--config", config_file, "--data", small_corpus, "--run-dir", tmp_path / "again",
+        "--replay-schedule", run / "log.jsonl",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "again" / "model.pgolf").read_bytes() == (run / "model.pgolf").read_bytes()
+
+
+def test_train_resumes_a_finished_run_to_the_same_artifact(run: Path, config_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "model.pgolf").unlink()
+    result = pgolf_("train", "--config", folder / "config.toml", "--run-dir", folder, "--resume")
+    assert result.exit_code == 0, result.output
+    assert (folder / "model.pgolf").read_bytes() == (run / "model.pgolf").read_bytes()
+
+
+def test_train_says_what_a_picture_needs(
+    config_file: Path, small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = pgolf_(
+        "train", "--config", config_file, "--data", small_corpus, "--run-dir", tmp_path / "run", "--set",
+        "train.iterations=1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "pip install 'pgolf[plot]'" in result.stdout and not (tmp_path / "run" / "loss.png").exists()
+
+
+def test_warnings_are_sentences(config_file: Path, small_corpus: Path) -> None:
+    result = pgolf_(
+        "train", "--config", config_file, "--data", small_corpus, "--set", "train.warmdown_frac=1", "--set",
+        "train.iterations=2", "--set", "train.warmdown_iters=50", "--set", "train.warmdown_frac=0",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "Warning: The learning rate falls from the start" in result.stderr
+
+
+def test_eval_of_a_run_is_its_report(run: Path) -> None:
+    result = pgolf_("eval", run, "--json", "--audit", "full")
+    score, report = last_json(result), json.loads((run / "report.json").read_text())
+    assert (score["loss"], score["bpb"]) == (report["score_loss"], report["score_bpb"])
+    assert (score["method"], score["seq_len"], score["stride"], score["tail"]) == ("sliding", 64, 64, "exact")
+    assert score["tokens"] == score["audit"]["expected_tokens"] == 1999 and score["audit"]["bytes_checked"]
+    assert f"{score['bpb']:.4f}" in result.stderr and "score …" in result.stderr
+
+
+def test_eval_of_an_artifact_takes_its_settings_from_the_options(run: Path, small_corpus: Path) -> None:
+    expected = pgolf.evaluate(
+        pgolf.load(run / "model.pgolf"),
+        small_corpus,
+        method="sliding",
+        seq_len=32,
+        stride=24,
+        tail="reference",
+        batch_seqs=3,
+    )
+    options = (
+        "--method sliding --seq-len 32 --stride 24 --tail reference --batch-seqs 3 --threads 1 --device cpu --json"
+    )
+    score = last_json(pgolf_("eval", run / "model.pgolf", "--data", small_corpus, *options.split()))
+    assert (score["loss"], score["bpb"], score["windows"]) == (expected.loss, expected.bpb, expected.windows)
+
+
+def test_eval_of_a_shard_without_a_tokenizer_has_no_bits_per_byte(run: Path, small_corpus: Path) -> None:
+    (shard,) = small_corpus.glob("*_val_*.bin")
+    result = pgolf_("eval", run / "model.pgolf", "--data", shard, "--method", "standard")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"bits per byte +–", result.stdout) and "bytes not (no tokenizer)" in result.stdout
+
+
+def test_export_of_a_run_is_its_artifact(run: Path, tmp_path: Path) -> None:
+    report = last_json(pgolf_("export", run, "--out", tmp_path / "again.pgolf", "--json"))
+    assert (tmp_path / "again.pgolf").read_bytes() == (run / "model.pgolf").read_bytes()
+    assert report["bytes"] == (run / "model.pgolf").stat().st_size and report["code_bytes"] is None
+
+
+def test_export_of_an_average_that_decays(config_file: Path, small_corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    result = pgolf_(
+        "train", "--config", config_file, "--data", small_corpus, "--run-dir", folder, "--set", "train.ema_decay=0.7",
+        "--set", "train.iterations=5",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    last_json(pgolf_("export", folder, "--out", tmp_path / "again.pgolf", "--json"))
+    assert (tmp_path / "again.pgolf").read_bytes() == (folder / "model.pgolf").read_bytes()
+
+
+def test_export_takes_its_settings_from_the_options(run: Path, tmp_path: Path) -> None:
+    code = tmp_path / "train.py"
+    code.write_text("x" * 77)
+    result = pgolf_(
+        "export", run, "--out", tmp_path / "small.pgolf", "--policy", "pr465", "--prune", 0.5, "--small-numel", 64,
+        "--code", code, "--threads", 1, "--json",
+    )  # fmt: skip
+    report = last_json(result)
+    encodings = {tensor["name"]: tensor["encoding"] for tensor in report["tensors"]}
+    assert encodings["tok_emb.weight"] == "int6" and encodings["blocks.0.mlp.fc.weight"] == "int5"
+    assert (report["code_bytes"], report["total_bytes"]) == (77, report["bytes"] + 77)
+    assert "blocks.1.attn.proj.weight" in result.stderr and "with 77 bytes of code" in result.stderr
+
+
+def test_export_of_an_artifact_encodes_it_again(run: Path, tmp_path: Path) -> None:
+    result = pgolf_("export", run / "model.pgolf", "--out", tmp_path / "again.pgolf")
+    assert result.exit_code == 0, result.output
+    ours, theirs = pgolf.load(tmp_path / "again.pgolf"), pgolf.load(run / "model.pgolf")
+    assert (ours.train_seq_len, ours.provenance) == (theirs.train_seq_len, theirs.provenance)
+    # Every tensor is below the base recipe's 8,192 elements or its embedding: fp16 of what was fp16 or less.
+    assert all(np.array_equal(array, theirs.state_dict()[name]) for name, array in ours.state_dict().items())
+
+
+def test_generate_continues_the_prompt(run: Path) -> None:
+    arguments = ("generate", run, "--prompt", "Return the", "--max-new-tokens", 12, "--seed", 7, "--top-k", 9)
+    result = pgolf_(*arguments)
+    assert result.exit_code == 0 and result.stdout.startswith("Return the")
+    value = last_json(pgolf_(*arguments, "--json"))
+    assert value["text"] == result.stdout.removesuffix("\n") and 1 <= len(value["new_tokens"]) <= 12
+    greedy = [last_json(pgolf_(*arguments, "--temperature", 0, "--seed", seed, "--json")) for seed in (1, 2)]
+    assert greedy[0]["new_tokens"] == greedy[1]["new_tokens"]
+
+
+def test_generate_from_an_artifact_takes_the_given_tokenizer(run: Path, small_corpus: Path) -> None:
+    (tokenizer,) = small_corpus.glob("*.model")
+    words = ("--max-new-tokens", 8, "--top-p", 0.9)
+    given = pgolf_("generate", run / "model.pgolf", "--tokenizer", tokenizer, *words)
+    assert given.exit_code == 0 and given.stdout == pgolf_("generate", run, *words).stdout
+
+
+def test_data_prepare(tmp_path: Path) -> None:
+    source = tmp_path / "texts.jsonl"
+    texts = [f"Document {i} says: the cat  sat on the mat, {i * 37 % 11} times." for i in range(40)]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    arguments = ("data", "prepare", source, "--vocab-size", 300, "--val-docs", 5, "--workers", 1)
+    value = last_json(pgolf_(*arguments, "--out", tmp_path / "out", "--json"))
+    assert value["manifest"] == {
+        k: v for k, v in json.loads((tmp_path / "out/manifest.json").read_text()).items() if k != "format"
+    }
+    assert value["manifest"]["val"]["documents"] == 5
+    assert "--normalization identity" in value["warning"]
+    whole = pgolf_(*arguments, "--out", tmp_path / "whole", "--normalization", "identity")
+    assert whole.exit_code == 0 and "normalis" not in whole.stdout
+    assert re.search(r"validation +5 ", whole.stdout)
+    again = pgolf_(
+        "data", "prepare", source, "--out", tmp_path / "again", "--tokenizer", tmp_path / "out/pgolf_300_bpe.model"
+    )
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "again/pgolf_300_bpe.model").read_bytes() == (tmp_path / "out/pgolf_300_bpe.model").read_bytes()
+
+
+def test_recipes() -> None:
+    listed = pgolf_("recipes")
+    assert listed.exit_code == 0
+    described = last_json(pgolf_("recipes", "--json"))
+    assert list(described) == pgolf.recipes()
+    for name, description in described.items():
+        assert f" {name} " in listed.stdout and description.endswith(".") and len(description) > 30
+    assert "the exact sliding tail." in described["pr286"]
+
+
+@pytest.mark.parametrize("name", pgolf.recipes())
+def test_a_printed_recipe_is_that_recipe(name: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(pgolf_("recipes", name).stdout)
+    assert Config.from_toml(tmp_path / "mine.toml") == Config.from_recipe(name)
+    assert last_json(pgolf_("recipes", name, "--json")) == Config.from_recipe(name).to_dict()
+
+
+def test_help_teaches() -> None:
+    text = pgolf_("--help").stdout
+    for expected in ("train", "eval", "export", "generate", "data", "recipes", "pgolf data prepare --builtin"):
+        assert expected in text
+    for verb in (("train",), ("eval",), ("export",), ("generate",), ("data", "prepare"), ("recipes",)):
+        help_text = pgolf_(*verb, "--help")
+        assert help_text.exit_code == 0 and f"Example: pgolf {' '.join(verb)}" in help_text.stdout
+    assert pgolf_("--version").stdout == f"pgolf {pgolf.__version__}\n"
+
+
+# A wrong request: a sentence, exit code 2, nothing written
+
+
+@pytest.fixture
+def broken_data(small_corpus: Path, tmp_path: Path) -> Callable[[str], Path]:
+    def make(what: str) -> Path:
+        folder = tmp_path / "data"
+        shutil.copytree(small_corpus, folder)
+        (train,), (val,), (model,) = (folder.glob(glob) for glob in ("*_train_*.bin", "*_val_*.bin", "*.model"))
+        shard = train.read_bytes()
+        if what == "empty":
+            shutil.rmtree(folder)
+            folder.mkdir()
+        elif what == "no validation":
+            val.unlink()
+        elif what == "magic":
+            train.write_bytes(b"\x00" * 4 + shard[4:])
+        elif what == "version":
+            train.write_bytes(shard[:4] + b"\x07" + shard[5:])
+        elif what == "short":
+            train.write_bytes(shard[:-10])
+        elif what == "odd":
+            train.write_bytes(shard + b"\x00")
+        elif what == "token":
+            val.write_bytes(val.read_bytes()[:-2] + (600).to_bytes(2, "little"))
+        elif what == "tokenizer":
+            model.write_bytes(model.read_bytes()[:5000])
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("empty", r"holds no \*_train_\*\.bin shard"),
+        ("no validation", r"holds no \*_val_\*\.bin shard"),
+        ("magic", r"_train_\S+: .*20240520"),
+        ("version", r"_train_\S+: .*version"),
+        ("short", r"_train_\S+: the file has .* bytes"),
+        ("odd", r"_train_\S+: the file has .* bytes"),
+        ("token", r"_val_\S+: token 1,999 is 600; a vocabulary of 512 ends at 511"),
+        ("tokenizer", r"\.model: this is no SentencePiece model"),
+    ],
+)
+def test_broken_data(
+    what: str, message: str, config_file: Path, broken_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    result = pgolf_("train", "--config", config_file, "--data", broken_data(what), "--run-dir", run)
+    refused(result, message)
+    assert files(run) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "{tmp}/nowhere"], r"nowhere: no such data folder"),
+        ([], "No training data was given"),
+        (["--data", "{data}", "--tokenizer", "{tmp}/no.model"], r"no\.model: no such tokenizer"),
+        (["--data", "{data}", "--tokenizer", "{other}"], "has 300 tokens; the model has 512"),
+        (
+            ["--data", "{data}", "--set", "train.iteration=3"],
+            r"train\.iteration is no key .* nearest is train\.iterations",
+        ),
+        (["--data", "{data}", "--set", "train.iterations"], r"must have the form table\.key=value"),
+        (
+            ["--data", "{data}", "--set", "model.num_heads=5"],
+            r"model\.model_dim = 32: must be divisible by model\.num_heads",
+        ),
+        (["--data", "{data}", "--recipe", "tiny"], "--recipe and --config are both given"),
+        (["--data", "{data}", "--device", "cuda"], "'cuda', but this build of pgolf has no CUDA backend"),
+        (["--data", "{data}", "--device", "tpu"], "The device is 'tpu'; expected 'cpu'"),
+        (["--data", "{data}", "--replay-schedule", "{tmp}/no.jsonl"], r"no\.jsonl"),
+        (["--data", "{data}", "--code", "{tmp}/no.py"], r"no\.py: no such script"),
+        (
+            ["--data", "{data}", "--set", "train.train_seq_len=32768", "--set", "train.train_batch_tokens=32768"],
+            "train_seq_len is 32,768, which needs 32,769 tokens",
+        ),
+    ],
+)
+def test_train_refuses(
+    arguments: list[str], message: str, config_file: Path, small_corpus: Path, other_tokenizer: Path, tmp_path: Path
+) -> None:
+    words = [word.format(tmp=tmp_path, data=small_corpus, other=other_tokenizer) for word in arguments]
+    refused(pgolf_("train", "--config", config_file, "--run-dir", tmp_path / "run", *words), message)
+    assert files(tmp_path) == {}
+
+
+def test_train_refuses_a_length_beyond_the_validation_data(
+    config_file: Path, small_corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    result = pgolf_(
+        "train", "--config", config_file, "--data", small_corpus, "--run-dir", run, "--set", "train.train_seq_len=2048",
+        "--set", "train.train_batch_tokens=2048",
+    )  # fmt: skip
+    refused(result, "The data has 1,999 targets .* need at least 2,048")
+    assert files(run).keys() <= {"config.toml"}, "it must be refused before it trains"
+
+
+def test_train_leaves_another_run_alone(run: Path, config_file: Path, small_corpus: Path) -> None:
+    before = files(run)
+    result = pgolf_("train", "--config", config_file, "--data", small_corpus, "--run-dir", run)
+    refused(result, "already holds a run; resume it .* or choose another folder")
+    assert files(run) == before
+
+
+def test_configuration_files_are_refused(tmp_path: Path) -> None:
+    refused(pgolf_("train", "--config", tmp_path / "no.toml"), r"no configuration file .*no\.toml")
+    path = tmp_path / "wrong.toml"
+    path.write_text("[model]\nnum_layer = 3\n")
+    refused(pgolf_("train", "--config", path), r"wrong\.toml: model\.num_layer is no key .* model\.num_layers")
+    path.write_text("[model\n")
+    refused(pgolf_("train", "--config", path), r"wrong\.toml is no TOML file")
+    refused(pgolf_("train", "--recipe", "tinny"), "no recipe 'tinny'; the nearest is 'tiny'")
+    refused(pgolf_("recipes", "bass"), "no recipe 'bass'; the nearest is 'base'")
+
+
+@pytest.fixture
+def damaged(run: Path, tmp_path: Path) -> Callable[[str], Path]:
+    def make(what: str) -> Path:
+        path = tmp_path / "damaged.pgolf"
+        data = (run / "model.pgolf").read_bytes()
+        if what == "truncated":
+            path.write_bytes(data[:-100])
+        elif what == "flipped":
+            path.write_bytes(data[:2000] + bytes([data[2000] ^ 1]) + data[2001:])
+        elif what == "magic":
+            path.write_bytes(b"x" + data[1:])
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("what", ["truncated", "flipped", "magic", "missing"])
+@pytest.mark.parametrize("verb", ["eval", "export", "generate"])
+def test_damaged_artifacts(
+    verb: str, what: str, damaged: Callable[[str], Path], small_corpus: Path, tmp_path: Path
+) -> None:
+    (tokenizer,) = small_corpus.glob("*.model")
+    path = damaged(what)
+    before = files(tmp_path)
+    options = {
+        "eval": ("--data", small_corpus),
+        "export": ("--out", tmp_path / "out.pgolf"),
+        "generate": ("--tokenizer", tokenizer),
+    }
+    refused(pgolf_(verb, path, *options[verb]), r"damaged\.pgolf")
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "{tmp}/nothing"], "no such file or folder"),
+        (["eval", "{tmp}"], r"no run folder, as it holds no config\.toml"),
+        (["eval", "{run}/model.pgolf"], "does not say on which data it was trained; give --data"),
+        (["eval", "{run}", "--data", "{tmp}/no"], "no: no such data folder"),
+        (["eval", "{run}", "--method", "ttt"], "method is 'ttt'"),
+        (["eval", "{run}", "--tail", "both"], "tail"),
+        (["eval", "{run}", "--audit", "some"], "audit is 'some'"),
+        (["eval", "{run}", "--stride", "65"], "stride"),
+        (["eval", "{run}", "--method", "standard", "--seq-len", "4000"], "1,999 targets .* at least 4,000"),
+        (["eval", "{run}", "--tokenizer", "{other}"], "has 300 tokens; the model has 512"),
+        (["eval", "{run}", "--device", "cuda:0"], "no CUDA backend"),
+        (["export", "{run}", "--out", "{tmp}/no/x.pgolf"], r"There is no folder .*no for the artifact x\.pgolf"),
+        (["export", "{run}", "--out", "{tmp}/x.pgolf", "--policy", "pr28"], "no recipe 'pr28'"),
+        (["export", "{run}", "--out", "{tmp}/x.pgolf", "--prune", "1"], r"export\.prune = 1\.0"),
+        (["export", "{run}", "--out", "{tmp}/x.pgolf", "--small-numel", "-1"], r"export\.small_numel = -1"),
+        (["export", "{run}", "--out", "{tmp}/x.pgolf", "--code", "{tmp}/no.py"], r"no script .*no\.py"),
+        (["generate", "{run}/model.pgolf"], "No tokenizer is known .* give --tokenizer"),
+        (["generate", "{run}", "--tokenizer", "{other}"], "has 300 tokens; the model has 512"),
+        (["generate", "{run}", "--tokenizer", "{run}/log.jsonl"], r"log\.jsonl: this is no SentencePiece model"),
+        (["generate", "{run}", "--temperature", "-1"], "temperature is -1"),
+        (["generate", "{run}", "--top-p", "2"], "top_p is 2"),
+        (["generate", "{run}", "--top-k", "0"], "top_k is 0"),
+        (["generate", "{run}", "--max-new-tokens", "-1"], "max_new_tokens is -1"),
+        (["generate", "{run}", "--seed", "-1"], "seed is -1"),
+        (["data", "prepare", "--out", "{tmp}/d"], "either source files or the built-in corpus"),
+        (["data", "prepare", "{tmp}/no.txt", "--out", "{tmp}/d"], r"no\.txt: no such source file"),
+        (["data", "prepare", "{other}", "--out", "{tmp}/d", "--workers", "1"], r"other\.model, line .* is not UTF-8"),
+        (["data", "prepare", "{run}/config.toml", "--out", "{tmp}/d", "--vocab-size", "9"], "vocab_size is 9"),
+        (
+            ["data", "prepare", "{run}/config.toml", "--out", "{tmp}/d", "--normalization", "nfd"],
+            "normalization is 'nfd'",
+        ),
+        (["data", "prepare", "{run}/config.toml", "--out", "{run}/log.jsonl"], r"log\.jsonl: this is a file"),
+    ],
+)
+def test_refusals(arguments: list[str], message: str, run: Path, other_tokenizer: Path, tmp_path: Path) -> None:
+    before = files(run)
+    refused(pgolf_(*(word.format(tmp=tmp_path, run=run, other=other_tokenizer) for word in arguments)), message)
+    assert files(tmp_path) == {} and files(run) == before
+
+
+def test_a_run_without_an_artifact(run: Path, tmp_path: Path) -> None:
+    shutil.copy(run / "config.toml", tmp_path)
+    refused(pgolf_("eval", tmp_path), "the run folder holds no artifact")
+    refused(pgolf_("export", tmp_path, "--out", tmp_path / "x.pgolf"), "the run folder holds no artifact")
+    checkpoint = tmp_path / "checkpoint" / "step-00000024.npz"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes((run / "checkpoint" / checkpoint.name).read_bytes()[1000:])
+    refused(
+        pgolf_("export", tmp_path, "--out", tmp_path / "x.pgolf"), r"step-00000024\.npz is not a whole pgolf checkpoint"
+    )
+    (tmp_path / "config.toml").write_text((run / "config.toml").read_text().replace("model_dim = 32", "model_dim = 64"))
+    shutil.copy(run / "checkpoint" / checkpoint.name, checkpoint)
+    refused(pgolf_("export", tmp_path, "--out", tmp_path / "x.pgolf"), r"step-00000024\.npz: .*has shape")
+    assert not (tmp_path / "x.pgolf").exists()
+
+
+def test_usage_errors() -> None:
+    for words in (["eval"], ["trane"], ["train", "--no-such-option"], ["train", "--threads", "0"], ["data", "prepare"]):
+        result = pgolf_(*words)
+        assert result.exit_code == 2 and "Traceback" not in result.stderr and "Usage: " in result.stderr
+
+
+# Failing while working
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (errors.NonFiniteError("The loss is nan."), 1, "Error: The loss is nan."),
+        (errors.DeviceError("The device is gone."), 1, "Error: The device is gone."),
+        (OSError(28, "No space left on device", "x.bin"), 1, "Error: x.bin: No space left on device."),
+        (OSError(13, "The folder x cannot be written."), 1, "Error: The folder x cannot be written."),
+        (MemoryError(), 1, "Error: The memory is not enough."),
+        (ImportError("Install it."), 1, "Error: Install it."),
+        (KeyError("k"), 1, "Error: an unexpected KeyError ('k'). This is a defect in pgolf; PGOLF_TRACEBACK=1"),
+        (errors.FormatError("x is broken."), 2, "Error: x is broken."),
+        (FileNotFoundError(2, "No such file or directory", "x"), 2, "Error: x: No such file or directory."),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+    ],
+)
+def test_errors_become_exit_codes(
+    error: BaseException, code: int, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> list[str]:
+        raise error
+
+    monkeypatch.setattr("pgolf.cli.recipes.recipes", fail)
+    result = pgolf_("recipes")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (code, 1)
+    assert result.stderr.startswith(sentence) and ".." not in result.stderr
+
+
+def test_developers_get_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = CliRunner(env={"PGOLF_TRACEBACK": "1"}).invoke(app, ["recipes", "bass"])
+    assert isinstance(result.exception, ValueError) and result.exc_info is not None
+
+
+# In a process of its own
+
+
+def test_exit_codes_of_the_process(run: Path, small_corpus: Path, tmp_path: Path) -> None:
+    done = process("generate", run, "--max-new-tokens", 3, "--json")
+    out, err = done.communicate()
+    assert (done.returncode, err) == (0, "") and json.loads(out.splitlines()[-1])["prompt"] == ""
+    wrong = process("train", "--recipe", "tiny", "--data", tmp_path / "no", "--run-dir", tmp_path / "run")
+    out, err = wrong.communicate()
+    assert (wrong.returncode, out) == (2, "") and err == f"Error: {tmp_path / 'no'}: no such data folder.\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, 4])
+def test_ctrl_c_ends_with_a_sentence_and_130(
+    checkpoint_every: int, config_file: Path, small_corpus: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    training = process(
+        "train", "--config", config_file, "--data", small_corpus, "--run-dir", folder, "--set",
+        "train.iterations=1000000", "--set", f"train.checkpoint_every={checkpoint_every}",
+    )  # fmt: skip
+    assert training.stdout is not None
+    for line in training.stdout:
+        if line.startswith("step 8 of"):
+            break
+    training.send_signal(signal.SIGINT)
+    _, err = training.communicate()
+    assert training.returncode == 130
+    how = r"--resume goes on from .*step-\d+\.npz" if checkpoint_every else "it has no checkpoint yet"
+    assert re.fullmatch(rf"Interrupted after step [\d,]+; the run is not finished, and {how}\.\n", err), err
+    assert len((folder / "log.jsonl").read_text().splitlines()) > 8 and not (folder / "model.pgolf").exists()
+
+
+def test_a_reader_that_leaves_the_pipe_is_no_error() -> None:
+    script = textwrap.dedent("""
+        import sys, pgolf.cli.recipes as verb
+        verb.recipes = lambda: ["base"] * 20000
+        sys.argv = ["pgolf", "recipes"]
+        from pgolf.cli import main
+        main()
+    """)
+    arguments = [sys.executable, "-c", script]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None and writer.stderr is not None
+        writer.stdout.readline()
+        writer.stdout.close()
+        assert writer.stderr.read() == ""
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, pgolf.cli.app; print([m for m in ('torch', 'matplotlib', 'sentencepiece') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# Progress on a terminal
+
+
+def record(step: int, seconds: float, **others: Any) -> StepRecord:
+    values: dict[str, Any] = {
+        "loss": 2.5,
+        "lr_scale": 0.5,
+        "momentum": 0.9,
+        "grad_norm": 1.0,
+        "tokens_per_second": 100.0,
+    }
+    return StepRecord(step=step, tokens=step * 10, qat=False, snapshot=False, seconds=seconds, **{**values, **others})
+
+
+def terminal() -> Any:
+    from rich.console import Console
+
+    return Console(force_terminal=True, width=120, record=True, file=io.StringIO(), color_system=None)
+
+
+def test_a_terminal_shows_a_bar_and_every_validation() -> None:
+    console = terminal()
+    train = TrainConfig(iterations=100, max_wallclock_seconds=0.0)
+    with training_progress(train, console) as show:
+        show(record(0, 0.0, loss=None, lr_scale=None, val_loss=6.9, val_bpb=3.5))
+        show(record(50, 5.0))
+        show(record(100, 10.0, val_loss=2.0))
+    text = console.export_text()
+    assert "step 0 · validation loss 6.9000 · 3.5000 bits per byte" in text
+    assert "step 100 · validation loss 2.0000\n" in text
+    assert "step 100 of 100 · loss 2.5000 · 100 tokens/s · lr ×0.50 · 0.0 s left" in text
+
+
+def test_a_stage_is_complete_when_the_next_one_begins() -> None:
+    console = terminal()
+    with stages(console) as show:
+        show("export", 0, 1)
+        show("score", 1, 4)
+        show("score", 2, 4)
+    text = console.export_text()
+    assert re.search(r"export .* 100% ", text) and re.search(r"score .* 100% ", text)
+
+
+def test_time_left_is_that_of_the_nearer_limit() -> None:
+    both = TrainConfig(iterations=100, max_wallclock_seconds=60.0)
+    assert seconds_left(record(0, 0.0), both) is None
+    assert seconds_left(record(50, 20.0), both) == pytest.approx(20.0)
+    assert seconds_left(record(50, 50.0), both) == pytest.approx(10.0)
+    assert seconds_left(record(20, 61.0), both) == 0.0
+    assert seconds_left(record(10, 5.0), TrainConfig(iterations=0, max_wallclock_seconds=60.0)) == pytest.approx(55.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1:00 min"),
+        (185, "3:05 min"),
+        (3729, "1:02:09 h"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
