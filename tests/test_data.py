@@ -234,6 +234,7 @@ def test_shards_that_change_in_the_middle_of_a_stream(
         write_shard(path, np.arange(100))
         os.utime(path, ns=(0, 10**18))  # long ago, so that any later change shows, however coarse the clock
     shards = ShardSet(paths)
+    fingerprint = shards.fingerprint()
     stream = BatchStream(shards, 60, 1, 30)
     assert stream.next()[0].ravel().tolist() == list(range(60))
     change(paths[1])
@@ -241,8 +242,7 @@ def test_shards_that_change_in_the_middle_of_a_stream(
     with pytest.raises(errors.FormatError, match=rf"{name}\.bin: .*{words}"):
         stream.next()
     assert stream.position == 61
-    with pytest.raises(errors.FormatError, match=words):
-        shards.fingerprint()
+    assert shards.fingerprint() == fingerprint  # so that a checkpoint can still be written
 
 
 def test_a_shard_that_becomes_something_else_is_an_error(tmp_path: Path) -> None:

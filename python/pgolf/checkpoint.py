@@ -27,11 +27,12 @@ def save(folder: Path, arrays: _Arrays, values: dict[str, Any]) -> Path:
     Raises OSError, with what is left whole, where the file cannot be written.
     """
     path = folder / f"step-{values['step']:08d}.npz"
-    header = np.frombuffer(json.dumps({"version": VERSION, "arrays": list(arrays), **values}).encode(), dtype=np.uint8)
+    header = json.dumps({"version": VERSION, "arrays": list(arrays), **values})
+    entries: dict[str, Any] = {"header": np.frombuffer(header.encode(), dtype=np.uint8), **arrays}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            np.savez(file, header=header, **arrays)
+            np.savez(file, **entries)
     except OSError as error:
         last = newest(folder)
         size = sum(array.nbytes for array in arrays.values()) / 1e6

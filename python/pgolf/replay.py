@@ -69,7 +69,7 @@ def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     if record["step"] > 0:
         for name in _NUMBERS:
             value = record.get(name)
-            if type(value) not in (int, float) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise FormatError(f"{path}, line {number}: {name} is {value!r}; expected a finite number.")
         for name in _FLAGS:
             if not isinstance(record.get(name), bool):

@@ -61,8 +61,8 @@ def write_shard(path: StrPath, tokens: Any) -> None:
 class ShardSet:
     """Several shards, in the order of their file names, as one stream of tokens that wraps around.
 
-    Nothing is loaded before it is read, and every read is checked: against the vocabulary, and for files that changed
-    since the set was opened.
+    Tokens are loaded when they are read and not before, and every read is checked: against the vocabulary, and for
+    files that changed since the set was opened.
 
     `paths`: one or more shard files. `vocab_size`: tokens at or above it are refused; None accepts all of uint16.
 
@@ -76,6 +76,7 @@ class ShardSet:
         self.vocab_size = vocab_size
         self._shards = [ShardFile.open(path) for path in self.paths]
         self._starts = np.cumsum([0] + [shard.tokens for shard in self._shards])
+        self._sha256 = self._digest()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -109,16 +110,18 @@ class ShardSet:
         """What tells this data from other data, to store with a run: {"shards", "tokens", "sha256"}, for JSON.
 
         The digest covers every shard's name, bytes and tokens, and the FINGERPRINT_TOKENS at either end of it, since
-        exports of one text by two tokenizers may agree in all the rest. A copied or touched file has the same one.
-
-        Raises FormatError as `read` does.
+        exports of one text by two tokenizers may agree in all the rest. A copied or touched file has the same one. It
+        was taken when the set was opened, so that a run whose data is gone can still be stored.
         """
+        return {"shards": len(self._shards), "tokens": len(self), "sha256": self._sha256}
+
+    def _digest(self) -> str:
         digest = hashlib.sha256()
         for shard in self._shards:
             digest.update(json.dumps([shard.path.name, shard.bytes, shard.tokens]).encode())
             for start in (0, max(shard.tokens - FINGERPRINT_TOKENS, 0)):
                 digest.update(shard.read(start, FINGERPRINT_TOKENS).astype("<u2").tobytes())
-        return {"shards": len(self._shards), "tokens": len(self), "sha256": digest.hexdigest()}
+        return digest.hexdigest()
 
     def _check(self, index: int, offset: int, part: NDArray[np.uint16]) -> None:
         if self.vocab_size is None or int(part.max()) < self.vocab_size:
