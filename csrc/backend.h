@@ -102,8 +102,8 @@ struct AttentionGrads {
 
 // out = residual + scale⊙(a·wᵀ); the residual is `mixed` if present, else `x`
 struct ProjectResidual {
-  TensorView a;  // [B, T, c]
-  TensorView w;  // [d, c]
+  TensorView a;      // [B, T, c]
+  TensorView w;      // [d, c]
   TensorView scale;  // [d]
   MixedInput mixed;  // attention out: the block's mixed input
   TensorView x;      // MLP out: [B, T, d]
@@ -111,10 +111,10 @@ struct ProjectResidual {
   TensorView saved, scratch;
 };
 struct ProjectResidualGrads {
-  TensorView dout;  // in [B, T, d]; it is at once the gradient at the residual, which needs no copy
-  TensorView da;    // out [B, T, c]
-  TensorView w;     // [d, c] += doutᵀ·a, NOT yet times scale: finish_projection ends it, once a step
-  TensorView scale; // [d], by finish_projection alone
+  TensorView dout;   // in [B, T, d]; it is at once the gradient at the residual, which needs no copy
+  TensorView da;     // out [B, T, c]
+  TensorView w;      // [d, c] += doutᵀ·a, NOT yet times scale: finish_projection ends it, once a step
+  TensorView scale;  // [d], by finish_projection alone
   TensorView scratch;
 };
 
@@ -162,8 +162,8 @@ struct StepValues {
   double clip;  // limit of the global gradient norm; 0: off
   // Written by grad_norm:
   double grad_norm;
-  double grad_scale;      // min(1, clip/(norm + 1e−6))
-  std::int32_t finite;    // 0: no optimizer operation changes anything
+  double grad_scale;    // min(1, clip/(norm + 1e−6))
+  std::int32_t finite;  // 0: no optimizer operation changes anything
 };
 
 struct AdamTensor {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pgolf import errors, plot
-from pgolf.plot import plot_loss
+from pgolf.plot import Curves, plot_loss, plot_runs
 
 RECORDS: list[dict[str, Any]] = [
     {"step": 0, "loss": None, "val_loss": 6.9, "val_bpb": 3.8},
@@ -41,13 +41,13 @@ def test_a_log_and_its_records_give_the_same_picture(tmp_path: Path) -> None:
 
 
 def test_the_curves_are_those_of_the_records() -> None:
-    curves = plot._curves(RECORDS)
+    curves = Curves.of(RECORDS)
     assert curves.steps.tolist() == list(range(1, 41))
     assert curves.losses[-1] == 3.3
     assert (curves.val_steps.tolist(), curves.val_losses.tolist()) == ([0, 40], [6.9, 3.4])
-    assert plot._title(curves) == "Validation loss 3.4000, 1.9000 bits per byte"
-    without_validation = plot._curves(RECORDS[1:5])
-    assert plot._title(without_validation) == f"Training loss {6.9 / 4**0.2:.4f}"
+    assert curves.verdict == "validation loss 3.4000, 1.9000 bits per byte"
+    without_validation = Curves.of(RECORDS[1:5])
+    assert without_validation.verdict == f"training loss {6.9 / 4**0.2:.4f}"
 
 
 @pytest.mark.parametrize("records", [RECORDS[:1], RECORDS[1:2], RECORDS[1:5]], ids=["validation", "a step", "steps"])
@@ -61,6 +61,49 @@ def test_smoothing_is_the_mean_of_the_window_that_ends_at_each_step() -> None:
     expected = [losses[max(0, end - 3) : end].mean() for end in range(1, 171)]
     np.testing.assert_allclose(plot._smooth(losses), expected, rtol=1e-12)
     assert plot._smooth(losses[:7]).tolist() == pytest.approx(losses[:7].tolist())
+
+
+@pytest.mark.parametrize("count", [1, 2, 9], ids=["one", "two", "more than there are colours"])
+def test_runs_over_each_other(count: int, tmp_path: Path) -> None:
+    runs = {
+        f"run {n}": Curves.of([{**record, "step": record["step"] * n} for record in RECORDS])
+        for n in range(1, count + 1)
+    }
+    plot_runs(runs, tmp_path / "runs.png")
+    assert size(tmp_path / "runs.png") == (1280, 720)
+    figure = plot.new_figure()
+    plot._draw_runs(figure, runs)
+    (axes,) = figure.axes
+    assert axes.get_xlim()[1] == pytest.approx(40 * count * 1.02)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        f"run {n}: validation loss 3.4000, 1.9000 bits per byte" for n in range(1, count + 1)
+    ]
+    training, validation = axes.lines[::2], axes.lines[1::2]
+    assert len({(line.get_color(), line.get_linestyle()) for line in training}) == count
+    for curves, line, points in zip(runs.values(), training, validation, strict=True):
+        assert line.get_color() == points.get_color()
+        np.testing.assert_array_equal(line.get_ydata(), plot._smooth(curves.losses))
+        np.testing.assert_array_equal(points.get_xydata(), np.stack([curves.val_steps, curves.val_losses], axis=1))
+
+
+def test_runs_without_one_of_the_curves(tmp_path: Path) -> None:
+    runs = {"validation": Curves.of(RECORDS[:1]), "training": Curves.of(RECORDS[1:5])}
+    plot_runs(runs, tmp_path / "runs.png")
+    figure = plot.new_figure()
+    plot._draw_runs(figure, runs)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert [label.partition(":")[0] for label in labels] == ["validation", "training"]
+    with pytest.raises(ValueError, match="at least one run"):
+        plot_runs({}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_line_that_was_being_written_is_left_out(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log.jsonl")
+    whole = Curves.of(log)
+    with log.open("a") as file:
+        file.write('{"step": 41, "loss": 3.')
+    assert Curves.of(log).steps.tolist() == whole.steps.tolist()
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1.0}', '{"step": 1, "loss": "high"}', '{"step": null}', "\x80"])

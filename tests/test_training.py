@@ -239,7 +239,6 @@ VALIDATION_TOKENS = 12_289  # 48 windows
 
 def test_120_steps_on_real_text(corpus: Path, tmp_path: Path) -> None:
     """4 layers of width 128, T 256: momentum warm-up, clipping, warmdown and SWA; then pruning and int5/int6."""
-    pgolf.set_num_threads(2)
     config = Config.from_recipe(
         "base",
         {

@@ -1,9 +1,9 @@
 #include <mutex>
 
 #include "bindings/bindings.h"
+#include "bindings/model.h"
 #include "core/memory.h"
 #include "core/parallel.h"
-#include "bindings/model.h"
 
 namespace py = pybind11;
 
@@ -76,8 +76,8 @@ void write_tensor(NativeModel& model, const TensorView& t, const std::string& na
 
 void bind_model(py::module_& m) {
   py::class_<NativeModel>(m, "Model")
-      .def(py::init<const py::dict&, std::optional<std::uint64_t>, const std::string&>(), py::arg("config"), py::arg("seed"),
-           py::arg("dtype"))
+      .def(py::init<const py::dict&, std::optional<std::uint64_t>, const std::string&>(), py::arg("config"),
+           py::arg("seed"), py::arg("dtype"))
       .def("description", [](const NativeModel& self) { return self.gpt->backend().description(); })
       .def("read",
            [](NativeModel& self, const std::string& name) {
@@ -93,56 +93,60 @@ void bind_model(py::module_& m) {
            [](NativeModel& self, const std::string& name, const py::array& values) {
              write_tensor(self, self.gpt->weights()[self.gpt->index_of(name)], name, values);
            })
-      .def("logits",
-           [](NativeModel& self, const Int32Array& ids, std::int64_t first) {
-             const auto B = ids.shape(0), T = ids.shape(1);
-             const ModelConfig& c = self.gpt->config();
-             py::array out = empty(self.gpt->backend().dtype(), {B, std::max<py::ssize_t>(T - first, 0), c.vocab_size});
-             const auto* in = ids.data();
-             void* to = out.mutable_data();
-             {
-               py::gil_scoped_release release;
-               std::lock_guard lock(self.mutex);
-               self.gpt->logits(in, B, T, first, to);
-             }
-             return out;
-           },
-           py::arg("ids"), py::arg("first"))
-      .def("losses",
-           [](NativeModel& self, const Int32Array& ids, const Int32Array& targets, std::int64_t first) {
-             const auto B = ids.shape(0), T = ids.shape(1);
-             py::array out = empty(self.gpt->backend().dtype(), {B, std::max<py::ssize_t>(T - first, 0)});
-             const auto *in = ids.data(), *goal = targets.data();
-             void* to = out.mutable_data();
-             {
-               py::gil_scoped_release release;
-               std::lock_guard lock(self.mutex);
-               self.gpt->losses(in, goal, B, T, first, to);
-             }
-             return out;
-           },
-           py::arg("ids"), py::arg("targets"), py::arg("first"))
-      .def("begin_step",
-           [](NativeModel& self, bool qat) {
-             py::gil_scoped_release release;
-             std::lock_guard lock(self.mutex);
-             const auto before = allocation_count();
-             self.gpt->begin_step(qat);
-             self.step_allocations = allocation_count() - before;
-           },
-           py::arg("qat"))
-      .def("micro_step",
-           [](NativeModel& self, const Int32Array& ids, const Int32Array& targets, double loss_scale) {
-             const auto B = ids.shape(0), T = ids.shape(1);
-             const auto *in = ids.data(), *goal = targets.data();
-             py::gil_scoped_release release;
-             std::lock_guard lock(self.mutex);
-             const auto before = allocation_count();
-             const double sum = self.gpt->micro_step(in, goal, B, T, loss_scale);
-             self.step_allocations += allocation_count() - before;
-             return sum;
-           },
-           py::arg("ids"), py::arg("targets"), py::arg("loss_scale"))
+      .def(
+          "logits",
+          [](NativeModel& self, const Int32Array& ids, std::int64_t first) {
+            const auto B = ids.shape(0), T = ids.shape(1);
+            const ModelConfig& c = self.gpt->config();
+            py::array out = empty(self.gpt->backend().dtype(), {B, std::max<py::ssize_t>(T - first, 0), c.vocab_size});
+            const auto* in = ids.data();
+            void* to = out.mutable_data();
+            {
+              py::gil_scoped_release release;
+              std::lock_guard lock(self.mutex);
+              self.gpt->logits(in, B, T, first, to);
+            }
+            return out;
+          },
+          py::arg("ids"), py::arg("first"))
+      .def(
+          "losses",
+          [](NativeModel& self, const Int32Array& ids, const Int32Array& targets, std::int64_t first) {
+            const auto B = ids.shape(0), T = ids.shape(1);
+            py::array out = empty(self.gpt->backend().dtype(), {B, std::max<py::ssize_t>(T - first, 0)});
+            const auto *in = ids.data(), *goal = targets.data();
+            void* to = out.mutable_data();
+            {
+              py::gil_scoped_release release;
+              std::lock_guard lock(self.mutex);
+              self.gpt->losses(in, goal, B, T, first, to);
+            }
+            return out;
+          },
+          py::arg("ids"), py::arg("targets"), py::arg("first"))
+      .def(
+          "begin_step",
+          [](NativeModel& self, bool qat) {
+            py::gil_scoped_release release;
+            std::lock_guard lock(self.mutex);
+            const auto before = allocation_count();
+            self.gpt->begin_step(qat);
+            self.step_allocations = allocation_count() - before;
+          },
+          py::arg("qat"))
+      .def(
+          "micro_step",
+          [](NativeModel& self, const Int32Array& ids, const Int32Array& targets, double loss_scale) {
+            const auto B = ids.shape(0), T = ids.shape(1);
+            const auto *in = ids.data(), *goal = targets.data();
+            py::gil_scoped_release release;
+            std::lock_guard lock(self.mutex);
+            const auto before = allocation_count();
+            const double sum = self.gpt->micro_step(in, goal, B, T, loss_scale);
+            self.step_allocations += allocation_count() - before;
+            return sum;
+          },
+          py::arg("ids"), py::arg("targets"), py::arg("loss_scale"))
       .def("end_step",
            [](NativeModel& self) {
              py::gil_scoped_release release;
@@ -153,13 +157,14 @@ void bind_model(py::module_& m) {
            })
       .def_readonly("step_allocations", &NativeModel::step_allocations,
                     "Native allocations made by the current step's calls so far.")
-      .def("prepare_training",
-           [](NativeModel& self, std::int64_t B, std::int64_t T) {
-             py::gil_scoped_release release;
-             std::lock_guard lock(self.mutex);
-             self.gpt->prepare(Mode::train, B, T);
-           },
-           py::arg("batch_seqs"), py::arg("seq_len"))
+      .def(
+          "prepare_training",
+          [](NativeModel& self, std::int64_t B, std::int64_t T) {
+            py::gil_scoped_release release;
+            std::lock_guard lock(self.mutex);
+            self.gpt->prepare(Mode::train, B, T);
+          },
+          py::arg("batch_seqs"), py::arg("seq_len"))
       .def("memory_table", [](NativeModel& self) {
         py::list rows;
         std::lock_guard lock(self.mutex);

@@ -48,28 +48,33 @@ const TensorView find_state(const NativeOptimizer& self, const std::string& name
 void bind_optim(py::module_& m) {
   py::class_<NativeOptimizer>(m, "Optimizer")
       .def(py::init<NativeModel&, int>(), py::arg("model"), py::arg("ns_steps"), py::keep_alive<1, 2>())
-      .def("step",
-           [](NativeOptimizer& self, const py::dict& settings) {
-             const StepSettings s = settings_from(settings);
-             const StepResult r = locked(self, [&] {
-               const auto before = allocation_count();
-               const StepResult result = self.optimizer.step(s);
-               self.model.step_allocations += allocation_count() - before;
-               return result;
-             });
-             return py::make_tuple(r.grad_norm, r.finite);
-           },
-           py::arg("settings"))
-      .def_property("steps", [](const NativeOptimizer& self) { return self.optimizer.steps(); },
-                    [](NativeOptimizer& self, std::int64_t n) { self.optimizer.set_steps(n); })
-      .def_property("snapshots", [](const NativeOptimizer& self) { return self.optimizer.snapshots(); },
-                    [](NativeOptimizer& self, std::int64_t n) { self.optimizer.set_snapshots(n); })
+      .def(
+          "step",
+          [](NativeOptimizer& self, const py::dict& settings) {
+            const StepSettings s = settings_from(settings);
+            const StepResult r = locked(self, [&] {
+              const auto before = allocation_count();
+              const StepResult result = self.optimizer.step(s);
+              self.model.step_allocations += allocation_count() - before;
+              return result;
+            });
+            return py::make_tuple(r.grad_norm, r.finite);
+          },
+          py::arg("settings"))
+      .def_property(
+          "steps", [](const NativeOptimizer& self) { return self.optimizer.steps(); },
+          [](NativeOptimizer& self, std::int64_t n) { self.optimizer.set_steps(n); })
+      .def_property(
+          "snapshots", [](const NativeOptimizer& self) { return self.optimizer.snapshots(); },
+          [](NativeOptimizer& self, std::int64_t n) { self.optimizer.set_snapshots(n); })
       .def("add_snapshot", [](NativeOptimizer& self) { locked(self, [&] { self.optimizer.add_snapshot(); }); })
-      .def("use_snapshot_mean", [](NativeOptimizer& self) { locked(self, [&] { self.optimizer.use_snapshot_mean(); }); })
+      .def("use_snapshot_mean",
+           [](NativeOptimizer& self) { locked(self, [&] { self.optimizer.use_snapshot_mean(); }); })
       .def("start_ema", [](NativeOptimizer& self) { locked(self, [&] { self.optimizer.start_ema(); }); })
-      .def("update_ema",
-           [](NativeOptimizer& self, double decay) { locked(self, [&] { self.optimizer.update_ema(decay); }); },
-           py::arg("decay"))
+      .def(
+          "update_ema",
+          [](NativeOptimizer& self, double decay) { locked(self, [&] { self.optimizer.update_ema(decay); }); },
+          py::arg("decay"))
       .def("use_ema", [](NativeOptimizer& self) { locked(self, [&] { self.optimizer.use_ema(); }); })
       .def("state_names",
            [](const NativeOptimizer& self) {
@@ -82,10 +87,8 @@ void bind_optim(py::module_& m) {
              const TensorView t = find_state(self, name);
              return read_tensor(self.model, t, {t.shape, t.shape + t.rank});
            })
-      .def("write",
-           [](NativeOptimizer& self, const std::string& name, const py::array& values) {
-             write_tensor(self.model, find_state(self, name), name, values);
-           })
+      .def("write", [](NativeOptimizer& self, const std::string& name,
+                       const py::array& values) { write_tensor(self.model, find_state(self, name), name, values); })
       .def("bytes", [](const NativeOptimizer& self) { return self.optimizer.bytes(); });
 }
 

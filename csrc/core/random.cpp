@@ -30,8 +30,8 @@ TensorRandom::TensorRandom(std::uint64_t seed, std::string_view tensor_name)
     : key_{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)}, stream_(crc32(tensor_name)) {}
 
 std::array<double, 2> TensorRandom::pair(std::uint64_t element) const {
-  const PhiloxBlock x = philox4x32(
-      {static_cast<std::uint32_t>(element), static_cast<std::uint32_t>(element >> 32), stream_, 0}, key_);
+  const PhiloxBlock x =
+      philox4x32({static_cast<std::uint32_t>(element), static_cast<std::uint32_t>(element >> 32), stream_, 0}, key_);
   const auto unit = [](std::uint32_t high, std::uint32_t low) {
     return static_cast<double>(((std::uint64_t{high} << 32) | low) >> 11) * 0x1p-53;
   };

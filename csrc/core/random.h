@@ -19,11 +19,11 @@ class TensorRandom {
  public:
   TensorRandom(std::uint64_t seed, std::string_view tensor_name);
 
-  double normal(std::uint64_t element) const;                  // Box–Muller, the cosine half
-  double uniform(std::uint64_t element, double bound) const;   // in [−bound, bound)
+  double normal(std::uint64_t element) const;                 // Box–Muller, the cosine half
+  double uniform(std::uint64_t element, double bound) const;  // in [−bound, bound)
 
  private:
-  std::array<double, 2> pair(std::uint64_t element) const;     // u, v in [0, 1), 53 bits each
+  std::array<double, 2> pair(std::uint64_t element) const;  // u, v in [0, 1), 53 bits each
 
   std::array<std::uint32_t, 2> key_;
   std::uint32_t stream_;

@@ -20,9 +20,7 @@ namespace pgolf {
 
 enum class DType : std::uint8_t { f32, f64, i32, u8 };
 
-PGOLF_INLINE constexpr std::size_t size_of(DType t) {
-  return t == DType::f64 ? 8 : t == DType::u8 ? 1 : 4;
-}
+PGOLF_INLINE constexpr std::size_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::u8 ? 1 : 4; }
 
 inline constexpr int kMaxRank = 4;
 

@@ -36,7 +36,9 @@ struct BackwardScratch {
   PerWorker<T> p, dp;  // [kQueryBlock, L] probabilities; their gradient, then the scores'
   T* dgain;            // [B, H]
   BackwardScratch(Layout& layout, int workers, const Dims<T>& s)
-      : p(layout, workers, kQueryBlock * s.L), dp(layout, workers, kQueryBlock * s.L), dgain(layout.take<T>(s.B * s.H)) {}
+      : p(layout, workers, kQueryBlock * s.L),
+        dp(layout, workers, kQueryBlock * s.L),
+        dgain(layout.take<T>(s.B * s.H)) {}
 };
 
 // scores[r][0 … keys) = q·kᵀ for the queries [q0, q0 + rows), keys = q0 + rows
@@ -161,8 +163,8 @@ void CpuBackend<T>::attention_backward(const Attention& op, const AttentionGrads
     for (i64 h = 0; h < s.H; ++h) grads.gain.as<T>()[h] += scratch.dgain[b * s.H + h];
 }
 
-#define PGOLF_INSTANTIATE(T)                                     \
-  template OpBytes CpuBackend<T>::bytes(const Attention&) const; \
+#define PGOLF_INSTANTIATE(T)                                        \
+  template OpBytes CpuBackend<T>::bytes(const Attention&) const;    \
   template void CpuBackend<T>::attention_forward(const Attention&); \
   template void CpuBackend<T>::attention_backward(const Attention&, const AttentionGrads&);
 PGOLF_INSTANTIATE(float)

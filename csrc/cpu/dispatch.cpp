@@ -37,7 +37,8 @@ bool has_avx512() {
 }
 #endif
 
-constexpr Isa kSets[] = {  // widest first
+// Widest first.
+constexpr Isa kSets[] = {
 #ifdef PGOLF_HAVE_X86_KERNELS
     {"avx512", has_avx512, avx512::make_backend},
     {"avx2", has_avx2, avx2::make_backend},

@@ -69,10 +69,10 @@ struct Saved {
 
 template <class T>
 struct BackwardScratch {
-  T* dsum;          // [N, d] gradient at the sum of embeddings
-  T* gathered;      // [N, e] bigram rows, where they are projected
-  T* dgathered;     // [N, e] dsum·proj
-  T* gate;          // [d] sigmoid(smear_gate)
+  T* dsum;       // [N, d] gradient at the sum of embeddings
+  T* gathered;   // [N, e] bigram rows, where they are projected
+  T* dgathered;  // [N, e] dsum·proj
+  T* gate;       // [d] sigmoid(smear_gate)
   Readers tokens, buckets;
   ColumnSums<T> dgate, dscale;
   BackwardScratch(Layout& layout, const Dims<T>& s)
@@ -231,9 +231,9 @@ void CpuBackend<T>::embed_backward(const Embed& op, const EmbedGrads& grads) {
   scratch.buckets.scatter(dread, scale, s.e, grads.bigram_emb.as<T>());
 }
 
-#define PGOLF_INSTANTIATE(T)                                   \
-  template OpBytes CpuBackend<T>::bytes(const Embed&) const;   \
-  template void CpuBackend<T>::embed_forward(const Embed&);    \
+#define PGOLF_INSTANTIATE(T)                                 \
+  template OpBytes CpuBackend<T>::bytes(const Embed&) const; \
+  template void CpuBackend<T>::embed_forward(const Embed&);  \
   template void CpuBackend<T>::embed_backward(const Embed&, const EmbedGrads&);
 PGOLF_INSTANTIATE(float)
 PGOLF_INSTANTIATE(double)

@@ -214,15 +214,15 @@ void CpuBackend<T>::axpby(double a, const TensorView& x, double b, const TensorV
   });
 }
 
-#define PGOLF_INSTANTIATE(T)                                                                                        \
-  template void CpuBackend<T>::grad_norm(std::span<const TensorView>, StepValues*);                                 \
-  template void CpuBackend<T>::adam(std::span<const AdamTensor>, const StepValues*);                                \
-  template std::size_t CpuBackend<T>::muon_scratch(std::span<const MuonTensor>) const;                              \
-  template void CpuBackend<T>::muon(std::span<const MuonTensor>, int, const StepValues*, void*);                    \
-  template std::size_t CpuBackend<T>::newton_schulz_scratch(const TensorView&) const;                               \
-  template void CpuBackend<T>::newton_schulz(const TensorView&, const TensorView&, int, void*);                     \
-  template void CpuBackend<T>::fake_quantize(const TensorView&, const TensorView&, int);                            \
-  template double CpuBackend<T>::sum(const TensorView&);                                                            \
+#define PGOLF_INSTANTIATE(T)                                                                     \
+  template void CpuBackend<T>::grad_norm(std::span<const TensorView>, StepValues*);              \
+  template void CpuBackend<T>::adam(std::span<const AdamTensor>, const StepValues*);             \
+  template std::size_t CpuBackend<T>::muon_scratch(std::span<const MuonTensor>) const;           \
+  template void CpuBackend<T>::muon(std::span<const MuonTensor>, int, const StepValues*, void*); \
+  template std::size_t CpuBackend<T>::newton_schulz_scratch(const TensorView&) const;            \
+  template void CpuBackend<T>::newton_schulz(const TensorView&, const TensorView&, int, void*);  \
+  template void CpuBackend<T>::fake_quantize(const TensorView&, const TensorView&, int);         \
+  template double CpuBackend<T>::sum(const TensorView&);                                         \
   template void CpuBackend<T>::axpby(double, const TensorView&, double, const TensorView&);
 PGOLF_INSTANTIATE(float)
 PGOLF_INSTANTIATE(double)

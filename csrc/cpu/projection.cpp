@@ -71,9 +71,9 @@ void CpuBackend<T>::finish_projection(const ProjectResidual& op, const ProjectRe
   });
 }
 
-#define PGOLF_INSTANTIATE(T)                                                                                \
-  template OpBytes CpuBackend<T>::bytes(const ProjectResidual&) const;                                      \
-  template void CpuBackend<T>::project_residual_forward(const ProjectResidual&);                            \
+#define PGOLF_INSTANTIATE(T)                                                                                   \
+  template OpBytes CpuBackend<T>::bytes(const ProjectResidual&) const;                                         \
+  template void CpuBackend<T>::project_residual_forward(const ProjectResidual&);                               \
   template void CpuBackend<T>::project_residual_backward(const ProjectResidual&, const ProjectResidualGrads&); \
   template void CpuBackend<T>::finish_projection(const ProjectResidual&, const ProjectResidualGrads&);
 PGOLF_INSTANTIATE(float)

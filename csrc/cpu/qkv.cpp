@@ -25,9 +25,9 @@ struct Saved {  // rms factors
 
 template <class T>
 struct BackwardScratch {
-  T* normed;             // [N, d]
-  PerWorker<T> dnormed;  // [kRowChunk, d]
-  ColumnSums<T> vectors; // mix row 0, mix row 1, skip weight
+  T* normed;              // [N, d]
+  PerWorker<T> dnormed;   // [kRowChunk, d]
+  ColumnSums<T> vectors;  // mix row 0, mix row 1, skip weight
   BackwardScratch(Layout& layout, int workers, const Dims& s)
       : normed(layout.take<T>(s.N * s.d)), dnormed(layout, workers, kRowChunk * s.d), vectors(layout, s.N, 3 * s.d) {}
 };

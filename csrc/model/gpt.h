@@ -70,7 +70,7 @@ class GPT {
   const ModelConfig& config() const { return config_; }
   Backend& backend() const { return *backend_; }
   const std::vector<ParameterSpec>& table() const { return table_; }
-  std::size_t index_of(const std::string& name) const;  // throws std::invalid_argument
+  std::size_t index_of(const std::string& name) const;    // throws std::invalid_argument
   void write(const TensorView& to, const float* values);  // host float32 into a parameter-shaped tensor
   const ParameterSet& weights() const { return weights_; }
   const ParameterSet& grads() const { return grads_; }
@@ -107,7 +107,7 @@ class GPT {
   ParameterSet weights_, grads_, fake_quantized_;
   // The two last shapes of each kind: a step's last micro-batch may be smaller than the others.
   std::vector<std::unique_ptr<Plan>> inference_, training_;  // most recently used first
-  bool qat_ = false;  // training operations read the fake-quantised weights
+  bool qat_ = false;                                         // training operations read the fake-quantised weights
 };
 
 }  // namespace pgolf

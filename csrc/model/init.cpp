@@ -60,7 +60,9 @@ void orthogonal(const TensorRandom& random, std::int64_t out, std::int64_t in, d
   const std::int64_t rows = transpose ? in : out, cols = transpose ? out : in;
   std::vector<double> columns(static_cast<std::size_t>(rows * cols));
   // Element (r, c) of the [out, in] matrix uses draw r·in + c, whichever way it is decomposed.
-  const auto at = [&](std::int64_t r, std::int64_t c) -> double& { return columns[transpose ? r * rows + c : c * rows + r]; };
+  const auto at = [&](std::int64_t r, std::int64_t c) -> double& {
+    return columns[transpose ? r * rows + c : c * rows + r];
+  };
   parallel_for(out, [&](std::int64_t r) {
     for (std::int64_t c = 0; c < in; ++c) at(r, c) = random.normal(static_cast<std::uint64_t>(r * in + c));
   });

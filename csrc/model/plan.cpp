@@ -77,7 +77,9 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend) {
   Placer placer(arena);
 
   // An encoder block's output, x[i + 1] of block i, is popped by a later block: −1 where nothing is popped.
-  const auto popped_by = [&](std::int64_t block) { return block >= encoders && block < 2 * encoders ? 2 * encoders - block : -1; };
+  const auto popped_by = [&](std::int64_t block) {
+    return block >= encoders && block < 2 * encoders ? 2 * encoders - block : -1;
+  };
   const auto popper_of = [&](std::int64_t x) { return x >= 1 && x <= encoders ? 2 * encoders - x : x; };
 
   // ---- Tensors. x[i] is block i's input (x[0] = x0), x[L] the head's.
@@ -118,9 +120,10 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend) {
   }
   const int dx = train ? placer.declare("gradients, residual", clock.head, clock.end(), wide) : -1;
   const int dx0 = train ? placer.declare("gradients, residual", clock.head, clock.end(), wide) : -1;
-  const int result = mode == Mode::logits
-                         ? placer.declare("logits", clock.head, clock.end(), TensorView(real, {B, T - first, c.vocab_size}))
-                         : placer.declare("losses", clock.head, clock.end(), TensorView(real, {B, T - first}));
+  const int result =
+      mode == Mode::logits
+          ? placer.declare("logits", clock.head, clock.end(), TensorView(real, {B, T - first, c.vocab_size}))
+          : placer.declare("losses", clock.head, clock.end(), TensorView(real, {B, T - first}));
 
   // ---- Who reads and writes what. Run once without data, so that operations can be asked for their sizes.
   const auto wire = [&] {
@@ -158,10 +161,9 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend) {
       l.qkv_grads.dskip = view(at.dskip);
       // What a popped x gets back through its skip joins the dx of the block that read it; block 0, whose input
       // is x0, takes in all that dx0 gathered.
-      l.qkv_grads.pending =
-          i == 0          ? view(dx0)
-          : i <= encoders ? view(t[static_cast<std::size_t>(popper_of(i))].dskip)
-                          : TensorView();
+      l.qkv_grads.pending = i == 0          ? view(dx0)
+                            : i <= encoders ? view(t[static_cast<std::size_t>(popper_of(i))].dskip)
+                                            : TensorView();
     }
     head.x = view(t[static_cast<std::size_t>(L)].x);
     (mode == Mode::logits ? head.logits : head.losses) = view(result);
@@ -171,7 +173,8 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend) {
   wire();
 
   // ---- What the operations ask for.
-  const auto areas = [&](const OpBytes& bytes, int tick, TensorView* saved, TensorView* scratch, TensorView* back_scratch) {
+  const auto areas = [&](const OpBytes& bytes, int tick, TensorView* saved, TensorView* scratch,
+                         TensorView* back_scratch) {
     placer.area("saved for backward", tick, clock.until(tick, tick), bytes.saved, saved);
     if (!train || tick != clock.head) placer.area("scratch", tick, tick, bytes.forward_scratch, scratch);
     if (train) placer.area("scratch", clock.back(tick), clock.back(tick), bytes.backward_scratch, back_scratch);
@@ -185,7 +188,8 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend) {
     areas(backend.bytes(l.attention_out), clock.at(i, kAttentionOut), &l.attention_out.saved, &l.attention_out.scratch,
           &l.attention_out_grads.scratch);
     areas(backend.bytes(l.mlp_up), clock.at(i, kMlpUp), &l.mlp_up.saved, &l.mlp_up.scratch, &l.mlp_up_grads.scratch);
-    areas(backend.bytes(l.mlp_out), clock.at(i, kMlpOut), &l.mlp_out.saved, &l.mlp_out.scratch, &l.mlp_out_grads.scratch);
+    areas(backend.bytes(l.mlp_out), clock.at(i, kMlpOut), &l.mlp_out.saved, &l.mlp_out.scratch,
+          &l.mlp_out_grads.scratch);
   }
   areas(backend.bytes(head), clock.head, &head.saved, &head.scratch, &head_grads.scratch);
 

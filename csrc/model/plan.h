@@ -25,7 +25,7 @@ struct LayerOps {
 struct GPT::Plan {
   Mode mode = Mode::losses;
   std::int64_t B = 0, T = 0, first = 0;
-  int concurrency = 0;  // the backend's when the scratch was sized
+  int concurrency = 0;          // the backend's when the scratch was sized
   bool fake_quantized = false;  // which weights the operations are bound to
   ArenaPlan arena;
   DeviceMemory memory;

@@ -37,9 +37,9 @@ class Optimizer {
   void add_snapshot();
   std::int64_t snapshots() const { return snapshots_; }
   void set_snapshots(std::int64_t count);
-  void use_snapshot_mean();        // throws without a snapshot
-  void start_ema();                // average ← weights
-  void update_ema(double decay);   // average ← decay·average + (1 − decay)·weights
+  void use_snapshot_mean();       // throws without a snapshot
+  void start_ema();               // average ← weights
+  void update_ema(double decay);  // average ← decay·average + (1 − decay)·weights
   void use_ema();
 
   // All state but the weights, by name, for checkpoints: "momentum.<parameter>", "adam_m.…", "adam_v.…", "average.…".

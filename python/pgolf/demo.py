@@ -6,6 +6,7 @@ a table of bits per byte: the model's beside those of zstd and xz for byte-ident
 
 from __future__ import annotations
 
+import contextlib
 import lzma
 import shutil
 import time
@@ -23,8 +24,8 @@ from pgolf.cli.failures import reported
 from pgolf.cli.generate import continue_text
 from pgolf.cli.options import JsonOption, ThreadsOption, use_threads
 from pgolf.cli.output import bits, console_for, key_value_table, print_json
-from pgolf.cli.train import save_plot
 from pgolf.config import Config
+from pgolf.demo_plot import plot_race
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +42,7 @@ _XZ_DICTIONARY = 2**26
 """Bytes that preset 9 looks back; longer texts get a dictionary of their own length."""
 _ZSTD_WINDOW_LOG = 27
 """The longest window that every zstd decoder takes with --long: 128 MiB."""
-_RUN_FILES = ("config.toml", "log.jsonl", "model.pgolf", "loss.png", "report.json")
+_RUN_FILES = ("config.toml", "log.jsonl", "model.pgolf", "loss.png", "race.png", "report.json")
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,9 @@ def run_demo(folder: Path, seconds: float, console: Console) -> dict[str, object
 
     console.print(_comparison(report, baselines))
     console.print(_summary(report))
-    console.print(save_plot(run), soft_wrap=True)
+    with contextlib.suppress(ModuleNotFoundError):  # matplotlib is optional
+        plot_race(run / "log.jsonl", report, baselines, run / "race.png")
+        console.print(f"The race against zstd and xz is drawn in {run / 'race.png'}.", soft_wrap=True)
     total = time.monotonic() - began
     console.print(f"The run is in {run}; the demo took {duration(total)}.", soft_wrap=True)
     return {

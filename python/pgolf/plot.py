@@ -1,4 +1,4 @@
-"""The picture of a run: its losses against its steps."""
+"""Pictures of runs: losses against steps, of one run or of several, one over the other."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ StrPath = Union[str, "os.PathLike[str]"]
 Records = Iterable[Union[Mapping[str, Any], "StepRecord"]]
 
 _TRAINING, _VALIDATION, _INK, _GRID = "#3b6fb6", "#d1495b", "#2b2b33", "#e6e6ea"
+# Told apart by colour-blind readers too (Okabe and Ito's palette without its yellow); then they repeat, dashed.
+_RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#2b2b33")
+_DASHES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
-class _Curves:
+class Curves:
     """(n,) steps and losses of every training step, (m,) of every validation, bits per byte of the last one."""
 
     steps: npt.NDArray[np.int64]
@@ -33,6 +36,51 @@ class _Curves:
     val_steps: npt.NDArray[np.int64]
     val_losses: npt.NDArray[np.float64]
     val_bpb: float | None
+
+    @classmethod
+    def of(cls, log: StrPath | Records) -> Curves:
+        """The losses in a run's ``log.jsonl``, or in its records.
+
+        Raises FileNotFoundError where there is no such log, FormatError naming the line that is no step record, or the
+        log where no loss was recorded; ValueError for records without a loss.
+        """
+        if not isinstance(log, (str, os.PathLike)):
+            return cls._of_records(log)
+        try:
+            return cls._of_records(read_records(log))
+        except FormatError:
+            raise
+        except ValueError as error:
+            raise FormatError(f"{Path(log)}: {error}") from None
+
+    @classmethod
+    def _of_records(cls, records: Records) -> Curves:
+        rows = [_fields(record) for record in records]
+        training = [(step, loss) for step, loss, _, _ in rows if loss is not None]
+        validation = [(step, val_loss) for step, _, val_loss, _ in rows if val_loss is not None]
+        if not training and not validation:
+            raise ValueError("the records hold no loss; at least one step is needed for a plot.")
+        bpb = [val_bpb for *_, val_bpb in rows if val_bpb is not None]
+        return cls(
+            np.array([step for step, _ in training], dtype=np.int64),
+            np.array([loss for _, loss in training]),
+            np.array([step for step, _ in validation], dtype=np.int64),
+            np.array([loss for _, loss in validation]),
+            bpb[-1] if bpb else None,
+        )
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is known."""
+        return int(max([0, *self.steps[-1:], *self.val_steps[-1:]]))
+
+    @property
+    def verdict(self) -> str:
+        """The last losses in words."""
+        if not self.val_losses.size:
+            return f"training loss {self.losses[-1]:.4f}"
+        loss = f"validation loss {self.val_losses[-1]:.4f}"
+        return loss if self.val_bpb is None else f"{loss}, {self.val_bpb:.4f} bits per byte"
 
 
 def plot_loss(log: StrPath | Records, out: StrPath) -> None:
@@ -44,30 +92,37 @@ def plot_loss(log: StrPath | Records, out: StrPath) -> None:
     Raises ModuleNotFoundError where matplotlib is not installed, FileNotFoundError where there is no such log,
     FormatError naming the line that is no step record, ValueError where no loss was recorded.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError:
-        raise ModuleNotFoundError("Plots need matplotlib; install it with: pip install 'pgolf[plot]'") from None
-
-    curves = _read(log) if isinstance(log, (str, os.PathLike)) else _curves(log)
-    # No pyplot: it would keep the figure, and choose a window system's backend.
-    figure = Figure(
-        figsize=(8, 4.5), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12), facecolor="white"
-    )
-    FigureCanvasAgg(figure)
-    _draw(figure, curves)
-    with atomic_write(Path(out)) as file:
-        figure.savefig(file, format="png", metadata={"Software": None})
+    figure = new_figure()
+    _draw(figure, Curves.of(log))
+    save_figure(figure, out)
 
 
-def _read(log: StrPath) -> _Curves:
+def plot_runs(runs: Mapping[str, Curves], out: StrPath) -> None:
+    """Draw several runs over each other into a PNG file, which is replaced whole: a colour for each.
+
+    runs: their losses by name, as the legend has it. out: the PNG file.
+
+    Raises ModuleNotFoundError where matplotlib is not installed, ValueError where there is no run.
+    """
+    if not runs:
+        raise ValueError("A plot needs at least one run; none was given.")
+    figure = new_figure()
+    _draw_runs(figure, runs)
+    save_figure(figure, out)
+
+
+def read_records(log: StrPath) -> list[dict[str, Any]]:
+    """The step records in a run's ``log.jsonl``, whose step and losses have been checked.
+
+    A last line without its end, which a run is writing or was killed over, is left out.
+
+    Raises FileNotFoundError where there is no such log, FormatError naming the line that is no step record.
+    """
     path = Path(log)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such log; a run's log.jsonl is expected.")
     records = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
             _fields(record)
@@ -76,10 +131,7 @@ def _read(log: StrPath) -> _Curves:
                 f"{path}, line {number}: this is no step record; a line of log.jsonl is expected."
             ) from None
         records.append(record)
-    try:
-        return _curves(records)
-    except ValueError as error:
-        raise FormatError(f"{path}: {error}") from None
+    return records
 
 
 def _fields(record: Mapping[str, Any] | StepRecord) -> tuple[int, float | None, float | None, float | None]:
@@ -91,47 +143,76 @@ def _fields(record: Mapping[str, Any] | StepRecord) -> tuple[int, float | None, 
     return int(values["step"]), loss, val_loss, val_bpb
 
 
-def _curves(records: Records) -> _Curves:
-    rows = [_fields(record) for record in records]
-    training = [(step, loss) for step, loss, _, _ in rows if loss is not None]
-    validation = [(step, val_loss) for step, _, val_loss, _ in rows if val_loss is not None]
-    if not training and not validation:
-        raise ValueError("the records hold no loss; at least one step is needed for a plot.")
-    bpb = [val_bpb for *_, val_bpb in rows if val_bpb is not None]
-    return _Curves(
-        np.array([step for step, _ in training], dtype=np.int64),
-        np.array([loss for _, loss in training]),
-        np.array([step for step, _ in validation], dtype=np.int64),
-        np.array([loss for _, loss in validation]),
-        bpb[-1] if bpb else None,
+def new_figure() -> Any:
+    """An empty matplotlib Figure; raises ModuleNotFoundError, with the command to install it, without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError:
+        raise ModuleNotFoundError("Plots need matplotlib; install it with: pip install 'pgolf[plot]'") from None
+    # No pyplot: it would keep the figure, and choose a window system's backend.
+    figure = Figure(
+        figsize=(8, 4.5), dpi=160, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12), facecolor="white"
     )
+    FigureCanvasAgg(figure)
+    return figure
 
 
-def _draw(figure: Any, curves: _Curves) -> None:
-    axes = figure.add_subplot()
-    last = max([0, *curves.steps[-1:], *curves.val_steps[-1:]])
+def save_figure(figure: Any, out: StrPath) -> None:
+    """Write a figure as a PNG file, which is replaced whole; equal figures give equal bytes."""
+    with atomic_write(Path(out)) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
+
+
+def _draw(figure: Any, curves: Curves) -> None:
+    axes = _axes(figure, curves.last_step, curves.verdict[0].upper() + curves.verdict[1:])
     if curves.steps.size:
         axes.plot(curves.steps, curves.losses, color=_TRAINING, alpha=0.25, linewidth=0.8)
         axes.plot(curves.steps, _smooth(curves.losses), color=_TRAINING, linewidth=1.8, label="training")
     if curves.val_steps.size:
-        axes.plot(
-            curves.val_steps,
-            curves.val_losses,
-            color=_VALIDATION,
-            linewidth=1.2,
-            marker="o",
-            markersize=4.5,
-            markeredgecolor="white",
-            markeredgewidth=0.8,
-            label="validation",
-            clip_on=False,
-            zorder=3,
-        )
-    axes.set_xlim(0, max(last, 1) * 1.02)
+        _draw_validation(axes, curves, color=_VALIDATION, label="validation")
+    axes.legend(frameon=False, labelcolor=_INK)
+
+
+def _draw_runs(figure: Any, runs: Mapping[str, Curves]) -> None:
+    last = max(curves.last_step for curves in runs.values())
+    axes = _axes(figure, last, "Training loss, smoothed (lines), and validation loss (points)")
+    for index, (name, curves) in enumerate(runs.items()):
+        repeat, color = divmod(index, len(_RUNS))
+        dashes = _DASHES[repeat % len(_DASHES)]
+        label = f"{name}: {curves.verdict}"
+        if curves.steps.size:
+            axes.plot(
+                curves.steps, _smooth(curves.losses), color=_RUNS[color], linestyle=dashes, linewidth=1.5, label=label
+            )
+            label = "_"  # no second entry in the legend
+        if curves.val_steps.size:
+            _draw_validation(axes, curves, color=_RUNS[color], linestyle="", label=label)
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
+
+
+def _draw_validation(axes: Any, curves: Curves, **style: Any) -> None:
+    axes.plot(
+        curves.val_steps,
+        curves.val_losses,
+        linewidth=1.2,
+        marker="o",
+        markersize=4.5,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        clip_on=False,
+        zorder=3,
+        **style,
+    )
+
+
+def _axes(figure: Any, last_step: int, title: str) -> Any:
+    axes = figure.add_subplot()
+    axes.set_xlim(0, max(last_step, 1) * 1.02)
     axes.set_xlabel("step", color=_INK)
     axes.set_ylabel("loss, nats per token", color=_INK)
-    axes.set_title(_title(curves), loc="left", color=_INK, fontsize=11, pad=10)
-    axes.legend(frameon=False, labelcolor=_INK)
+    axes.set_title(title, loc="left", color=_INK, fontsize=11, pad=10)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -139,19 +220,13 @@ def _draw(figure: Any, curves: _Curves) -> None:
     axes.tick_params(colors=_INK, length=0)
     axes.xaxis.set_major_locator(_integer_ticks())
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    return axes
 
 
 def _integer_ticks() -> Any:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10])
-
-
-def _title(curves: _Curves) -> str:
-    if not curves.val_losses.size:
-        return f"Training loss {curves.losses[-1]:.4f}"
-    title = f"Validation loss {curves.val_losses[-1]:.4f}"
-    return title if curves.val_bpb is None else f"{title}, {curves.val_bpb:.4f} bits per byte"
 
 
 def _smooth(losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
