@@ -40,9 +40,7 @@ def main() -> None:
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        prepare(
-            [args.books / "books.jsonl.zst"], folder, tokenizer=args.books / "books_1024_bpe.model", val_docs=512
-        )
+        prepare([args.books / "books.jsonl.zst"], folder, tokenizer=args.books / "books_1024_bpe.model", val_docs=512)
         config = pgolf.Config.from_recipe("base", {**SETTINGS, "train.seed": args.seed})
         trainer = pgolf.Trainer(config, folder)
         print(f"{trainer.model!r}, micro-batches of {trainer.micro_batch_seqs} sequences")

@@ -82,7 +82,7 @@ def measure_peer(name: str, args: argparse.Namespace) -> dict[str, Any]:
             for kind, block in training_blocks(peers, shape, 1, steps).items():
                 rates[kind].append(block["median"])
             product_rates.append(ask(products, "rates"))
-        versions = peers[0].ask("versions")
+        versions = {**peers[0].ask("versions"), "openblas": products.ask("description")}
     gflops = {library: spread([r[library] for r in product_rates]) for library in product_rates[0]}
     scale = gflops["torch"]["median"] / REFERENCE_GFLOPS
     peer = {kind: spread(values) for kind, values in rates.items()}
@@ -106,6 +106,7 @@ def measure_training(name: str, args: argparse.Namespace) -> dict[str, Any]:
             "ratio": {kind: rates["pgolf"]["median"] / rates[kind]["median"] for kind in GOALS[name]},
             "peak_mib": peaks,
             "memory_ratio": peaks["pgolf"] / min(peaks["eager"], peaks["compiled"]),
+            "device": workers[0].ask("description"),
             "versions": workers[0].ask("versions"),
         }
         if name == SLIDING_SHAPE:
@@ -131,7 +132,7 @@ def check_agreement(name: str, windows: int) -> list[dict[str, Any]]:
     """The losses of pgolf and the peer from the same weights; SystemExit where they are not the same program."""
     shape = SHAPES[name]
     with Worker("agreement", shape) as worker:
-        losses = worker.ask("agreement", CHECK_STEPS, windows, STRIDE, SLIDING_BATCH)
+        losses: list[dict[str, Any]] = worker.ask("agreement", CHECK_STEPS, windows, STRIDE, SLIDING_BATCH)
     for pair in losses:
         pair["difference"] = abs(pair["pgolf"] / pair["peer"] - 1)
         print(f"{name}: {pair['what']}: pgolf {pair['pgolf']:.7f}, peer {pair['peer']:.7f}", flush=True)
@@ -188,11 +189,17 @@ def table(shapes: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--blocks", type=int, default=7, help="interleaved blocks of each program")
-    parser.add_argument("--steps-per-block", type=int, help=f"default: {STEPS_PER_BLOCK}")
+    parser.add_argument("--blocks", type=positive, default=7, help="interleaved blocks of each program")
+    parser.add_argument("--steps-per-block", type=positive, help=f"default: {STEPS_PER_BLOCK}")
     parser.add_argument("--out", type=Path, help="the JSON file; default: benchmarks/results/cpu_step/DATE-COMMIT.json")
     parser.add_argument("--quick", action="store_true", help="a smoke run; writes nothing without --out")
     parser.add_argument("--breakdown", action="store_true", help="only tabulate pgolf's step, operation by operation")
@@ -218,7 +225,8 @@ def main() -> None:
         "shapes": {},
     }
     for name in args.shapes:
-        found = result["shapes"][name] = {"agreement": check_agreement(name, args.windows)}
+        found: dict[str, Any] = {"agreement": check_agreement(name, args.windows)}
+        result["shapes"][name] = found
         found["peer"] = measure_peer(name, args)
         if found["peer"]["valid"] or args.quick:
             found["training"] = measure_training(name, args)

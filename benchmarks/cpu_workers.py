@@ -115,6 +115,9 @@ class Pgolf:
         assert loss is not None
         return loss
 
+    def description(self) -> str:
+        return self.trainer.model.description
+
     def sliding(self, windows: int, stride: int, batch: int) -> float:
         import pgolf
 
@@ -158,8 +161,11 @@ class Products:
     def __init__(self, shape: Shape) -> None:
         import products
 
-        self.libraries = {"openblas": products.OpenBLAS(THREADS), "torch": products.Torch(THREADS)}
+        self.libraries: dict[str, Any] = {"openblas": products.OpenBLAS(THREADS), "torch": products.Torch(THREADS)}
         self.product = products.Product(4096, 512, 512)
+
+    def description(self) -> str:
+        return self.libraries["openblas"].description
 
     def rates(self) -> dict[str, float]:
         return {
@@ -222,7 +228,7 @@ def versions() -> dict[str, str]:
 
 
 def serve(kind: str, shape: Shape, connection: Connection) -> None:
-    """Answers (command, arguments …) until None comes; an error is answered by its traceback."""
+    """Answers (command, arguments …) until None comes or the other side is gone; an error by its traceback."""
     try:
         program = PROGRAMS[kind](shape)
         commands: dict[str, Callable[..., object]] = {
@@ -235,6 +241,8 @@ def serve(kind: str, shape: Shape, connection: Connection) -> None:
             name, *arguments = request
             command = commands[name] if name in commands else getattr(program, name)
             connection.send((command(*arguments), None))
+    except EOFError:
+        return
     except Exception:
         connection.send((None, traceback.format_exc()))
 
@@ -256,7 +264,8 @@ class Worker:
             self.connection.send(request)
             answer, error = self.connection.recv()
         except (EOFError, OSError):
-            raise RuntimeError(f"The {self.kind} process ended early.") from None
+            self.process.join()
+            raise RuntimeError(f"The {self.kind} process ended early, with status {self.process.exitcode}.") from None
         if error is not None:
             raise RuntimeError(f"The {self.kind} process failed:\n{error}")
         return answer

@@ -2,8 +2,8 @@
 
     python benchmarks/kill_resume.py --kills 300
 
-A run is one process that trains with checkpoints every few steps, averages, exports and scores. The killer sends SIGKILL
-after a random time, again and again, until the run has ended by itself; runs are repeated until the number of kills is
+A run is one process that trains with checkpoints every few steps, averages, exports and scores. The killer sends
+SIGKILL after a random time, again and again, until the run has ended by itself; runs are repeated until the number of kills is
 reached. Compared, bit for bit: every array of the last checkpoint (weights, moments, averages), the artifact, and the
 fields step, tokens, loss, lr_scale and val_loss of every line of the log.
 """
@@ -129,10 +129,12 @@ def main() -> int:
                 break
             found = differences(root / "whole", folder) if code == 0 else [f"exit code {code}"]
             lost += bool(found)
-            print(f"run {runs}: {kills} kills so far, {'lost: ' + ', '.join(found) if found else 'nothing lost'}", flush=True)
+            loss = f"lost: {', '.join(found)}" if found else "nothing lost"
+            print(f"run {runs}: {kills} kills so far, {loss}", flush=True)
     print(f"{kills} kills in {runs} runs: {lost} runs lost something")
     if args.out:
-        args.out.write_text(json.dumps({"kills": kills, "runs": runs, "lost": lost, "seed": args.seed}, indent=2) + "\n")
+        result = {"kills": kills, "runs": runs, "lost": lost, "seed": args.seed}
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
     return 1 if lost else 0
 
 

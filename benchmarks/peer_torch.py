@@ -190,7 +190,9 @@ class Training:
     def __init__(self, model: GPT, compiled: bool = False) -> None:
         self.model, self.finished = model, 0
         self.loss = torch.compile(model, dynamic=False) if compiled else model
-        embeddings, matrices, others = [], [], []
+        embeddings: list[Tensor] = []
+        matrices: list[Tensor] = []
+        others: list[Tensor] = []
         for name, p in model.named_parameters():
             control = p.ndim < 2 or name.endswith(("resid_mix", "skip_weights"))
             (embeddings if "emb" in name else others if control else matrices).append(p)

@@ -74,18 +74,22 @@ class Pool {
     job_.error = nullptr;
     {
       std::lock_guard lock(mutex_);
-      running_.store(static_cast<int>(workers_.size()));
+      open_ = true;
       ++generation_;
     }
     wake_.notify_all();
     t_inside = true;
     job_.work();
     t_inside = false;
+    {
+      std::lock_guard lock(mutex_);
+      open_ = false;  // a worker that has not come by now is not waited for: the system may have no core for it
+    }
     // The last pieces end within microseconds of each other: spin a little before sleeping.
-    for (int spin = 0; spin < kSpins && running_.load(std::memory_order_acquire) > 0; ++spin) pause();
-    if (running_.load(std::memory_order_acquire) > 0) {
+    for (int spin = 0; spin < kSpins && active_.load(std::memory_order_acquire) > 0; ++spin) pause();
+    if (active_.load(std::memory_order_acquire) > 0) {
       std::unique_lock lock(mutex_);
-      done_.wait(lock, [&] { return running_.load(std::memory_order_acquire) == 0; });
+      done_.wait(lock, [&] { return active_.load(std::memory_order_acquire) == 0; });
     }
     if (job_.error) std::rethrow_exception(job_.error);
     return true;
@@ -114,9 +118,11 @@ class Pool {
         wake_.wait(lock, [&] { return generation_.load() != seen; });
         seen = generation_.load();
         if (stop_) return;
+        if (!open_) continue;
+        active_.fetch_add(1, std::memory_order_relaxed);
       }
       job_.work();
-      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      if (active_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
         std::lock_guard lock(mutex_);
         done_.notify_one();
       }
@@ -127,8 +133,8 @@ class Pool {
   std::mutex busy_, mutex_;
   std::condition_variable wake_, done_;
   std::atomic<std::uint64_t> generation_{0};
-  std::atomic<int> running_{0};
-  bool stop_ = false;
+  std::atomic<int> active_{0};  // workers inside the job
+  bool stop_ = false, open_ = false;
   Job job_;
 };
 

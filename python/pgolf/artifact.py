@@ -21,7 +21,6 @@ from pgolf.model import GPT, parameter_shapes
 from pgolf.quantize import Float32Array, dequantize_rows, encode_plan, prune_weights, quantize_rows
 from pgolf.threads import get_num_threads
 
-
 _PROVENANCE = ("steps", "tokens", "seed")
 _HEADER = {"model", "train_seq_len", *_PROVENANCE, "pgolf", "zstd"}
 _ROW_QUANTIZERS: dict[str, dict[str, Any]] = {

@@ -74,6 +74,13 @@ def load(path: Path) -> tuple[_Arrays, dict[str, Any]]:
     return arrays, values
 
 
+def drop_newer(path: Path) -> None:
+    """Removes the checkpoints after `path`, from which a run goes on: what it saves next must be the newest."""
+    for other in _all(path.parent):
+        if other.name > path.name:
+            other.unlink()
+
+
 def _older(path: Path) -> str:
     older = [other for other in _all(path.parent) if other.name < path.name]
     return f" The older {older[-1]} can be resumed from instead." if older else ""

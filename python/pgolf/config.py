@@ -1,4 +1,4 @@
-"""The configuration: four tables of plain values, the built-in recipes, and the checks that name every impossible value.
+"""The configuration: four tables of values, the built-in recipes, and checks that name every impossible value.
 
 ``Config`` holds ``ModelConfig``, ``TrainConfig``, ``EvalConfig`` and ``ExportConfig``. Keys are, where one exists, the
 community's environment variables in lower case. The defaults are the ``base`` recipe's values; what each value does is
@@ -476,7 +476,7 @@ class Config:
 
     @property
     def eval_seq_len(self) -> int:
-        """The context of evaluation windows in tokens: ``eval.eval_seq_len``, or the training length where that is 0."""
+        """The context of evaluation windows in tokens: ``eval.eval_seq_len``, or the training length if that is 0."""
         return self.eval.eval_seq_len or self.train.train_seq_len
 
     def to_dict(self) -> dict[str, dict[str, Any]]:

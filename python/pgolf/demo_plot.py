@@ -31,7 +31,7 @@ def plot_race(log: Path, report: Report, baselines: Baselines, out: Path) -> Non
     )
     for (name, bpb), color in zip(opponents, _LINES, strict=True):
         axes.axhline(bpb, color=color, linewidth=1.4, linestyle=(0, (5, 3)), label=f"{name}: {bpb:.3f}")
-    axes.plot(*zip(*measured, strict=True), color=_MODEL, linewidth=2, marker="o", markersize=4, label="pgolf, training")
+    axes.plot(*zip(*measured, strict=True), color=_MODEL, linewidth=2, marker="o", ms=4, label="pgolf, training")
     if report.score_bpb is not None:
         label = f"pgolf, {report.artifact_bytes / 1e3:,.0f} kB artifact, {report.score_method}: {report.score_bpb:.3f}"
         axes.plot([report.seconds], [report.score_bpb], "*", color=_MODEL, markersize=14, label=label)

@@ -165,8 +165,8 @@ def evaluate(
     tokenizer: a SentencePiece ``.model`` path or a Tokenizer; None takes the data folder's. Without one, bpb is None.
     method: ``"standard"`` (windows side by side) or ``"sliding"`` (overlapping; see pgolf.windows for stride and tail).
     seq_len: tokens of context; None is the model's training length.
-    batch_seqs: windows scored at once, for speed and memory: it changes a score by no more than rounding, since products
-        of another height may round otherwise. None: about 65,536 tokens.
+    batch_seqs: windows scored at once, for speed and memory: it changes a score by no more than rounding, since
+        products of another height may round otherwise. None: about 65,536 tokens.
     audit: look up a ``"sample"`` of the validation documents among the training documents, or the ``"full"`` set (a
         ValidationData has been audited when it was read).
     progress: called after every batch with windows done, windows in all, and tokens scored.

@@ -32,8 +32,8 @@ class Report:
 
     Losses are nats per token, bpb bits per byte (None without a tokenizer). val_*: standard windows over the validation
     data, of the weights as trained, after averaging (None: nothing was averaged) and of the loaded artifact. score_*:
-    the artifact, scored by the [eval] table's method. Sizes in bytes; code_bytes and total_bytes None where no script was
-    named. seconds: training time; score_seconds: scoring. peak_memory: (what, MiB) of the run's memory.
+    the artifact, scored by the [eval] table's method. Sizes in bytes; code_bytes and total_bytes None where no
+    script was named. seconds: training time; score_seconds: scoring. peak_memory: (what, MiB) of the run's memory.
     """
 
     val_loss: float

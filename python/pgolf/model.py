@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -182,7 +182,7 @@ class GPT:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        stop: int | Iterable[int] | None = None,
+        stop: int | Collection[int] | None = None,
         seed: int = 0,
     ) -> npt.NDArray[np.int64]:
         """Continues a text by sampling, one token at a time; see `pgolf.generate.sample` for the arguments.
@@ -202,7 +202,8 @@ class GPT:
 
         def last_logits(context: npt.NDArray[Any]) -> FloatArray:
             tokens = np.ascontiguousarray(context, dtype=np.int32)[None]
-            return self._native.logits(tokens, tokens.shape[1] - 1)[0, 0]
+            last: FloatArray = self._native.logits(tokens, tokens.shape[1] - 1)[0, 0]
+            return last
 
         return sample(last_logits, start[0], max_new_tokens, temperature, top_k, top_p, stop, seed)
 
@@ -213,8 +214,8 @@ class GPT:
     def __repr__(self) -> str:
         c = self.config
         return (
-            f"GPT({self.num_parameters:,} parameters, {c.num_layers} layers × {c.model_dim}, vocabulary {c.vocab_size}, "
-            f"{self.dtype} on {self.device})"
+            f"GPT({self.num_parameters:,} parameters, {c.num_layers} layers × {c.model_dim}, "
+            f"vocabulary {c.vocab_size}, {self.dtype} on {self.device})"
         )
 
     def __getstate__(self) -> dict[str, Any]:

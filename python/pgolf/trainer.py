@@ -80,7 +80,8 @@ class Trainer:
             Without any, losses are reported but no bits per byte.
         run_dir: where config.toml, log.jsonl, checkpoint/, model.pgolf, loss.png and report.json go; None: nowhere.
         device: as `pgolf.GPT`.
-        resume: True continues the run in run_dir from its newest checkpoint, if it has one; a path, from that checkpoint.
+        resume: True continues the run in run_dir from its newest checkpoint, if it has one; a path, from that one, and
+            removes newer ones.
 
     Raises:
         ValueError: an impossible configuration; a tokenizer of another vocabulary; a run_dir that holds another run.
@@ -104,10 +105,8 @@ class Trainer:
         if not source:
             raise ValueError("No training data was given: pass data= or set train.data_path.")
         self.data = find_data(source)
-        self.tokenizer = _open_tokenizer(tokenizer or train.tokenizer_path or self.data.tokenizer)
-        self.validation = ValidationData.load(
-            source, self.tokenizer, vocab_size=model.vocab_size, bos_id=model.bos_id
-        )
+        self.tokenizer = _open_tokenizer(tokenizer or train.tokenizer_path or self.data.tokenizer or None)
+        self.validation = ValidationData.load(source, self.tokenizer, vocab_size=model.vocab_size, bos_id=model.bos_id)
         self._shards = ShardSet(self.data.train, model.vocab_size)
         self._stream = BatchStream(self._shards, train.train_batch_tokens, train.grad_accum_steps, train.train_seq_len)
         self.schedule: Schedule | Replay = Replay(train) if train.replay else Schedule(train)
@@ -182,6 +181,10 @@ class Trainer:
 
     def _train_step(self) -> StepRecord:
         """One optimizer step, whole or not at all: an interrupted one can be taken again."""
+        with self.model._training:  # nobody else's gradients in between
+            return self._take_step()
+
+    def _take_step(self) -> StepRecord:
         train, schedule, step, position = self.config.train, self.schedule, self.step, self._stream.position
         started = time.perf_counter()
         lr_scale, momentum = schedule.lr_scale(step, self.seconds), schedule.momentum(step)
@@ -337,11 +340,12 @@ class Trainer:
         assert self.run_dir is not None
         remove_partials(self.run_dir)
         remove_partials(self.run_dir / "checkpoint")
-        found = checkpoint.newest(self.run_dir / "checkpoint") if source is True else Path(os.fspath(source))
+        found = checkpoint.newest(self.run_dir / "checkpoint") if isinstance(source, bool) else Path(source)
         if found is not None:
             arrays, values = checkpoint.load(found)
             checkpoint.check_same_run(found, values, self.config, self.model.dtype, self._shards.fingerprint())
             self.load_state(arrays, values)
+            checkpoint.drop_newer(found)
         checkpoint.cut_log(self.run_dir / "log.jsonl", self.step if found is not None else -1)
 
     def _prime(self, steps: int) -> None:
@@ -405,8 +409,8 @@ def _automatic_micro_batch(sequences: int, seq_len: int) -> int:
 
 
 def _open_tokenizer(tokenizer: StrPath | Tokenizer | None) -> Tokenizer | None:
-    if not tokenizer or isinstance(tokenizer, Tokenizer):
-        return tokenizer or None
+    if tokenizer is None or isinstance(tokenizer, Tokenizer):
+        return tokenizer
     return Tokenizer(tokenizer)
 
 
