@@ -3,9 +3,9 @@
     python benchmarks/kill_resume.py --kills 300
 
 A run is one process that trains with checkpoints every few steps, averages, exports and scores. The killer sends
-SIGKILL after a random time, again and again, until the run has ended by itself; runs are repeated until the number of kills is
-reached. Compared, bit for bit: every array of the last checkpoint (weights, moments, averages), the artifact, and the
-fields step, tokens, loss, lr_scale and val_loss of every line of the log.
+SIGKILL after a random time, again and again, until the run has ended by itself; runs are repeated until the number of
+kills is reached. Compared, bit for bit: every array of the last checkpoint (weights, moments, averages), the artifact,
+and the fields step, tokens, loss, lr_scale and val_loss of every line of the log.
 """
 
 from __future__ import annotations
