@@ -1,6 +1,7 @@
 // The operations of backend.h on NumPy arrays, for pgolf.ops, which checks the arrays and makes those for results.
 // A call takes the arrays that it reads and those that it writes or adds to, both by name, and numbers as keywords.
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <limits>
 #include <list>
@@ -121,8 +122,17 @@ struct Ops {
     return static_cast<StepValues*>(device);
   }
 
+  // Runs the operation itself, for benchmarks: staging and scratch are not in its time.
+  template <class F>
+  void timed(F&& operation) {
+    const auto start = std::chrono::steady_clock::now();
+    operation();
+    seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+
   std::unique_ptr<Backend> backend;
   std::mutex mutex;
+  double seconds = 0;  // of the last operation
 };
 
 template <class T>
@@ -296,7 +306,7 @@ void def_forward(py::class_<Ops>& c, const char* name, Make<Op> make, void (Back
     op.saved = arrays.add(saved, true);
     self.run(arrays, [&] {
       op.scratch = arrays.area(self.backend->bytes(op).forward_scratch);
-      ((*self.backend).*forward)(op);
+      self.timed([&] { ((*self.backend).*forward)(op); });
     });
     return saved;
   });
@@ -315,7 +325,7 @@ void def_backward(py::class_<Ops>& c, const char* name, Make<Op> make, Make<Grad
       const OpBytes bytes = self.backend->bytes(op);
       if (!op.saved) op.saved = arrays.area(bytes.saved);
       grads.scratch = arrays.area(bytes.backward_scratch);
-      ((*self.backend).*backward)(op, grads);
+      self.timed([&] { ((*self.backend).*backward)(op, grads); });
     });
   });
 }
@@ -351,7 +361,7 @@ py::tuple grad_norm(Ops& self, const Arrays& grads, const py::kwargs& n) {
   values.clip = number<double>(n, "clip");
   self.run(arrays, [&] {
     StepValues* const device = self.upload(arrays, values);
-    self.backend->grad_norm(views, device);
+    self.timed([&] { self.backend->grad_norm(views, device); });
     self.backend->download(&values, device, sizeof values);
   });
   return py::make_tuple(values.grad_norm, values.grad_scale, values.finite != 0);
@@ -370,7 +380,10 @@ void adam(Ops& self, const Arrays& w, const Arrays& grads, const Arrays& m, cons
   values.eps = number<double>(n, "eps");
   values.bias1 = number<double>(n, "bias1");
   values.bias2 = number<double>(n, "bias2");
-  self.run(arrays, [&] { self.backend->adam(tensors, self.upload(arrays, values)); });
+  self.run(arrays, [&] {
+    const StepValues* const device = self.upload(arrays, values);
+    self.timed([&] { self.backend->adam(tensors, device); });
+  });
 }
 
 void muon(Ops& self, const Arrays& w, const Arrays& grads, const Arrays& momenta, int ns_steps, const py::kwargs& n) {
@@ -382,7 +395,8 @@ void muon(Ops& self, const Arrays& w, const Arrays& grads, const Arrays& momenta
   values.momentum = number<double>(n, "momentum");
   self.run(arrays, [&] {
     const TensorView scratch = arrays.area(self.backend->muon_scratch(tensors));
-    self.backend->muon(tensors, ns_steps, self.upload(arrays, values), scratch.data);
+    const StepValues* const device = self.upload(arrays, values);
+    self.timed([&] { self.backend->muon(tensors, ns_steps, device, scratch.data); });
   });
 }
 
@@ -420,6 +434,7 @@ void run_python_tasks(std::int64_t count, const py::function& function) {
 void bind_ops(py::module_& m) {
   py::class_<Ops> c(m, "Ops");
   c.def(py::init<const py::dtype&>(), py::arg("dtype"));
+  c.def_readonly("seconds", &Ops::seconds);
   c.def("description", [](const Ops& self) { return self.backend->description(); });
   def_forward(c, "embed", make_embed, &Backend::embed_forward);
   def_backward(c, "embed_backward", make_embed, make_embed_grads, &Backend::embed_backward);
