@@ -89,7 +89,11 @@ def measure_peer(name: str, args: argparse.Namespace) -> dict[str, Any]:
     for kind, found in peer.items():
         found["expected"] = REFERENCE[name][kind] * scale
         found["share"] = found["median"] / found["expected"]
-        print(f"  {kind}: {found['median']:,.0f} tok/s, {found['share']:.0%} of {found['expected']:,.0f}")
+        found["share_unscaled"] = found["median"] / REFERENCE[name][kind]
+        print(
+            f"  {kind}: {found['median']:,.0f} tok/s, {found['share']:.0%} of the expected {found['expected']:,.0f} "
+            f"({found['share_unscaled']:.0%} of {REFERENCE[name][kind]:,})"
+        )
     valid = all(found["share"] >= LEAST_SHARE for found in peer.values())
     return {"products_gflops": gflops, "tokens_per_second": peer, "valid": valid, "versions": versions}
 

@@ -51,19 +51,35 @@ void gemm_symmetric(i64 n, i64 k, T alpha, const T* a, i64 lda, T* c) {
         for (i64 j = c0; j < r && j < c0 + kTile; ++j) c[j * n + r] = c[r * n + j];
 }
 
-// W[rows,cols] += alpha·Yᵀ[rows,m]·X[m,cols]: a weight gradient, its output cut into tiles over the pool.
+// w[rows, cols] += alpha·yᵀ[rows, m]·x[m, cols]
 template <class T>
-void gemm_weight_gradient(i64 m, i64 rows, i64 cols, T alpha, const T* y, i64 ldy, const T* x, i64 ldx, T* w) {
-  constexpr i64 kMaxCols = 512, kWanted = 16, kStep = 32;
+struct WeightGradient {
+  const T* y;
+  i64 rows;
+  T* w;
+};
+
+// Weight gradients that share x, their outputs cut into tiles over the pool. Tiles are as tall as leaves several of
+// them: OpenBLAS reaches 94, 139, 164 GFLOP/s at heights of 32, 64, 128 where 181 is its best.
+template <class T, int kCount>
+void gemm_weight_gradients(i64 m, i64 cols, T alpha, const T* x, const WeightGradient<T> (&parts)[kCount]) {
+  constexpr i64 kMaxCols = 512;
+  const auto tile_rows = [](const WeightGradient<T>& part) { return part.rows >= 512 ? i64{128} : i64{64}; };
+  const auto row_tiles = [&](const WeightGradient<T>& part) {
+    return (part.rows + tile_rows(part) - 1) / tile_rows(part);
+  };
   const i64 col_tiles = (cols + kMaxCols - 1) / kMaxCols;
-  i64 tile_rows = (rows * col_tiles + kWanted - 1) / kWanted;
-  tile_rows = (tile_rows + kStep - 1) / kStep * kStep;
-  const i64 row_tiles = (rows + tile_rows - 1) / tile_rows;
-  parallel_for(row_tiles * col_tiles, [&](i64 tile) {
-    const i64 r = tile / col_tiles * tile_rows, c = tile % col_tiles * kMaxCols;
-    const i64 height = rows - r < tile_rows ? rows - r : tile_rows;
+  i64 all = 0;
+  for (const auto& part : parts) all += row_tiles(part) * col_tiles;
+  parallel_for(all, [&](i64 task) {
+    int index = 0;
+    while (task >= row_tiles(parts[index]) * col_tiles) task -= row_tiles(parts[index++]) * col_tiles;
+    const WeightGradient<T>& part = parts[index];
+    const i64 step = tile_rows(part), r = task / col_tiles * step, c = task % col_tiles * kMaxCols;
+    const i64 height = part.rows - r < step ? part.rows - r : step;
     const i64 width = cols - c < kMaxCols ? cols - c : kMaxCols;
-    gemm<T>(kTransposed, kPlain, height, width, m, alpha, y + r, ldy, x + c, ldx, T(1), w + r * cols + c, cols);
+    gemm<T>(kTransposed, kPlain, height, width, m, alpha, part.y + r, part.rows, x + c, cols, T(1),
+            part.w + r * cols + c, cols);
   });
 }
 

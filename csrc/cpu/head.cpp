@@ -6,7 +6,7 @@
 PGOLF_CPU_BEGIN
 namespace {
 
-inline constexpr i64 kHeadChunk = 128;  // rows done by one task
+inline constexpr i64 kHeadChunk = 256;  // rows done by one task
 
 struct Dims {
   i64 B, T, d, V, first, rows;  // rows: positions computed, B·(T − first)
@@ -141,7 +141,7 @@ void CpuBackend<T>::head_loss_backward(const Head& op, const HeadGrads& grads) {
                                     grads.dx.as<T>() + (first + i) * s.d);
         },
         kHeadChunk);
-    gemm_weight_gradient<T>(rows, s.V, s.d, T(1), scratch.logits, s.V, scratch.normed, s.d, grads.w.as<T>());
+    gemm_weight_gradients<T>(rows, s.d, T(1), scratch.normed, {{scratch.logits, s.V, grads.w.as<T>()}});
   }
 }
 

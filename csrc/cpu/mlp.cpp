@@ -71,7 +71,7 @@ void CpuBackend<T>::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
       rms_row_backward<true>(normed, f, dnormed + i * s.d, s.d, grads.dx.as<T>() + (first + i) * s.d);
     }
   });
-  gemm_weight_gradient<T>(s.N, s.F, s.d, T(1), grads.dh.as<T>(), s.F, scratch.normed, s.d, grads.w.as<T>());
+  gemm_weight_gradients<T>(s.N, s.d, T(1), scratch.normed, {{grads.dh.as<T>(), s.F, grads.w.as<T>()}});
 }
 
 #define PGOLF_INSTANTIATE(T)                                 \

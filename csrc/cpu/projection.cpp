@@ -54,7 +54,7 @@ void CpuBackend<T>::project_residual_backward(const ProjectResidual& op, const P
   for_row_chunks(N, [&](i64 first, i64 count, int) {
     gemm<T>(kPlain, kPlain, count, c, d, T(1), dout + first * d, d, scaled, c, T(0), grads.da.as<T>() + first * c, c);
   });
-  gemm_weight_gradient<T>(N, d, c, T(1), dout, d, op.a.as<T>(), c, grads.w.as<T>());
+  gemm_weight_gradients<T>(N, c, T(1), op.a.as<T>(), {{dout, d, grads.w.as<T>()}});
 }
 
 template <class T>

@@ -173,12 +173,9 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
   scratch.vectors.add_to(grads.resid_mix.as<T>(), 0, 2 * d);
   if (dskip) scratch.vectors.add_to(grads.skip_weight.as<T>(), 2 * d, d);
 
-  const auto weight_gradient = [&](const T* dout, const TensorView& dw, i64 width) {
-    gemm_weight_gradient<T>(s.N, width, d, T(1), dout, width, scratch.normed, d, dw.as<T>());
-  };
-  weight_gradient(dq, grads.wq, s.H * s.D);
-  weight_gradient(dk, grads.wk, s.K * s.D);
-  weight_gradient(dv, grads.wv, s.K * s.D);
+  gemm_weight_gradients<T>(
+      s.N, d, T(1), scratch.normed,
+      {{dq, s.H * s.D, grads.wq.as<T>()}, {dk, s.K * s.D, grads.wk.as<T>()}, {dv, s.K * s.D, grads.wv.as<T>()}});
 }
 
 #define PGOLF_INSTANTIATE(T)                               \
