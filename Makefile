@@ -22,7 +22,17 @@ PACKAGE := README.md $(shell find python ! -name '*.pyc' ! -name __pycache__ ! -
 # After `make dev`, the environment runs the source tree itself, and only native code needs to be installed again.
 PGOLF := $(if $(wildcard $(VENV)/.dev),$(VENV)/.dev,$(VENV)/.installed)
 
-.PHONY: help demo test dev lint clean
+# `make sanitize` has a native build and a copy of the package of its own. libasan must be loaded before Python, and with
+# it libstdc++, whose exceptions it watches. operator new is the library's own and ends in malloc, so that libstdc++ may
+# allocate what the library frees: not a mismatch. PYTHONMALLOC shows libasan every object of Python's too.
+SANITIZE_CXX ?= c++
+SANITIZE := build/sanitize
+SANITIZED = env PYTHONPATH=$(SANITIZE)/site PYTHONMALLOC=malloc \
+    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    LD_PRELOAD="$$($(SANITIZE_CXX) -print-file-name=libasan.so) $$($(SANITIZE_CXX) -print-file-name=libstdc++.so)" \
+    $(BIN)/python
+
+.PHONY: help demo test dev lint sanitize clean
 .NOTPARALLEL:  # one pip at a time
 
 help:
@@ -30,6 +40,7 @@ help:
 	@echo "make test    run all tests"
 	@echo "make dev     install for development: Python changes apply at once, C++ changes after make dev"
 	@echo "make lint    check style, types and stubs"
+	@echo "make sanitize  damaged files, and the tests of native code, under AddressSanitizer and UBSan (gcc, minutes)"
 	@echo "make clean   remove the environment and everything built"
 
 demo: $(PGOLF)
@@ -46,6 +57,19 @@ lint: $(VENV)/.tested-with $(PGOLF)
 	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest --allowlist dev/stubtest_allowlist.txt pgolf._C
+
+sanitize: $(VENV)/.tested-with
+	PATH="$(abspath $(BIN)):$$PATH" && CXX="$(SANITIZE_CXX)" cmake -S . -B $(SANITIZE) -G Ninja -DPGOLF_SANITIZE=ON \
+	    -DPython_EXECUTABLE="$(abspath $(BIN)/python)" \
+	    -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" && cmake --build $(SANITIZE)
+	rm -rf $(SANITIZE)/site && mkdir $(SANITIZE)/site
+	cp -R python/pgolf $(SANITIZE)/site/ && cp $(SANITIZE)/_C.*.so $(SANITIZE)/site/pgolf/
+	@# An editable install puts a finder before PYTHONPATH, which would import another build.
+	echo 'import sys; sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]' \
+	    > $(SANITIZE)/site/sitecustomize.py
+	$(SANITIZED) -c 'import pgolf._C as c; assert "$(SANITIZE)/site" in c.__file__, c.__file__'
+	$(SANITIZED) dev/corrupt.py
+	$(SANITIZED) -m pytest tests/test_ops.py tests/test_quantize.py tests/test_core.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -42,8 +42,16 @@ WORK = ROOT / "build" / "mutants"
 OUTSIDE = ("cli", "demo", "download", "environment", "notebook", "package", "plot", "prepare", "train_gpt")
 ALL_TESTS = " ".join(["tests", *(f"--ignore=tests/test_{name}.py" for name in OUTSIDE)])
 TIMEOUT = 1800.0  # seconds of one pytest; no selection takes a tenth of it
-# The finder that an editable install puts before PYTHONPATH would import pgolf from the working tree.
-SITE = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != '_pgolf_editable']\n"
+# An editable install puts a finder before PYTHONPATH that imports pgolf from the working tree, where nothing is bent.
+SITE = (
+    "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != 'ScikitBuildRedirectingFinder']\n"
+)
+# A pytest plugin, so that no run of the tests can mistake the working tree for the copy.
+GUARD = """
+import os, pgolf, pgolf._C
+for module in (pgolf, pgolf._C):
+    assert module.__file__.startswith(os.environ["MUTANT_TREE"]), module.__file__
+"""
 
 
 class Failure(Exception):
@@ -111,9 +119,9 @@ class Tree:
         site = WORK / "site"
         site.mkdir(exist_ok=True)
         (site / "sitecustomize.py").write_text(SITE, encoding="utf-8")
+        (site / "mutant_guard.py").write_text(GUARD, encoding="utf-8")
         path = os.pathsep.join([str(site), str(self.path / "python")])
-        self._environment = {**_with_tools(), "PYTHONPATH": path, "COLUMNS": "400"}
-        self._check_imports()
+        self._environment = {**_with_tools(), "PYTHONPATH": path, "MUTANT_TREE": str(self.path), "COLUMNS": "400"}
 
     def _copy(self, names: Sequence[str]) -> None:
         """Copies what differs, so that time stamps of the rest spare their compilation, and removes what is gone."""
@@ -156,14 +164,6 @@ class Tree:
         shutil.rmtree(self._build, ignore_errors=True)
         shutil.copytree(self._pristine, self._build, symlinks=True)  # with time stamps, as ninja's log has them
 
-    def _check_imports(self) -> None:
-        program = "import pgolf, pgolf._C; print(pgolf.__file__, pgolf._C.__file__, sep='\\n')"
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=WORK, env=self._environment, capture_output=True, text=True
-        )
-        if done.returncode or not all(line.startswith(str(self.path)) for line in done.stdout.splitlines()):
-            raise Failure(f"Tests would not run pgolf from {self.path}:\n{done.stdout}{done.stderr}")
-
     def judge(self, mutant: Mutant) -> str | None:
         """The test that fails on the mutant, or None for a survivor."""
         path = self.path / mutant.file
@@ -184,8 +184,9 @@ class Tree:
         """The first test of a selection that fails, or None; raises Failure where the tests cannot be run."""
         log = WORK / "logs" / (re.sub(r"\W+", "-", name) + ".txt")
         log.parent.mkdir(exist_ok=True)
-        shutil.rmtree(self.path / ".hypothesis", ignore_errors=True)  # no mutant profits from another one's examples
-        options = ["-x", "-q", "--tb=short", "--no-header", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+        # The profile "ci" has no deadline, which a busy machine would miss, and always draws the same examples.
+        options = ["-x", "-q", "--tb=short", "--no-header", "--hypothesis-profile=ci"]
+        options += ["-p", "no:cacheprovider", "-p", "mutant_guard"]
         command = [sys.executable, "-m", "pytest", *options, *shlex.split(selection)]
         try:
             done = subprocess.run(
@@ -203,7 +204,7 @@ class Tree:
         if done.returncode == 0:
             return None
         failed = re.search(r"^(?:FAILED|ERROR) (tests/\S+\.py::\w+(?:\[.*?\])?)(?: - |$)", done.stdout, re.MULTILINE)
-        # No tests at all, a crash or a module that cannot be imported prove nothing.
+        # No tests, a crash, a module that cannot be imported and the wrong package prove nothing.
         if done.returncode != 1 or failed is None:
             raise Failure(f"{name}: pytest {selection} ended with status {done.returncode}, no test failed; see {log}.")
         return failed[1]

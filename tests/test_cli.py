@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -23,8 +22,11 @@ import pgolf
 from pgolf import errors
 from pgolf.cli.app import app
 from pgolf.config import Config, TrainConfig
+from pgolf.data.hub import Hub
+from pgolf.data.inspect import inspect_data
 from pgolf.progress import duration, seconds_left, stages, training_progress
 from pgolf.trainer import StepRecord
+from tests import hub
 
 CONFIG = """
 extends = "tiny"
@@ -321,12 +323,129 @@ def test_a_printed_recipe_is_that_recipe(name: str, tmp_path: Path) -> None:
 
 def test_help_teaches() -> None:
     text = pgolf_("--help").stdout
-    for expected in ("train", "eval", "export", "generate", "data", "recipes", "pgolf data prepare --builtin"):
+    verbs = ("train", "eval", "export", "generate", "inspect", "plot", "data", "recipes", "doctor")
+    for expected in (*verbs, "pgolf data prepare --builtin", "--install-completion", "130 interrupted"):
         assert expected in text
-    for verb in (("train",), ("eval",), ("export",), ("generate",), ("data", "prepare"), ("recipes",)):
+    data_verbs = (("data", verb) for verb in ("prepare", "download", "inspect"))
+    for verb in (*((verb,) for verb in verbs if verb != "data"), *data_verbs):
         help_text = pgolf_(*verb, "--help")
         assert help_text.exit_code == 0 and f"Example: pgolf {' '.join(verb)}" in help_text.stdout
     assert pgolf_("--version").stdout == f"pgolf {pgolf.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("pgolf do", {"doctor"}),
+        ("pgolf data ", {"prepare", "download", "inspect"}),
+        ("pgolf train --rec", {"--recipe"}),
+        ("pgolf train --recipe pr2", {"pr286", "pr289"}),
+        ("pgolf export runs/demo --policy ti", {"tiny"}),
+        ("pgolf recipes ba", {"base"}),
+    ],
+)
+def test_the_shell_completes(words: str, expected: set[str]) -> None:
+    environment = {
+        **os.environ,
+        "_PGOLF_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    arguments = [sys.executable, "-m", "pgolf"]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == expected and done.stderr == ""
+
+
+def test_data_inspect(small_corpus: Path) -> None:
+    report = inspect_data(small_corpus, samples=2)
+    value = last_json(pgolf_("data", "inspect", small_corpus, "--samples", 2, "--json"))
+    assert value == {"kind": "data", **json.loads(json.dumps(report.to_dict()))}
+    shown = pgolf_("data", "inspect", small_corpus)
+    assert shown.exit_code == 0, shown.output
+    for split, shards in report.shards.items():
+        (line,) = (line for line in shown.stdout.splitlines() if line.split()[:1] == [shards[0].file])
+        counts = shards[0].counts
+        for number in (shards[0].bytes, counts.tokens, counts.documents, counts.text_bytes):
+            assert f" {number:,} " in line
+        assert f"{split}: {shards[0].samples[0]!r}" in shown.stdout
+    (shard,) = small_corpus.glob("*_val_*.bin")
+    one = last_json(pgolf_("data", "inspect", shard, "--json"))
+    assert list(one["shards"]) == ["shard"] and one["totals"]["shard"] == value["totals"]["val"]
+
+
+def test_data_inspect_of_several_shards_has_their_totals(small_corpus: Path, tmp_path: Path) -> None:
+    tokens = pgolf.read_shard(next(small_corpus.glob("*_train_*.bin")))
+    for index in range(3):
+        pgolf.write_shard(tmp_path / f"part_train_{index}.bin", tokens[index * 50 : (index + 1) * 50])
+    shown = pgolf_("data", "inspect", tmp_path)
+    assert re.search(rf"train, together +{3 * (1024 + 100):,} +150 ", shown.stdout), shown.output
+    assert re.search(r"tokenizer +none", shown.stdout)
+
+
+def test_data_inspect_tells_what_is_wrong(small_corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_corpus, tmp_path / "data")
+    (val,) = (tmp_path / "data").glob("*_val_*.bin")
+    val.write_bytes(val.read_bytes()[:-2])
+    result = pgolf_("data", "inspect", tmp_path / "data", "--json")
+    refused_with = re.escape(f"Error: {val}: the file has 5,022 bytes; its header says 2,000 tokens")
+    assert result.exit_code == 2 and re.search(refused_with, result.stderr)
+    value = json.loads(result.stdout.splitlines()[-1])
+    assert value["shards"]["train"][0]["problem"] is None and len(value["problems"]) == 1
+
+
+def test_data_download(small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    (train,), (val,), (model,) = (list(small_corpus.glob(glob)) for glob in ("*_train_*", "*_val_*", "*.model"))
+    folder = "datasets/datasets/fineweb10B_sp512"
+    stats = {"files_train": 2, "files_val": 1, "tokens_train": 40_000, "tokens_val": 2_000}
+    manifest = {
+        "shard_size": 20_000,
+        "tokenizers": [{"name": "sp512", "vocab_size": 512, "model_path": "tokenizers/fineweb_512_bpe.model"}],
+        "datasets": [{"name": "fineweb10B_sp512", "tokenizer_name": "sp512", "vocab_size": 512, "stats": stats}],
+    }
+    export = {
+        "datasets/manifest.json": json.dumps(manifest).encode(),
+        "datasets/tokenizers/fineweb_512_bpe.model": model.read_bytes(),
+        f"{folder}/fineweb_train_000000.bin": train.read_bytes(),
+        f"{folder}/fineweb_train_000001.bin": train.read_bytes(),
+        f"{folder}/fineweb_val_000000.bin": val.read_bytes(),
+    }
+    monkeypatch.chdir(tmp_path)
+    with hub.serve(export) as standing_in:
+        # The library reads HF_ENDPOINT when it is imported.
+        monkeypatch.setattr("pgolf.data.download.Hub", lambda repo, endpoint: Hub(repo, standing_in.endpoint))
+        options = ("--repo", hub.REPO, "--train-shards", 1)
+        value = last_json(pgolf_("data", "download", "sp512", *options, "--json"))
+        assert (value["path"], value["fetched_files"]) == ("data/sp512", 3)
+        assert value["manifest"]["hub"]["revision"] == hub.COMMIT
+        again = pgolf_("data", "download", "sp512", *options, "--revision", "main", "--out", "data/sp512")
+        assert again.exit_code == 0 and "fetched: 0 files, 0 bytes" in again.stdout, again.output
+        assert re.search(r"training +10 +20,000 ", again.stdout)
+        refused(pgolf_("data", "download", "sp512", "--repo", hub.REPO, "--out", "x"), "train_shards is 80; .* has 2 ")
+        refused(
+            pgolf_("data", "download", "sp9", "--repo", hub.REPO, "--out", "x"), "'sp9' is not there; there are: sp512"
+        )
+        refused(pgolf_("data", "download", "sp512", "--repo", "some/other", "--out", "x"), "has no dataset some/other")
+        standing_in.status = 503
+        failed = pgolf_("data", "download", "sp512", *options, "--out", "x")
+    assert failed.exit_code == 1 and "answered with status 503" in failed.stderr and not Path("x").exists()
+    (shard,) = Path("data/sp512").glob("*_train_*.bin")
+    assert shard.read_bytes() == train.read_bytes()
+
+
+def test_plot_lays_runs_over_each_other(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / run.name
+    shutil.copytree(run, other)
+    out = tmp_path / "runs.png"
+    value = last_json(pgolf_("plot", run, tmp_path / "other" / run.name / "log.jsonl", "--out", out, "--json"))
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    last = {"step": 24, **{name: records[-1][name] for name in ("loss", "val_loss", "val_bpb")}}
+    assert value == {"out": str(out), "runs": {str(run): last, str(other / "log.jsonl"): last}}
+    assert out.read_bytes().startswith(b"\x89PNG")
+    alone = pgolf_("plot", run, "--out", out)
+    assert alone.exit_code == 0 and alone.stdout == f"The picture is {out}.\n"
+    assert list(last_json(pgolf_("plot", run, "--out", out, "--json"))["runs"]) == [run.name]
 
 
 # A wrong request: a sentence, exit code 2, nothing written
@@ -508,6 +627,15 @@ def test_damaged_artifacts(
         (["generate", "{run}", "--top-k", "0"], "top_k is 0"),
         (["generate", "{run}", "--max-new-tokens", "-1"], "max_new_tokens is -1"),
         (["generate", "{run}", "--seed", "-1"], "seed is -1"),
+        (["inspect", "{tmp}/nothing"], "no such file or folder"),
+        (["plot", "{run}", "--out", "{tmp}/x.svg"], r"x\.svg: the picture is a PNG"),
+        (["plot", "{run}", "{run}", "--out", "{tmp}/x.png"], "is given twice"),
+        (["plot", "{tmp}/no", "--out", "{tmp}/x.png"], "no: no such run folder or log"),
+        (["plot", "{tmp}", "--out", "{tmp}/x.png"], r"log\.jsonl: no such log"),
+        (["plot", "{run}/config.toml", "--out", "{tmp}/x.png"], r"config\.toml, line 1: this is no step record"),
+        (["data", "inspect", "{tmp}/no"], "no: no such data folder or shard"),
+        (["data", "inspect", "{tmp}"], "the folder holds no"),
+        (["data", "inspect", "{run}/config.toml"], "a shard starts with a header|the first header field"),
         (["data", "prepare", "--out", "{tmp}/d"], "either source files or the built-in corpus"),
         (["data", "prepare", "{tmp}/no.txt", "--out", "{tmp}/d"], r"no\.txt: no such source file"),
         (["data", "prepare", "{other}", "--out", "{tmp}/d", "--workers", "1"], r"other\.model, line .* is not UTF-8"),
@@ -593,27 +721,6 @@ def test_exit_codes_of_the_process(run: Path, small_corpus: Path, tmp_path: Path
     out, err = wrong.communicate()
     assert (wrong.returncode, out) == (2, "") and err == f"Error: {tmp_path / 'no'}: no such data folder.\n"
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("checkpoint_every", [0, 4])
-def test_ctrl_c_ends_with_a_sentence_and_130(
-    checkpoint_every: int, config_file: Path, small_corpus: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    training = process(
-        "train", "--config", config_file, "--data", small_corpus, "--run-dir", folder, "--set",
-        "train.iterations=1000000", "--set", f"train.checkpoint_every={checkpoint_every}",
-    )  # fmt: skip
-    assert training.stdout is not None
-    for line in training.stdout:
-        if line.startswith("step 8 of"):
-            break
-    training.send_signal(signal.SIGINT)
-    _, err = training.communicate()
-    assert training.returncode == 130
-    how = r"--resume goes on from .*step-\d+\.npz" if checkpoint_every else "it has no checkpoint yet"
-    assert re.fullmatch(rf"Interrupted after step [\d,]+; the run is not finished, and {how}\.\n", err), err
-    assert len((folder / "log.jsonl").read_text().splitlines()) > 8 and not (folder / "model.pgolf").exists()
 
 
 def test_a_reader_that_leaves_the_pipe_is_no_error() -> None:

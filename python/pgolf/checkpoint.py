@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def load(path: Path) -> tuple[_Arrays, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}.")
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file, warnings.catch_warnings():
+            warnings.simplefilter("error")  # NumPy warns of an array's header that it did not write, a damaged one
             arrays = {name: file[name] for name in file.files}
         values = json.loads(arrays.pop("header").tobytes())
         version = values["version"]

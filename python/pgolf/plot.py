@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -72,7 +73,16 @@ class Curves:
     @property
     def last_step(self) -> int:
         """The last step that is known."""
-        return int(max([0, *self.steps[-1:], *self.val_steps[-1:]]))
+        return int(max(self.steps.max(initial=0), self.val_steps.max(initial=0)))
+
+    @property
+    def last_losses(self) -> dict[str, float | None]:
+        """The last loss, val_loss and val_bpb; None where none was measured."""
+        return {
+            "loss": float(self.losses[-1]) if self.losses.size else None,
+            "val_loss": float(self.val_losses[-1]) if self.val_losses.size else None,
+            "val_bpb": self.val_bpb,
+        }
 
     @property
     def verdict(self) -> str:
@@ -126,7 +136,7 @@ def read_records(log: StrPath) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             _fields(record)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise FormatError(
                 f"{path}, line {number}: this is no step record; a line of log.jsonl is expected."
             ) from None
@@ -135,12 +145,14 @@ def read_records(log: StrPath) -> list[dict[str, Any]]:
 
 
 def _fields(record: Mapping[str, Any] | StepRecord) -> tuple[int, float | None, float | None, float | None]:
-    """step, loss, val_loss and val_bpb of a record."""
+    """step, loss, val_loss and val_bpb of a record; losses that are not finite are None, for no curve shows them."""
     values = record if isinstance(record, Mapping) else asdict(record)
-    loss, val_loss, val_bpb = (
-        None if values.get(name) is None else float(values[name]) for name in ("loss", "val_loss", "val_bpb")
-    )
-    return int(values["step"]), loss, val_loss, val_bpb
+    step = int(values["step"])
+    if not 0 <= step < 2**53:
+        raise ValueError(f"the step is {step}; it must be from 0 to 2**53 - 1.")
+    losses = (None if values.get(name) is None else float(values[name]) for name in ("loss", "val_loss", "val_bpb"))
+    loss, val_loss, val_bpb = (None if loss is None or not math.isfinite(loss) else loss for loss in losses)
+    return step, loss, val_loss, val_bpb
 
 
 def new_figure() -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,15 @@ class Replay:
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}, line {number} is not JSON ({error}); expected a step record.") from None
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         raise FormatError(f"{path}, line {number} has no step; expected a step record.")
     if record["step"] > 0:
         for name in _NUMBERS:
-            value = record.get(name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            value: Any = record.get(name)
+            # Compared, for an integer beyond the largest float cannot be converted.
+            if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
                 raise FormatError(f"{path}, line {number}: {name} is {value!r}; expected a finite number.")
         for name in _FLAGS:
             if not isinstance(record.get(name), bool):

@@ -28,7 +28,7 @@ import numpy as np
 from pgolf import _C, checkpoint
 from pgolf.config import Config
 from pgolf.data.batches import BatchStream
-from pgolf.data.files import atomic_write, remove_partials
+from pgolf.data.files import atomic_write, naming, remove_partials
 from pgolf.data.shards import ShardSet, find_data
 from pgolf.errors import FormatError, NonFiniteError
 from pgolf.evaluate import ValidationData, evaluate, plan_windows
@@ -127,7 +127,7 @@ class Trainer:
         self.seconds = 0.0
         """Training time so far, validation excluded."""
         self.last_validation: StepRecord | None = None
-        self._taken: StepRecord | None = None  # not logged yet
+        self._taken: StepRecord | None = None  # a step that is not validated and logged yet
         self._validated = -1  # the step after which validation was last measured
         self._warned = False  # of a warmdown from the start
 
@@ -163,19 +163,15 @@ class Trainer:
 
     def __iter__(self) -> Iterator[StepRecord]:
         """Trains until the schedule ends the run. An iteration that was left can be taken up by another one."""
-        if self.step == 0 and self._validated < 0 and self.schedule.validate(0, self.done):
-            record = self._validate(StepRecord(0, 0, None, None, None, False, False, None, 0.0, None))
-            self._log_taken()
-            yield record
         every = self.config.train.checkpoint_every
-        while not self.done:
-            try:
-                record = self._train_step()
-                if self.schedule.validate(self.step, self.done):
-                    record = self._validate(record)
-            finally:  # a step that was taken is logged, also where it was interrupted afterwards
-                self._log_taken()  # before the checkpoint: on resume the log is cut back to it
-            if self.done or (every and self.step % every == 0):
+        if self.step == 0 and self._validated < 0 and self.schedule.validate(0, self.done):
+            self._taken = StepRecord(0, 0, None, None, None, False, False, None, 0.0, None)
+        while self._taken is not None or not self.done:
+            record = self._taken or self._train_step()
+            if self._validated != self.step and self.schedule.validate(self.step, self.done):
+                record = self._validate(record)
+            self._log_taken()  # before the checkpoint: on resume the log is cut back to it
+            if self.step and (self.done or (every and self.step % every == 0)):
                 self.save_checkpoint()
             yield record
 
@@ -274,6 +270,7 @@ class Trainer:
         Raises:
             NonFiniteError: a weight is NaN or infinite; it is named.
         """
+        self._log_taken()
         return finish_run(self, progress, code)
 
     def use_average(self) -> bool:
@@ -305,6 +302,7 @@ class Trainer:
             "snapshots": self.snapshots,
             "validated": self._validated,
             "warned": self._warned,
+            "taken": asdict(self._taken) if self._taken is not None else None,
             "micro_batch_seqs": self.micro_batch_seqs,
             "dtype": self.model.dtype,
             "config": self.config.to_dict(),
@@ -328,6 +326,7 @@ class Trainer:
         self.step, self.seconds = values["step"], values["seconds"]
         self._stream.position = values["position"]
         self._validated, self._warned = values["validated"], values["warned"]
+        self._taken = StepRecord(**values["taken"]) if values["taken"] is not None else None
         self.micro_batch_seqs = values["micro_batch_seqs"]
         if self.step:
             self.model.provenance = {"steps": self.step, "tokens": self.tokens, "seed": self.config.train.seed}
@@ -360,11 +359,13 @@ class Trainer:
     # ---- Log and warnings
 
     def _log_taken(self) -> None:
-        """Appends the record that waits for it, if there is one, to the run folder's log."""
-        record, self._taken = self._taken, None
-        if self.run_dir is not None and record is not None:
-            with (self.run_dir / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(record)) + "\n")
+        """Appends the record that waits for it to the run folder's log."""
+        with _uninterrupted():
+            if self.run_dir is not None and self._taken is not None:
+                path = self.run_dir / "log.jsonl"
+                with naming(path), path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(self._taken)) + "\n")
+            self._taken = None
 
     def _warn_of_early_warmdown(self) -> None:
         """Once: at step 0 or, under a time limit, at the first step that knows a time."""

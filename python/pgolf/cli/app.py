@@ -8,10 +8,13 @@ import typer
 
 from pgolf import __version__
 from pgolf.cli.data import data_app
+from pgolf.cli.doctor import doctor_command
 from pgolf.cli.evaluate import evaluate_command
 from pgolf.cli.export import export_command
 from pgolf.cli.failures import reported
 from pgolf.cli.generate import generate_command
+from pgolf.cli.inspect import inspect_command
+from pgolf.cli.plot import plot_command
 from pgolf.cli.recipes import recipes_command
 from pgolf.cli.train import train_command
 
@@ -20,14 +23,15 @@ A first run, from text to a scored model:\n
     pgolf data prepare --builtin --out data/demo\n
     pgolf train --recipe tiny --data data/demo --run-dir runs/demo\n
     pgolf generate runs/demo --prompt "Return the"\n
-`pgolf VERB --help` explains a verb's options. Exit codes: 0 done, 1 failed while working, 2 the request was wrong.
+`pgolf VERB --help` explains a verb's options; `pgolf --install-completion` completes them in the shell.\n
+`pgolf doctor` says what this machine can run.\n
+Exit codes: 0 done, 1 failed while working, 2 the request was wrong, 130 interrupted.
 """
 
 app = typer.Typer(
     help="Train, squeeze and score a language model that fits in 16 MB.",
     epilog=_FIRST_RUN,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -52,5 +56,8 @@ app.command("train")(reported(train_command))
 app.command("eval")(reported(evaluate_command))
 app.command("export")(reported(export_command))
 app.command("generate")(reported(generate_command))
+app.command("inspect")(reported(inspect_command))
+app.command("plot")(reported(plot_command))
 app.add_typer(data_app, name="data")
 app.command("recipes")(reported(recipes_command))
+app.command("doctor")(reported(doctor_command))

@@ -1,4 +1,4 @@
-"""`pgolf data`: from text to token shards."""
+"""`pgolf data`: from text to token shards, the published ones, and what is in them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pgolf.cli.failures import reported
-from pgolf.cli.options import JsonOption
-from pgolf.cli.output import console_for, print_json
+from pgolf.cli.options import JsonOption, TokenizerOption
+from pgolf.cli.output import console_for, data_table, key_value_table, print_json
+from pgolf.errors import FormatError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
+    from pgolf.data.inspect import Counts, DataReport
     from pgolf.data.manifest import Manifest
 
-data_app = typer.Typer(help="Turn text into training data: `pgolf data prepare`.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare, download and inspect training data.", no_args_is_help=True)
 
 
 def prepare_command(
@@ -84,14 +87,125 @@ def prepare_command(
         )
 
 
-def _table(manifest: Manifest) -> Table:
-    from rich import box
-    from rich.table import Table
+def download_command(
+    variant: Annotated[
+        str, typer.Argument(metavar="[VARIANT]", help="The tokenizer's name in the export.", show_default=True)
+    ] = "sp1024",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The data folder to write; default: data/VARIANT.")
+    ] = None,
+    train_shards: Annotated[
+        int | None,
+        typer.Option("--train-shards", metavar="N", help="The first N training shards, of 200 MB; default: 80."),
+    ] = None,
+    repo: Annotated[
+        str | None, typer.Option("--repo", metavar="OWNER/NAME", help="Another dataset repository of this layout.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="NAME", help="A branch, tag or commit; default: the newest.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch the published FineWeb export: shards, their tokenizer and a manifest, every file verified.
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("")
-    for heading in ("documents", "tokens", "bytes of text", "bytes per token", "shards"):
-        table.add_column(heading, justify="right")
+    A download that was stopped goes on when the same command is given again. HF_ENDPOINT and HF_TOKEN in the
+    environment are the hub's address and the user's token.
+
+    Example: pgolf data download sp1024 --train-shards 1 --out data/fineweb
+    """
+    from pgolf.data.download import DEFAULT_REPO, DEFAULT_TRAIN_SHARDS, download
+    from pgolf.progress import stages
+
+    console = console_for(as_json)
+    with stages(console) as show:
+        report = download(
+            variant,
+            out or Path("data", variant),
+            train_shards=DEFAULT_TRAIN_SHARDS if train_shards is None else train_shards,
+            repo=repo or DEFAULT_REPO,
+            revision=revision,
+            progress=show,
+        )
+    console.print(_table(report.manifest))
+    files = f"{report.fetched_files:,} files, {report.fetched_bytes:,} bytes"
+    console.print(f"{report.path} is ready after {report.seconds:.1f} s; fetched: {files}.", soft_wrap=True)
+    if as_json:
+        print_json(
+            {
+                "path": str(report.path),
+                "seconds": report.seconds,
+                "fetched_files": report.fetched_files,
+                "fetched_bytes": report.fetched_bytes,
+                "manifest": asdict(report.manifest),
+            }
+        )
+
+
+def inspect_command(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A data folder, or one shard.")],
+    tokenizer: TokenizerOption = None,
+    samples: Annotated[
+        int, typer.Option("--samples", metavar="N", help="Documents to decode from each split.", show_default=True)
+    ] = 1,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every file with its checksum in manifest.json.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Count the tokens and documents of a data folder or a shard, decode samples, and name what is wrong with it.
+
+    Example: pgolf data inspect data/demo --samples 2 --verify
+    """
+    from pgolf.data.inspect import inspect_data
+
+    show_data(inspect_data(path, tokenizer, samples, verify=verify), console_for(as_json), as_json)
+
+
+def show_data(report: DataReport, console: Console, as_json: bool) -> None:
+    """Print a report on data; raises FormatError with the problems in it once everything is printed."""
+    tokenizer = "none" if report.tokenizer is None else f"{report.tokenizer}, {report.vocab_size:,} tokens"
+    rows = [("tokenizer", tokenizer), ("manifest", "none" if report.manifest is None else "manifest.json")]
+    console.print(key_value_table(str(report.path), rows))
+    console.print(_count_table(report))
+    console.print("Mean and median are tokens per document.\n", soft_wrap=True)
+    for name, shards in report.shards.items():
+        samples = next((shard.samples for shard in shards if shard.samples), ())
+        for text in samples:
+            console.print(f"{name}: {text!r}", soft_wrap=True)
+    if as_json:
+        print_json({"kind": "data", **report.to_dict()})
+    if report.problems:
+        raise FormatError(" ".join(report.problems))
+
+
+def _count_table(report: DataReport) -> Table:
+    """A row for every shard, and one for every split of several; mean and median are tokens per document."""
+    table = data_table(("",), ("bytes", "tokens", "documents", "mean", "median", "ids", "bytes of text"))
+    for name, shards in report.shards.items():
+        for shard in shards:
+            table.add_row(shard.file, f"{shard.bytes:,}", *_counts(shard.counts))
+        if len(shards) > 1:
+            size = sum(shard.bytes for shard in shards)
+            table.add_row(f"{name}, together", f"{size:,}", *_counts(report.totals[name]), style="bold")
+    return table
+
+
+def _counts(counts: Counts) -> list[str]:
+    def text(value: float | None, form: str = ",") -> str:
+        return "–" if value is None else format(value, form)
+
+    return [
+        text(counts.tokens),
+        text(counts.documents),
+        text(counts.mean_document, ",.1f"),
+        text(counts.median_document, ",.0f"),
+        f"{text(counts.min_id)}–{text(counts.max_id)}",
+        text(counts.text_bytes),
+    ]
+
+
+def _table(manifest: Manifest) -> Table:
+    table = data_table(("",), ("documents", "tokens", "bytes of text", "bytes per token", "shards"))
     for name, split in (("training", manifest.train), ("validation", manifest.val)):
         table.add_row(
             name,
@@ -105,3 +219,5 @@ def _table(manifest: Manifest) -> Table:
 
 
 data_app.command("prepare")(reported(prepare_command))
+data_app.command("download")(reported(download_command))
+data_app.command("inspect")(reported(inspect_command))

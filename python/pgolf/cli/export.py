@@ -9,8 +9,8 @@ import numpy as np
 import typer
 
 from pgolf.cli.models import Source
-from pgolf.cli.options import JsonOption, ThreadsOption, use_threads
-from pgolf.cli.output import console_for, print_json
+from pgolf.cli.options import JsonOption, ThreadsOption, complete_recipe, use_threads
+from pgolf.cli.output import console_for, data_table, print_json
 from pgolf.config import Config, ExportConfig
 from pgolf.errors import FormatError
 
@@ -28,7 +28,12 @@ def export_command(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The artifact to write.")],
     policy: Annotated[
         str | None,
-        typer.Option("--policy", metavar="NAME", help="The recipe whose policy decides; default: the run's own, base."),
+        typer.Option(
+            "--policy",
+            metavar="NAME",
+            autocompletion=complete_recipe,
+            help="The recipe whose policy decides; default: the run's own, base.",
+        ),
     ] = None,
     prune: Annotated[
         float | None, typer.Option("--prune", metavar="P", help="Share of every large matrix that becomes zero.")
@@ -103,15 +108,7 @@ def _from_checkpoint(path: Path, config: Config) -> GPT:
 
 
 def _table(report: ExportReport) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("tensor", no_wrap=True)
-    for heading in ("shape", "encoding"):
-        table.add_column(heading)
-    for heading in ("raw bytes", "compressed", "relative error"):
-        table.add_column(heading, justify="right")
+    table = data_table(("tensor", "shape", "encoding"), ("raw bytes", "compressed", "relative error"))
     for tensor in report.tensors:
         table.add_row(
             tensor.name,

@@ -30,6 +30,15 @@ _WRONG_REQUEST = (
 _FAILED = (OSError, DeviceError, NonFiniteError, MemoryError, ImportError)
 
 
+class Stopped(Exception):
+    """A failure or an interruption, and what to do now: ``advice``, whole sentences."""
+
+    def __init__(self, cause: BaseException, advice: str) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        self.advice = advice
+
+
 def reported(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose errors become exit codes, and whose warnings become sentences.
 
@@ -65,6 +74,9 @@ def requested_device() -> Iterator[None]:
 
 def _verdict(error: BaseException) -> tuple[int, str]:
     """The exit code and the sentence for an error."""
+    if isinstance(error, Stopped):
+        code, sentence = _verdict(error.cause)
+        return code, f"{sentence} {error.advice}"
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, str(error) or "Interrupted."
     if isinstance(error, _WRONG_REQUEST):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,3 +83,8 @@ def run_config_path(run: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{run}: this folder is no run folder, as it holds no config.toml.")
     return path
+
+
+def resume_command(run: Path, *options: str) -> str:
+    """The command that goes on with a run from its newest checkpoint."""
+    return shlex.join(["pgolf", "train", "--run-dir", str(run), "--resume", *options])

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pgolf.config import recipes
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, the last line of stdout.")]
 ThreadsOption = Annotated[
     int | None,
@@ -20,6 +22,11 @@ TokenizerOption = Annotated[
     typer.Option("--tokenizer", metavar="FILE", help="SentencePiece model; default: the run's or the data folder's."),
 ]
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="An artifact, or a run folder.")]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """For the shell: the built-in recipes whose names begin so."""
+    return [name for name in recipes() if name.startswith(incomplete)]
 
 
 def use_threads(count: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +13,36 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+_FILE_WIDTH = 160
+"""Of tables in files and pipes, which have no width of their own."""
+
 
 def console_for(as_json: bool) -> Console:
     """Where people read: standard output, or standard error where standard output is for a program."""
     from rich.console import Console
 
-    return Console(stderr=as_json, highlight=False, markup=False)
+    console = Console(stderr=as_json, highlight=False, markup=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _FILE_WIDTH
+    return console
 
 
 def print_json(value: dict[str, Any]) -> None:
     """The machine-readable result, one line on standard output."""
     typer.echo(json.dumps(value))
+
+
+def data_table(texts: Iterable[str], numbers: Iterable[str], title: str | None = None) -> Table:
+    """An empty table: columns of text, which is folded where the terminal is narrow, then numbers, which are not."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for heading in texts:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
 def key_value_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:

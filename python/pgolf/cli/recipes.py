@@ -7,14 +7,17 @@ from typing import Annotated
 
 import typer
 
-from pgolf.cli.options import JsonOption
+from pgolf.cli.options import JsonOption, complete_recipe
 from pgolf.cli.output import console_for, print_json
 from pgolf.config import Config, recipes
 
 
 def recipes_command(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="The recipe to print in full; none: list all.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", autocompletion=complete_recipe, help="The recipe to print in full; none: list all."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pgolf.cli.failures import requested_device
-from pgolf.cli.options import DeviceOption, JsonOption, ThreadsOption, TokenizerOption, use_threads
+from pgolf.cli.failures import Stopped, requested_device
+from pgolf.cli.interrupts import watched_interrupts
+from pgolf.cli.models import resume_command, run_config_path
+from pgolf.cli.options import DeviceOption, JsonOption, ThreadsOption, TokenizerOption, complete_recipe, use_threads
 from pgolf.cli.output import bits, console_for, key_value_table, print_json
 from pgolf.config import Config, parse_override
+from pgolf.errors import FormatError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +25,12 @@ if TYPE_CHECKING:
 def train_command(
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", metavar="NAME", help="A built-in recipe; see `pgolf recipes`; default: base."),
+        typer.Option(
+            "--recipe",
+            metavar="NAME",
+            autocompletion=complete_recipe,
+            help="A built-in recipe; see `pgolf recipes`; default: base, and with --resume the run's configuration.",
+        ),
     ] = None,
     config_file: Annotated[
         Path | None,
@@ -41,7 +49,9 @@ def train_command(
         typer.Option("--run-dir", metavar="DIR", help="Where configuration, log, checkpoint, artifact and report go."),
     ] = None,
     device: DeviceOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint, with its configuration.")
+    ] = False,
     replay_schedule: Annotated[
         Path | None,
         typer.Option("--replay-schedule", metavar="LOG", help="Repeat the timed decisions of another run's log.jsonl."),
@@ -55,15 +65,19 @@ def train_command(
 ) -> None:
     """Train a model by a recipe: train, average, export, reload, score.
 
+    Ctrl-C once writes a checkpoint and prints the command that goes on from it; twice ends at once.
+
     Example: pgolf train --recipe tiny --data data/demo --run-dir runs/demo --set train.max_wallclock_seconds=60
     """
     from pgolf.progress import run_with_progress
     from pgolf.trainer import Trainer
 
+    if resume and run_dir is None:
+        raise ValueError("--resume needs the --run-dir of the run to go on with.")
     values = dict(parse_override(text) for text in overrides or [])
     given = {"data_path": data, "tokenizer_path": tokenizer, "replay": replay_schedule}
     values |= {f"train.{key}": str(path) for key, path in given.items() if path is not None}
-    config = _configuration(recipe, config_file, values)
+    config = _configuration(recipe, config_file, run_dir if resume else None, values)
     if code is not None and not code.is_file():
         raise FileNotFoundError(f"{code}: no such script, whose bytes could be counted.")
     use_threads(threads)
@@ -71,19 +85,26 @@ def train_command(
         trainer = Trainer(config, run_dir=run_dir, device=device, resume=resume)
     console = console_for(as_json)
     console.print(f"{trainer.model!r}, data {trainer.data.path}", soft_wrap=True)
-    try:
-        report = run_with_progress(trainer, console, code)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_interrupted(trainer)) from None
+    with watched_interrupts(console):
+        try:
+            report = run_with_progress(trainer, console, code)
+        except (KeyboardInterrupt, Exception) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            options = _options({"--device": device, "--threads": threads, "--code": code}) + ["--json"] * as_json
+            raise Stopped(error, _keep(trainer, error, options)) from error
     console.print(report_table(report))
     if run_dir is not None:
-        console.print(save_plot(run_dir), soft_wrap=True)
+        console.print(_picture(run_dir), soft_wrap=True)
         console.print(f"The run is in {run_dir}.", soft_wrap=True)
     if as_json:
         print_json({"run_dir": None if run_dir is None else str(run_dir), **report.to_dict()})
 
 
-def _configuration(recipe: str | None, path: Path | None, overrides: dict[str, object]) -> Config:
+def _configuration(recipe: str | None, path: Path | None, resumed: Path | None, overrides: dict[str, object]) -> Config:
+    """What the options say; without a recipe and a file a resumed run goes on with its own configuration."""
+    if path is None and recipe is None and resumed is not None:
+        path = run_config_path(resumed)
     if path is None:
         return Config.from_recipe(recipe or "base", overrides)
     if recipe is not None:
@@ -91,24 +112,43 @@ def _configuration(recipe: str | None, path: Path | None, overrides: dict[str, o
     return Config.from_toml(path, overrides)
 
 
-def _interrupted(trainer: Trainer) -> str:
+def _options(values: dict[str, object]) -> list[str]:
+    return [str(word) for name, value in values.items() if value is not None for word in (name, value)]
+
+
+def _keep(trainer: Trainer, error: BaseException, options: list[str]) -> str:
+    """Writes the state where it is whole, and says how to go on from what is kept."""
+    if trainer.run_dir is None:
+        return "Nothing of the run is kept, since it has no run folder (--run-dir)."
+    folder = trainer.run_dir / "checkpoint"
+    trouble = ""
+    # Both leave the trainer between two steps. Where a log or a checkpoint could not be written, the newest checkpoint
+    # and the log up to it are what agrees; after a loss that is not finite, the weights may be no good.
+    if isinstance(error, (KeyboardInterrupt, FormatError)) and _newest_step(folder) != trainer.step:
+        try:
+            trainer.save_checkpoint()
+        except OSError as failure:
+            trouble = f"{failure.strerror or failure} "
+    step = _newest_step(folder)
+    if step is None:
+        return f"{trouble}There is no checkpoint to go on from."
+    return f"{trouble}To go on after step {step:,}:\n    {resume_command(trainer.run_dir, *options)}"
+
+
+def _newest_step(folder: Path) -> int | None:
     from pgolf import checkpoint
+    from pgolf.inspect import checkpoint_step
 
-    found = None if trainer.run_dir is None else checkpoint.newest(trainer.run_dir / "checkpoint")
-    how_to_go_on = "it has no checkpoint yet" if found is None else f"--resume goes on from {found}"
-    return f"Interrupted after step {trainer.step:,}; the run is not finished, and {how_to_go_on}."
+    path = checkpoint.newest(folder)
+    return None if path is None else checkpoint_step(path)
 
 
-def save_plot(run_dir: Path) -> str:
-    """Draw a run folder's loss.png from its log; returns the sentence that says so, or what is missing for it."""
-    from pgolf.plot import plot_loss
-
+def _picture(run_dir: Path) -> str:
+    """The sentence that says where the loss curve is, or what is missing for it."""
     picture = run_dir / "loss.png"
-    try:
-        plot_loss(run_dir / "log.jsonl", picture)
-    except ImportError as error:
-        return f"There is no {picture.name}: {error}"
-    return f"The loss curve is {picture}."
+    if picture.is_file():
+        return f"The loss curve is {picture}."
+    return f"There is no {picture.name}: plots need matplotlib; install it with: pip install 'pgolf[plot]'"
 
 
 def report_table(report: Report) -> Table:

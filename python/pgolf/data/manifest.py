@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from pgolf.data.files import atomic_write
 from pgolf.errors import FormatError
 
 NAME = "manifest.json"
 FORMAT = "pgolf-data-1"
+
+_Entry = TypeVar("_Entry")
 
 
 @dataclass(frozen=True)
@@ -99,22 +101,54 @@ class Manifest:
             return None
         try:
             raw = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"{path}: this is not JSON ({error}).") from None
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             return None
         try:
-            return cls(
+            return _entry(
+                cls,
                 pgolf=raw["pgolf"],
-                sources=tuple(raw["sources"]),
-                tokenizer=TokenizerEntry(**raw["tokenizer"]),
+                sources=tuple(_strings(raw["sources"])),
+                tokenizer=_entry(TokenizerEntry, **raw["tokenizer"]),
                 train=_split(**raw["train"]),
                 val=_split(**raw["val"]),
-                hub=None if raw.get("hub") is None else HubEntry(**raw["hub"]),
+                hub=None if raw.get("hub") is None else _entry(HubEntry, **raw["hub"]),
             )
         except (KeyError, TypeError) as error:
-            raise FormatError(f"{path}: the manifest's fields are not those that pgolf writes ({error}).") from None
+            # What a damaged file holds may be long.
+            reason = str(error)[:500]
+            raise FormatError(f"{path}: the manifest's fields are not those that pgolf writes ({reason}).") from None
 
 
 def _split(shards: list[dict[str, Any]], **counts: Any) -> SplitEntry:
-    return SplitEntry(shards=tuple(ShardEntry(**shard) for shard in shards), **counts)
+    return _entry(SplitEntry, shards=tuple(_entry(ShardEntry, **shard) for shard in shards), **counts)
+
+
+def _entry(cls: type[_Entry], **values: Any) -> _Entry:
+    """An entry of the manifest; raises TypeError, naming the field, where a value cannot be that field's."""
+    entry = cls(**values)
+    for name, kind in _TYPES[cls].items():
+        value = getattr(entry, name)
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        if not right or (isinstance(value, int) and value < 0) or (name == "file" and not _is_file_name(value)):
+            raise TypeError(f"{name} is {value!r}")
+    return entry
+
+
+def _strings(values: Any) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"sources is {values!r}")
+    return values
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether this is the name of a file in the manifest's own folder, on any system."""
+    return name.isprintable() and Path(name).name == name and "\\" not in name and len(name.encode()) <= 255
+
+
+# The class of each field's values; tuples without their elements' type, which isinstance does not take.
+_TYPES: dict[type[Any], dict[str, Any]] = {
+    cls: {name: tuple if get_origin(kind) is tuple else kind for name, kind in get_type_hints(cls).items()}
+    for cls in (ShardEntry, SplitEntry, TokenizerEntry, HubEntry, Manifest)
+}

@@ -1,0 +1,40 @@
+"""`pgolf doctor`: what this machine can run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import typer
+
+from pgolf.cli.failures import FAILED
+from pgolf.cli.options import JsonOption
+from pgolf.cli.output import console_for, print_json
+
+_STYLES = {"ok": "green", "limited": "yellow", "broken": "bold red"}
+
+
+def doctor_command(as_json: JsonOption = False) -> None:
+    """Say what this machine can run, why not the rest, and which command would mend it.
+
+    The exit code is 1 where something is broken, so that pgolf cannot work at all.
+
+    Example: pgolf doctor
+    """
+    from rich.text import Text
+
+    from pgolf.doctor import examine
+
+    checks = examine(Path.cwd())
+    console = console_for(as_json)
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        line = Text.assemble((f"{check.status:<8}", _STYLES[check.status]), f" {check.name:<{width}}  {check.found}")
+        console.print(line, soft_wrap=True)
+        if check.mend is not None:  # a line of its own, to be copied
+            console.print(f"{'to mend':<8} {'':<{width}}  {check.mend}", soft_wrap=True)
+    works = all(check.status != "broken" for check in checks)
+    if as_json:
+        print_json({"works": works, "checks": [asdict(check) for check in checks]})
+    if not works:
+        raise typer.Exit(FAILED)

@@ -1,0 +1,195 @@
+"""What this machine can run, why not the rest, and the command that would mend it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pgolf import __version__
+
+# A run of the base recipe keeps two checkpoints of some 310 MB and writes a third one beside them.
+_RUN_BYTES = 1_000_000_000
+
+_OPTIONAL = {
+    "matplotlib": ("pictures of losses", "pip install 'pgolf[plot]'"),
+    "huggingface-hub": ("pgolf data download", "pip install 'pgolf[data]'"),
+    "torch": ("the tests alone, which compare with PyTorch", "pip install torch"),
+}
+_NEEDED = ("numpy", "rich", "scipy-openblas32", "sentencepiece", "tomli-w", "typer", "zstandard")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    status: "ok"; "limited", where something cannot be done or is slower than it could be; "broken", where pgolf cannot
+    work at all. found: what is there. mend: the command that would mend it; None where there is nothing to mend, or no
+    command would.
+    """
+
+    name: str
+    status: Literal["ok", "limited", "broken"]
+    found: str
+    mend: str | None = None
+
+
+def examine(folder: Path) -> list[Check]:
+    """Everything, in the order of a report. ``folder`` is where runs would go; nothing is written there."""
+    return [
+        Check("pgolf", "ok", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"),
+        _packages(),
+        *_native(),
+        _memory(),
+        _gpu(),
+        *(_optional(name, *what) for name, what in _OPTIONAL.items()),
+        _disk(folder),
+    ]
+
+
+def _packages() -> Check:
+    versions = {name: _version(name) for name in _NEEDED}
+    missing = [name for name, version in versions.items() if version is None]
+    if missing:
+        return Check("packages", "broken", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+    return Check("packages", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
+
+
+def _native() -> Iterator[Check]:
+    """The compiled core: the processor's instruction set, threads, OpenBLAS."""
+    try:
+        from pgolf import _C
+    except ImportError as error:
+        yield Check("native core", "broken", f"it cannot be loaded: {error}", "pip install --force-reinstall pgolf")
+        return
+    yield _instruction_set(_C.cpu_isa)
+    yield _threads(_C.get_num_threads)
+    yield _openblas()
+
+
+def _instruction_set(cpu_isa: Callable[[], str]) -> Check:
+    lines = (line.partition(":") for line in _read("/proc/cpuinfo").splitlines())
+    processor = next((value.strip() for key, _, value in lines if key.strip() == "model name"), platform.machine())
+    try:
+        isa = cpu_isa()
+    except ValueError as error:
+        return Check("processor", "broken", str(error), "unset PGOLF_CPU_ISA")
+    if os.environ.get("PGOLF_CPU_ISA"):
+        return Check("processor", "limited", f"{processor}; {isa}, as PGOLF_CPU_ISA says", "unset PGOLF_CPU_ISA")
+    if isa == "plain":
+        return Check("processor", "limited", f"{processor}; plain code, as it has neither avx512 nor avx2")
+    return Check("processor", "ok", f"{processor}; {isa}")
+
+
+def _threads(get_num_threads: Callable[[], int]) -> Check:
+    cores = usable_cores()
+    try:
+        threads = get_num_threads()
+    except ValueError as error:
+        return Check("threads", "broken", str(error), "unset PGOLF_NUM_THREADS")
+    found = f"{threads:,} on {cores:,} cores"
+    if threads == cores:
+        return Check("threads", "ok", found)
+    if threads > cores:
+        return Check("threads", "limited", f"{found}: they wait for each other", f"export PGOLF_NUM_THREADS={cores}")
+    return Check("threads", "limited", f"{found}, as PGOLF_NUM_THREADS says", "unset PGOLF_NUM_THREADS")
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: what the scheduler allows and a container's quota (cgroup v2) leaves."""
+    cores = len(os.sched_getaffinity(0))
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    return min(cores, math.ceil(int(quota) / int(period))) if quota.isdigit() else cores
+
+
+def _openblas() -> Check:
+    try:
+        library = importlib.import_module("scipy_openblas32")
+    except ImportError:
+        found = "one is in use, but not that of the package scipy-openblas32"
+        return Check("OpenBLAS", "limited", found, "pip install scipy-openblas32")
+    return Check(
+        "OpenBLAS", "ok", f"{library.get_openblas_config().removeprefix('OpenBLAS ')}, {library.get_lib_dir()}"
+    )
+
+
+def _memory() -> Check:
+    free, total = usable_memory()
+    found = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    try:
+        needed = {name: training_bytes(name) for name in ("base", "tiny")}
+    except (ImportError, ValueError):  # of a native core that does not work, another check tells
+        return Check("memory", "ok", found)
+    found += f"; the recipe base needs {needed['base'] / 1e9:.1f} GB or more, tiny {needed['tiny'] / 1e9:.2f} GB"
+    if free >= needed["base"]:
+        return Check("memory", "ok", found)
+    return Check("memory", "limited", found, "pgolf train --recipe tiny")
+
+
+def usable_memory() -> tuple[int, int]:
+    """Bytes of memory that are free and that there are; no more than a container (cgroup v2) may have."""
+    fields = dict(line.split(":") for line in _read("/proc/meminfo").splitlines())
+    free, total = (1024 * int(fields[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
+    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    return (min(free, int(limit)), min(total, int(limit))) if limit.isdigit() else (free, total)
+
+
+def training_bytes(recipe: str) -> int:
+    """What training a recipe takes at least: weights, gradients, moments, average, a micro-batch of one sequence."""
+    from pgolf import _C
+    from pgolf.config import Config
+    from pgolf.model import GPT
+
+    config = Config.from_recipe(recipe)
+    model = GPT(config.model, seed=None, device="cpu")
+    optimizer = _C.Optimizer(model._native, config.train.muon_backend_steps)
+    model._native.prepare_training(1, config.train.train_seq_len)
+    # Indented rows share the memory of the row above them.
+    planned = sum(size for what, size in model._native.memory_table() if not what.startswith(" "))
+    return planned + optimizer.bytes() + 4 * model.num_parameters
+
+
+def _gpu() -> Check:
+    there = Path("/proc/driver/nvidia/version").exists()
+    driver = "an NVIDIA driver is installed, but" if there else "no NVIDIA driver is installed, and"
+    return Check("GPU", "limited", f"{driver} this build of pgolf has no CUDA backend: training runs on the CPU")
+
+
+def _optional(name: str, use: str, mend: str) -> Check:
+    version = _version(name)
+    if version is None:
+        return Check(name, "limited", f"not installed; for {use}", mend)
+    return Check(name, "ok", f"{version}; for {use}")
+
+
+def _disk(folder: Path) -> Check:
+    usage = shutil.disk_usage(folder)
+    found = f"{usage.free / 1e9:,.1f} of {usage.total / 1e9:,.1f} GB free in {folder}"
+    if not os.access(folder, os.W_OK):
+        return Check("disk", "limited", f"{folder} cannot be written to", 'cd "$HOME"')
+    if usage.free < _RUN_BYTES:
+        found += f"; the checkpoints of the recipe base take {_RUN_BYTES / 1e9:.0f} GB"
+        return Check("disk", "limited", found, "pgolf train --run-dir FOLDER, on another disk")
+    return Check("disk", "ok", found)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: str) -> str:
+    """A file of the kernel's; empty where it has none such."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
