@@ -25,11 +25,11 @@ void CpuBackend<T>::release(void* pointer) noexcept {
 }
 template <class T>
 void CpuBackend<T>::upload(void* to, const void* from, std::size_t bytes) {
-  std::memcpy(to, from, bytes);
+  if (bytes) std::memcpy(to, from, bytes);  // an empty tensor has no address
 }
 template <class T>
 void CpuBackend<T>::download(void* to, const void* from, std::size_t bytes) {
-  std::memcpy(to, from, bytes);
+  if (bytes) std::memcpy(to, from, bytes);  // an empty tensor has no address
 }
 template <class T>
 void CpuBackend<T>::zero(const TensorView& t) {
