@@ -433,6 +433,7 @@ class Terminal:
     def __init__(self, process: subprocess.Popen[str], screen: int) -> None:
         self.process, self._screen = process, screen
         self.text = ""
+        self._deadline = time.monotonic() + SECONDS
 
     def read_until(self, pattern: str) -> None:
         while not re.search(pattern, self.text):
@@ -446,8 +447,8 @@ class Terminal:
 
     def _read(self) -> bool:
         """Whether there was something to read before nobody had the terminal open any more."""
-        ready, _, _ = select.select([self._screen], [], [], SECONDS)
-        assert ready, f"nothing came any more: {self.text!r}"
+        ready, _, _ = select.select([self._screen], [], [], max(self._deadline - time.monotonic(), 0))
+        assert ready and time.monotonic() < self._deadline, f"no end after {SECONDS} s: {self.text!r}"
         try:
             self.text += os.read(self._screen, 65536).decode(errors="replace")
         except OSError:  # so Linux says it
