@@ -9,12 +9,14 @@
 // Conventions
 //   B sequences of T tokens, N = B·T; V vocabulary, d width, H query heads, K key/value heads, D = d/H,
 //   F hidden width, n buckets and e width of the bigram table. Row-major; weights are [out, in].
-//   Activations, parameters and gradients have the backend's dtype unless a comment says otherwise;
-//   token ids are i32.
-//   "out" tensors are written, parameter gradients are added to (+=), "inout" is said.
-//   No two tensors of a call overlap unless a comment allows it. Absent tensors have rank 0.
-//   Sums are ordered by shape alone: equal inputs give equal bits for any number of threads.
-//   rms(x) = x·(mean(x²) + ε)^(−1/2) over the last axis, ε = 2⁻²³.
+//   Two dtypes. S, the storage dtype (Backend::dtype): activations, their gradients, and the matrices that products
+//   read: working copies, made once a step by `working_copies`. M, the master dtype (Backend::master_dtype, f32 or
+//   f64): master weights, vectors and scalars of parameters, every parameter gradient, moments, rope tables, logits,
+//   losses, dx0. Token ids are i32. Unless a comment says otherwise, matrices and activations are S, all else is M. An
+//   operation computes in M and rounds each S tensor it writes once. "out" tensors are written, parameter gradients are
+//   added to (+=), "inout" is said. No two tensors of a call overlap unless a comment allows it. Absent tensors have
+//   rank 0. Sums are ordered by shape alone: equal inputs give equal bits for any number of threads. rms(x) =
+//   x·(mean(x²) + ε)^(−1/2) over the last axis, ε = 2⁻²³.
 #pragma once
 
 #include <cstddef>
@@ -52,7 +54,7 @@ struct Embed {
   TensorView saved, scratch;
 };
 struct EmbedGrads {
-  TensorView dx0;  // in [B, T, d]
+  TensorView dx0;  // in [B, T, d], S: what the first block's dx became
   TensorView tok_emb, bigram_emb, bigram_proj, bigram_scale, smear_gate;
   TensorView scratch;
 };
@@ -78,10 +80,10 @@ struct Qkv {
 struct QkvGrads {
   TensorView dq, dk, dv;  // in; left undefined
   TensorView dx;          // inout [B, T, d]: in, the gradient at m from the residual path; out, at x
-  TensorView dx0;         // inout [B, T, d]: +=
+  TensorView dx0;         // inout [B, T, d], M: +=
   TensorView dskip;       // out [B, T, d]: the gradient at skip, when there is one
-  TensorView pending;     // in [B, T, d]: added to dx at the end (what later blocks sent back through a skip);
-                          //   may be dskip itself, which is written first
+  TensorView pending;     // in [B, T, d], S or M: added to dx at the end (what later blocks sent back through a skip);
+                          //   may be dskip or dx0 itself, which are written first
   TensorView resid_mix, skip_weight, wq, wk, wv;
   TensorView scratch;
 };
@@ -100,29 +102,29 @@ struct AttentionGrads {
   TensorView scratch;
 };
 
-// out = residual + scale⊙(a·wᵀ); the residual is `mixed` if present, else `x`
+// out = residual + a·wᵀ; the residual is `mixed` if present, else `x`. The scale of the projection (attn_scale,
+// mlp_scale) is part of w, whose working copy is scale⊙w.
 struct ProjectResidual {
   TensorView a;      // [B, T, c]
   TensorView w;      // [d, c]
-  TensorView scale;  // [d]
   MixedInput mixed;  // attention out: the block's mixed input
   TensorView x;      // MLP out: [B, T, d]
   TensorView out;    // out [B, T, d]; may be x
   TensorView saved, scratch;
 };
 struct ProjectResidualGrads {
-  TensorView dout;   // in [B, T, d]; it is at once the gradient at the residual, which needs no copy
-  TensorView da;     // out [B, T, c]
-  TensorView w;      // [d, c] += doutᵀ·a, NOT yet times scale: finish_projection ends it, once a step
-  TensorView scale;  // [d], by finish_projection alone
+  TensorView dout;  // in [B, T, d]; it is at once the gradient at the residual, which needs no copy
+  TensorView da;    // out [B, T, c]
+  TensorView w;     // [d, c] += doutᵀ·a, NOT yet times scale: finish_projections ends it, once a step
   TensorView scratch;
 };
 
-// h = relu(rms(x)·wᵀ)²                                                                            §2.6
+// h = h_scale·relu(rms(x)·wᵀ)²                                                                    §2.6
 struct MlpUp {
-  TensorView x;  // [B, T, d]
-  TensorView w;  // [F, d]
-  TensorView h;  // out [B, T, F]
+  TensorView x;          // [B, T, d]
+  TensorView w;          // [F, d]
+  TensorView h;          // out [B, T, F]
+  double h_scale = 1.0;  // a power of two below 1 keeps squares within fp16; the projection's working copy undoes it
   TensorView saved, scratch;
 };
 struct MlpUpGrads {
@@ -145,25 +147,53 @@ struct Head {
   TensorView saved, scratch;
 };
 struct HeadGrads {
-  double loss_scale = 1.0;  // the gradient is that of loss_scale·Σ losses
-  TensorView dx;            // out [B, T, d]; needs first = 0
+  double loss_scale = 1.0;             // the gradient is that of loss_scale·Σ losses …
+  const double* multiplier = nullptr;  // … times this number in the backend's memory, where it is given
+  TensorView dx;                       // out [B, T, d]; needs first = 0
   TensorView w;
   TensorView scratch;
 };
 
-// Everything that changes from step to step, in the backend's memory, so that a captured step can be replayed.
+// Everything that changes from step to step lies in the backend's memory, so that a captured step can be replayed.
 enum Group : int { kMatrix, kEmbedding, kScalar, kHead, kGroups };
-struct StepValues {
+struct StepSettings {  // what the schedule decides for one step; the host writes it
   double lr[kGroups];
   double weight_decay[kGroups];
   double beta1, beta2, eps;
-  double bias1, bias2;  // 1 − β₁ᵗ and 1 − β₂ᵗ, t from 1
   double momentum;
   double clip;  // limit of the global gradient norm; 0: off
+};
+struct StepValues : StepSettings {
   // Written by grad_norm:
-  double grad_norm;
-  double grad_scale;    // min(1, clip/(norm + 1e−6))
+  double grad_norm;     // of the unscaled gradients
+  double grad_scale;    // what gradients are multiplied by: min(1, clip/(norm + 1e−6)), over the loss scale
+  double bias1, bias2;  // 1 − β₁ᵗ and 1 − β₂ᵗ
   std::int32_t finite;  // 0: no optimizer operation changes anything
+  // State that lives from step to step:
+  std::int32_t stopped;     // a step was not finite and losses are not scaled: no later step changes anything either
+  std::int32_t scaling;     // fp16: the loss scale adapts, and a step that overflows is skipped
+  std::int32_t clean;       // steps since the loss scale last changed
+  double loss_scale;        // what gradients were multiplied by; 1 unless `scaling`
+  std::int64_t adam_steps;  // t: steps that changed weights
+  double loss_sum;          // Σ losses of the step's micro-batches
+};
+
+// out = round(factor·scale⊙Q(w)): what products read in place of w. Q is the identity, or for clip > 0 late QAT's
+// clamp(round_half_even(w/σ), −c−1, c)·σ with σ = max(max|row|/c, 1e−12) in float32.               §3
+struct WorkingCopy {
+  TensorView w;      // [rows, cols], M
+  TensorView scale;  // [rows], M, or absent
+  int clip;
+  double factor;   // a power of two
+  TensorView out;  // [rows, cols], S
+};
+// dscale[i] += factor·Q(w)[i]·dw[i]; dw[i] *= factor·scale[i]: ends the gradients of a projection, gathered over a
+// step. The gradient of scale needs no product a·wᵀ this way: Σₜ dout[t,i]·(a·wᵀ)[t,i] = w[i]·(doutᵀ·a)[i].
+struct ProjectionEnd {
+  TensorView w, scale;  // [rows, cols], [rows]: master weights
+  int clip;
+  double factor;
+  TensorView dw, dscale;  // inout
 };
 
 struct AdamTensor {
@@ -178,21 +208,39 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  virtual DType dtype() const = 0;
+  virtual DType dtype() const = 0;         // S
+  virtual DType master_dtype() const = 0;  // M
+  // The dtype whose numbers S tensors hold: S, or a narrower one that this backend rounds them to.
+  virtual DType precision() const = 0;
+  bool rounds() const { return precision() != master_dtype(); }
   virtual std::string description() const = 0;  // "cpu avx512, float32, 2 threads"
   // Scratch sizes depend on this number; a plan made under another one must be made again.
   virtual int concurrency() const = 0;
 
-  // Memory. Host pointers on one side, the backend's on the other.
-  virtual void* allocate(std::size_t bytes) = 0;
+  // Memory. Host pointers on one side, the backend's on the other. A backend runs what it is given in order, but may
+  // still be at it when a call returns; only download, wait and synchronize wait for results.
+  virtual void* allocate(std::size_t bytes) = 0;  // throws DeviceError
   virtual void release(void* pointer) noexcept = 0;
-  virtual void upload(void* to, const void* from, std::size_t bytes) = 0;
+  virtual std::size_t memory_limit() const = 0;  // bytes that it may take in all; 0: no limit is known
+  virtual void upload(void* to, const void* from, std::size_t bytes) = 0;  // from may change after the call
   virtual void download(void* to, const void* from, std::size_t bytes) = 0;
   virtual void zero(const TensorView& t) = 0;
   virtual void copy(const TensorView& to, const TensorView& from) = 0;
-  // Runs fn, or replays what an earlier call under the same key recorded. All that changes between calls must
-  // lie in the backend's memory.
-  virtual void capture(int key, const std::function<void()>& fn) = 0;
+  virtual void synchronize() = 0;
+
+  // Reads now, in the order of operations, what `wait` hands out later: the host can run ahead. At most kReads reads
+  // of at most kReadBytes are under way; tickets are waited for once, in any order.
+  static constexpr int kReads = 8;
+  static constexpr std::size_t kReadBytes = 512;
+  virtual int read_later(const void* from, std::size_t bytes) = 0;  // returns a ticket
+  virtual void wait(int ticket, void* to, std::size_t bytes) = 0;
+
+  // recording 0: runs fn, records it as well and returns the recording (0 where this backend records nothing);
+  // otherwise replays the recording, which does what fn did: all that changes between calls must lie in the backend's
+  // memory. fn gives the backend operations, zero, copy, and nothing that waits. Pass std::cref of a lambda: a function
+  // object of its size would be allocated.
+  virtual int capture(int recording, const std::function<void()>& fn) = 0;
+  virtual void forget(int recording) noexcept = 0;
 
   // Model
   virtual OpBytes bytes(const Embed&) const = 0;
@@ -210,9 +258,6 @@ class Backend {
   virtual OpBytes bytes(const ProjectResidual&) const = 0;
   virtual void project_residual_forward(const ProjectResidual&) = 0;
   virtual void project_residual_backward(const ProjectResidual&, const ProjectResidualGrads&) = 0;
-  // grads.scale[i] += w[i]·grads.w[i]; grads.w[i] *= scale[i]: ends the gradients gathered over a step. The
-  // gradient of scale needs no product a·wᵀ this way: Σₜ dout[t,i]·(a·wᵀ)[t,i] = w[i]·(doutᵀ·a)[i].
-  virtual void finish_projection(const ProjectResidual&, const ProjectResidualGrads&) = 0;
 
   virtual OpBytes bytes(const MlpUp&) const = 0;
   virtual void mlp_up_forward(const MlpUp&) = 0;
@@ -224,26 +269,32 @@ class Backend {
   // Forward and backward in one pass over the logits: writes losses too.
   virtual void head_loss_backward(const Head&, const HeadGrads&) = 0;
 
+  // Weights and gradients of a step
+  virtual void working_copies(std::span<const WorkingCopy> copies) = 0;
+  virtual void finish_projections(std::span<const ProjectionEnd> projections) = 0;
+  virtual void add_sum(const TensorView& t, double* sum) = 0;  // *sum += Σ t, in float64; t is M
+
   // Optimizer                                                                                        §3
-  // norm (in float64), clip scale and finite flag of all gradients together.
+  // norm (in float64), clip scale, finite flag and Adam's step count of all gradients together. A step that is not
+  // finite sets `stopped`, or where losses are scaled halves the scale; 2,000 finite ones double it.
   virtual void grad_norm(std::span<const TensorView> grads, StepValues* values) = 0;
   virtual void adam(std::span<const AdamTensor> tensors, const StepValues* values) = 0;
   virtual std::size_t muon_scratch(std::span<const MuonTensor> tensors) const = 0;
   virtual void muon(std::span<const MuonTensor> tensors, int ns_steps, const StepValues* values, void* scratch) = 0;
-  // out = NS5(u), both [rows, cols]
+  // out = NS5(u), both [rows, cols] and M; computed in S
   virtual std::size_t newton_schulz_scratch(const TensorView& u) const = 0;
   virtual void newton_schulz(const TensorView& u, const TensorView& out, int steps, void* scratch) = 0;
-  // out = clamp(round_half_even(w/σ), −c−1, c)·σ, σ = max(max|row|/c, 1e−12) in float32
-  virtual void fake_quantize(const TensorView& w, const TensorView& out, int clip) = 0;
-
-  // Σ t in float64, on the host
-  virtual double sum(const TensorView& t) = 0;
-  // Averaging: y ← a·x + b·y
-  virtual void axpby(double a, const TensorView& x, double b, const TensorView& y) = 0;
+  // Rows to intN and back, the artifact's: docs/spec.md §4 (amax). q is i8 in a u8 tensor, scale f16.
+  virtual void quantize_rows(const TensorView& w, int clip, const TensorView& q, const TensorView& scale) = 0;
+  virtual void dequantize_rows(const TensorView& q, const TensorView& scale, const TensorView& w) = 0;
+  // Averaging: y ← a·x + b·y; nothing where gate is given and says `stopped`
+  virtual void axpby(double a, const TensorView& x, double b, const TensorView& y, const StepValues* gate) = 0;
 };
 
-// The CPU backend for dtype f32 or f64; picks the widest instruction set of this machine, or PGOLF_CPU_ISA.
-std::unique_ptr<Backend> make_cpu_backend(DType dtype);
+// The CPU backend for M = f32 or f64, S = M; picks the widest instruction set of this machine, or PGOLF_CPU_ISA.
+// With `rounding` bf16 or f16 (and M = f32), S tensors are floats that hold numbers of that dtype: what a GPU computes,
+// up to the order of sums.
+std::unique_ptr<Backend> make_cpu_backend(DType master, DType rounding);
 std::string cpu_isa();  // "avx512", "avx2" or "plain": what make_cpu_backend uses
 
 }  // namespace pgolf

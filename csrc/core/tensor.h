@@ -18,9 +18,23 @@
 
 namespace pgolf {
 
-enum class DType : std::uint8_t { f32, f64, i32, u8 };
+enum class DType : std::uint8_t { f32, f64, i32, u8, bf16, f16 };
 
-PGOLF_INLINE constexpr std::size_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::u8 ? 1 : 4; }
+PGOLF_INLINE constexpr std::size_t size_of(DType t) {
+  switch (t) {
+    case DType::f64:
+      return 8;
+    case DType::f32:
+    case DType::i32:
+      return 4;
+    case DType::bf16:
+    case DType::f16:
+      return 2;
+    case DType::u8:
+      break;
+  }
+  return 1;
+}
 
 inline constexpr int kMaxRank = 4;
 

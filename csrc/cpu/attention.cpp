@@ -96,13 +96,16 @@ void CpuBackend<T>::attention_forward(const Attention& op) {
         sum += row[j];
       }
       for (i64 j = visible; j < keys; ++j) row[j] = 0;
+      round(row, visible);
       inverse_sum[r] = T(1) / sum;
       lse[(b * s.H + h) * s.L + q0 + r] = top + std::log(sum);
     }
     T* o = op.o.as<T>() + at;
     gemm<T>(kPlain, kPlain, rows, s.D, keys, T(1), scores, keys, v, s.K * s.D, T(0), o, s.H * s.D);
-    for (i64 r = 0; r < rows; ++r)
+    for (i64 r = 0; r < rows; ++r) {
       for (i64 j = 0; j < s.D; ++j) o[r * s.H * s.D + j] *= inverse_sum[r];
+      round(o + r * s.H * s.D, s.D);
+    }
   });
 }
 
@@ -146,6 +149,8 @@ void CpuBackend<T>::attention_backward(const Attention& op, const AttentionGrads
             dp_row[j] = p_row[j] * (dp_row[j] - delta);
           }
           for (i64 j = visible; j < keys; ++j) p_row[j] = dp_row[j] = 0;
+          round(p_row, visible);
+          round(dp_row, visible);
         }
         gemm<T>(kTransposed, kPlain, keys, s.D, rows, T(1), p, keys, d_o, q_stride, T(1), dv, k_stride);
         gemm<T>(kTransposed, kPlain, keys, s.D, rows, scale, dp, keys, q, q_stride, T(1), dk, k_stride);
@@ -154,9 +159,14 @@ void CpuBackend<T>::attention_backward(const Attention& op, const AttentionGrads
         for (i64 r = 0; r < rows; ++r) {
           dgain += dot(dq + r * q_stride, q + r * q_stride, s.D);
           for (i64 j = 0; j < s.D; ++j) dq[r * q_stride + j] *= gain[h];
+          round(dq + r * q_stride, s.D);
         }
       }
       scratch.dgain[b * s.H + h] = dgain;
+    }
+    for (i64 t = 0; t < s.L; ++t) {
+      round(dk + t * k_stride, s.D);
+      round(dv + t * k_stride, s.D);
     }
   });
   for (i64 b = 0; b < s.B; ++b)

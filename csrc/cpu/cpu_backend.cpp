@@ -12,8 +12,12 @@ PGOLF_CPU_BEGIN
 
 template <class T>
 std::string CpuBackend<T>::description() const {
-  return std::string("cpu " PGOLF_STRING(PGOLF_ISA) ", ") + (sizeof(T) == 8 ? "float64" : "float32") + ", " +
-         std::to_string(concurrency()) + (concurrency() == 1 ? " thread" : " threads");
+  const char* type = rounding_ == Rounding::bf16  ? "float32 rounded to bfloat16"
+                     : rounding_ == Rounding::f16 ? "float32 rounded to float16"
+                     : sizeof(T) == 8             ? "float64"
+                                                  : "float32";
+  return std::string("cpu " PGOLF_STRING(PGOLF_ISA) ", ") + type + ", " + std::to_string(concurrency()) +
+         (concurrency() == 1 ? " thread" : " threads");
 }
 template <class T>
 void* CpuBackend<T>::allocate(std::size_t bytes) {
@@ -40,13 +44,29 @@ void CpuBackend<T>::copy(const TensorView& to, const TensorView& from) {
   std::memcpy(to.data, from.data, from.bytes());
 }
 template <class T>
-void CpuBackend<T>::capture(int, const std::function<void()>& fn) {
-  fn();
+int CpuBackend<T>::read_later(const void* from, std::size_t bytes) {
+  const int ticket = next_read_;
+  next_read_ = (next_read_ + 1) % kReads;
+  std::memcpy(reads_[ticket], from, bytes);
+  return ticket;
 }
 
-std::unique_ptr<Backend> make_backend(DType dtype) {
-  if (dtype == DType::f64) return std::make_unique<CpuBackend<double>>();
-  return std::make_unique<CpuBackend<float>>();
+template <class T>
+void CpuBackend<T>::wait(int ticket, void* to, std::size_t bytes) {
+  std::memcpy(to, reads_[ticket], bytes);
+}
+
+template <class T>
+int CpuBackend<T>::capture(int, const std::function<void()>& fn) {
+  fn();
+  return 0;
+}
+
+std::unique_ptr<Backend> make_backend(DType master, DType rounding) {
+  if (master == DType::f64) return std::make_unique<CpuBackend<double>>(Rounding::none);
+  return std::make_unique<CpuBackend<float>>(rounding == DType::bf16  ? Rounding::bf16
+                                             : rounding == DType::f16 ? Rounding::f16
+                                                                      : Rounding::none);
 }
 
 PGOLF_CPU_END

@@ -4,23 +4,35 @@
 #include "backend.h"
 #include "core/parallel.h"
 #include "cpu/isa.h"
+#include "cpu/rounding.h"
 
 PGOLF_CPU_BEGIN
 
 template <class T>
 class CpuBackend final : public Backend {
  public:
+  explicit CpuBackend(Rounding rounding) : rounding_(rounding) {}
+
   DType dtype() const override { return sizeof(T) == 8 ? DType::f64 : DType::f32; }
+  DType master_dtype() const override { return dtype(); }
+  DType precision() const override {
+    return rounding_ == Rounding::bf16 ? DType::bf16 : rounding_ == Rounding::f16 ? DType::f16 : dtype();
+  }
   std::string description() const override;
   int concurrency() const override { return thread_count(); }
 
   void* allocate(std::size_t bytes) override;
   void release(void* pointer) noexcept override;
+  std::size_t memory_limit() const override { return 0; }
   void upload(void* to, const void* from, std::size_t bytes) override;
   void download(void* to, const void* from, std::size_t bytes) override;
   void zero(const TensorView& t) override;
   void copy(const TensorView& to, const TensorView& from) override;
-  void capture(int key, const std::function<void()>& fn) override;
+  void synchronize() override {}
+  int read_later(const void* from, std::size_t bytes) override;
+  void wait(int ticket, void* to, std::size_t bytes) override;
+  int capture(int recording, const std::function<void()>& fn) override;
+  void forget(int) noexcept override {}
 
   OpBytes bytes(const Embed&) const override;
   void embed_forward(const Embed&) override;
@@ -37,7 +49,6 @@ class CpuBackend final : public Backend {
   OpBytes bytes(const ProjectResidual&) const override;
   void project_residual_forward(const ProjectResidual&) override;
   void project_residual_backward(const ProjectResidual&, const ProjectResidualGrads&) override;
-  void finish_projection(const ProjectResidual&, const ProjectResidualGrads&) override;
 
   OpBytes bytes(const MlpUp&) const override;
   void mlp_up_forward(const MlpUp&) override;
@@ -48,15 +59,27 @@ class CpuBackend final : public Backend {
   void head_loss(const Head&) override;
   void head_loss_backward(const Head&, const HeadGrads&) override;
 
+  void working_copies(std::span<const WorkingCopy> copies) override;
+  void finish_projections(std::span<const ProjectionEnd> projections) override;
+  void add_sum(const TensorView& t, double* sum) override;
+
   void grad_norm(std::span<const TensorView> grads, StepValues* values) override;
   void adam(std::span<const AdamTensor> tensors, const StepValues* values) override;
   std::size_t muon_scratch(std::span<const MuonTensor> tensors) const override;
   void muon(std::span<const MuonTensor> tensors, int ns_steps, const StepValues* values, void* scratch) override;
   std::size_t newton_schulz_scratch(const TensorView& u) const override;
   void newton_schulz(const TensorView& u, const TensorView& out, int steps, void* scratch) override;
-  void fake_quantize(const TensorView& w, const TensorView& out, int clip) override;
-  double sum(const TensorView& t) override;
-  void axpby(double a, const TensorView& x, double b, const TensorView& y) override;
+  void quantize_rows(const TensorView& w, int clip, const TensorView& q, const TensorView& scale) override;
+  void dequantize_rows(const TensorView& q, const TensorView& scale, const TensorView& w) override;
+
+  void axpby(double a, const TensorView& x, double b, const TensorView& y, const StepValues* gate) override;
+
+ private:
+  void round(T* x, std::int64_t count) const { round_values(rounding_, x, count); }
+
+  Rounding rounding_;
+  int next_read_ = 0;
+  unsigned char reads_[kReads][kReadBytes];
 };
 
 PGOLF_CPU_END

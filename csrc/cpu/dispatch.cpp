@@ -10,14 +10,14 @@ extern "C" void scipy_openblas_set_num_threads(int);
 namespace pgolf {
 
 namespace plain {
-std::unique_ptr<Backend> make_backend(DType);
+std::unique_ptr<Backend> make_backend(DType, DType);
 }
 #ifdef PGOLF_HAVE_X86_KERNELS
 namespace avx2 {
-std::unique_ptr<Backend> make_backend(DType);
+std::unique_ptr<Backend> make_backend(DType, DType);
 }
 namespace avx512 {
-std::unique_ptr<Backend> make_backend(DType);
+std::unique_ptr<Backend> make_backend(DType, DType);
 }
 #endif
 
@@ -26,7 +26,7 @@ namespace {
 struct Isa {
   const char* name;
   bool (*supported)();
-  std::unique_ptr<Backend> (*make)(DType);
+  std::unique_ptr<Backend> (*make)(DType, DType);
 };
 
 #ifdef PGOLF_HAVE_X86_KERNELS
@@ -71,7 +71,7 @@ const Isa& chosen() {
 
 }  // namespace
 
-std::unique_ptr<Backend> make_cpu_backend(DType dtype) { return chosen().make(dtype); }
+std::unique_ptr<Backend> make_cpu_backend(DType master, DType rounding) { return chosen().make(master, rounding); }
 std::string cpu_isa() { return chosen().name; }
 
 }  // namespace pgolf

@@ -161,10 +161,12 @@ void CpuBackend<T>::embed_forward(const Embed& op) {
       T* out = op.x0.as<T>() + row * s.d;
       PGOLF_SIMD
       for (i64 j = 0; j < s.d; ++j) out[j] = (T(1) - gate[j]) * x[j];
-      if (!smears(op, ids, row, s.T_)) continue;
-      const T* before = x - s.d;
-      PGOLF_SIMD
-      for (i64 j = 0; j < s.d; ++j) out[j] += gate[j] * before[j];
+      if (smears(op, ids, row, s.T_)) {
+        const T* before = x - s.d;
+        PGOLF_SIMD
+        for (i64 j = 0; j < s.d; ++j) out[j] += gate[j] * before[j];
+      }
+      round(out, s.d);
     }
   });
 }
@@ -200,6 +202,7 @@ void CpuBackend<T>::embed_backward(const Embed& op, const EmbedGrads& grads) {
         for (i64 j = 0; j < s.d; ++j) dn[j] += gate[j] * dy_next[j];
       }
       rms_row_backward<false>(x, saved.factor[row], dn, s.d, dn);
+      round(dn, s.d);
     }
     for (i64 j = 0; j < s.d; ++j) dgate[j] *= gate[j] * (T(1) - gate[j]);
   });

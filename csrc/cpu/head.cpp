@@ -44,11 +44,13 @@ struct BackwardScratch {
 
 // Logits of the computed rows [first, first + count); factors may be null.
 template <class T>
-void chunk_logits(const Head& op, const Dims& s, i64 first, i64 count, T* normed, T* factors, T* logits) {
+void chunk_logits(const Head& op, const Dims& s, Rounding rounding, i64 first, i64 count, T* normed, T* factors,
+                  T* logits) {
   for (i64 i = 0; i < count; ++i) {
     const T f = rms_row(op.x.as<T>() + s.token(first + i) * s.d, s.d, normed + i * s.d);
     if (factors) factors[i] = f;
   }
+  round_values(rounding, normed, count * s.d);
   gemm<T>(kPlain, kTransposed, count, s.V, s.d, T(1), normed, s.d, op.w.as<T>(), s.d, T(0), logits, s.V);
   const T cap = T(op.softcap), inverse = T(1) / cap;
   PGOLF_SIMD
@@ -85,7 +87,8 @@ void CpuBackend<T>::head_logits(const Head& op) {
   for_row_chunks(
       s.rows,
       [&](i64 first, i64 count, int worker) {
-        chunk_logits<T>(op, s, first, count, scratch.normed.of(worker), nullptr, op.logits.as<T>() + first * s.V);
+        chunk_logits<T>(op, s, rounding_, first, count, scratch.normed.of(worker), nullptr,
+                        op.logits.as<T>() + first * s.V);
       },
       kHeadChunk);
 }
@@ -100,7 +103,7 @@ void CpuBackend<T>::head_loss(const Head& op) {
       s.rows,
       [&](i64 first, i64 count, int worker) {
         T* logits = scratch.logits.of(worker);
-        chunk_logits<T>(op, s, first, count, scratch.normed.of(worker), nullptr, logits);
+        chunk_logits<T>(op, s, rounding_, first, count, scratch.normed.of(worker), nullptr, logits);
         for (i64 i = 0; i < count; ++i)
           op.losses.as<T>()[first + i] =
               log_sum_exp(logits + i * s.V, s.V) - logits[i * s.V + targets[s.token(first + i)]];
@@ -114,7 +117,8 @@ void CpuBackend<T>::head_loss_backward(const Head& op, const HeadGrads& grads) {
   Layout layout(grads.scratch.data);
   const BackwardScratch<T> scratch(layout, concurrency(), s);
   const auto* targets = op.targets.as<std::int32_t>();
-  const T scale = T(grads.loss_scale), inverse_cap = T(1) / T(op.softcap);
+  const T scale = T(grads.loss_scale * (grads.multiplier ? *grads.multiplier : 1.0)),
+          inverse_cap = T(1) / T(op.softcap);
 
   for (i64 start = 0; start < s.rows; start += s.block()) {
     const i64 rows = s.rows - start < s.block() ? s.rows - start : s.block();
@@ -124,7 +128,7 @@ void CpuBackend<T>::head_loss_backward(const Head& op, const HeadGrads& grads) {
           const i64 first = start + offset;
           T *normed = scratch.normed + offset * s.d, *logits = scratch.logits + offset * s.V;
           T *dnormed = scratch.dnormed.of(worker), factors[kHeadChunk];
-          chunk_logits<T>(op, s, first, count, normed, factors, logits);
+          chunk_logits<T>(op, s, rounding_, first, count, normed, factors, logits);
           for (i64 i = 0; i < count; ++i) {
             T* row = logits + i * s.V;  // becomes the gradient before the softcap
             const i64 target = targets[first + i];
@@ -134,11 +138,14 @@ void CpuBackend<T>::head_loss_backward(const Head& op, const HeadGrads& grads) {
             PGOLF_SIMD
             for (i64 j = 0; j < s.V; ++j) row[j] = scale * fast_exp(row[j] - lse) * slope(row[j]);
             row[target] -= scale * slope(at_target);
+            round(row, s.V);
           }
           gemm<T>(kPlain, kPlain, count, s.d, s.V, T(1), logits, s.V, op.w.as<T>(), s.d, T(0), dnormed, s.d);
+          round(dnormed, count * s.d);
           for (i64 i = 0; i < count; ++i)
             rms_row_backward<false>(normed + i * s.d, factors[i], dnormed + i * s.d, s.d,
                                     grads.dx.as<T>() + (first + i) * s.d);
+          round(grads.dx.as<T>() + first * s.d, count * s.d);
         },
         kHeadChunk);
     gemm_weight_gradients<T>(rows, s.d, T(1), scratch.normed, {{scratch.logits, s.V, grads.w.as<T>()}});

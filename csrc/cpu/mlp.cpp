@@ -1,4 +1,4 @@
-// Norm, the first MLP product and ReLU². Its slope 2·relu(u) is 2·√h: u itself is not kept.
+// Norm, the first MLP product and ReLU². Its slope 2·relu(u) is 2·√(h/h_scale): u itself is not kept.
 #include "cpu/cpu_backend.h"
 #include "cpu/rows.h"
 
@@ -36,16 +36,19 @@ void CpuBackend<T>::mlp_up_forward(const MlpUp& op) {
   Layout scratch_layout(op.scratch.data);
   const PerWorker<T> normed_of(scratch_layout, concurrency(), kRowChunk * s.d);
   T* factor = op.saved.as<T>();
+  const T h_scale = T(op.h_scale);
   for_row_chunks(s.N, [&](i64 first, i64 count, int worker) {
     T *normed = normed_of.of(worker), *h = op.h.as<T>() + first * s.F;
     for (i64 i = 0; i < count; ++i)
       factor[first + i] = rms_row(op.x.as<T>() + (first + i) * s.d, s.d, normed + i * s.d);
+    round(normed, count * s.d);
     gemm<T>(kPlain, kTransposed, count, s.F, s.d, T(1), normed, s.d, op.w.as<T>(), s.d, T(0), h, s.F);
     PGOLF_SIMD
     for (i64 i = 0; i < count * s.F; ++i) {
       const T u = h[i] > 0 ? h[i] : T(0);
-      h[i] = u * u;
+      h[i] = h_scale * (u * u);
     }
+    round(h, count * s.F);
   });
 }
 
@@ -55,21 +58,26 @@ void CpuBackend<T>::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
   Layout scratch_layout(grads.scratch.data);
   const BackwardScratch<T> scratch(scratch_layout, concurrency(), s);
   const T* factor = op.saved.as<T>();
+  const T slope = T(2 * std::sqrt(op.h_scale));  // h_scale·2·relu(u) = 2·√h_scale·√h
   for_row_chunks(s.N, [&](i64 first, i64 count, int worker) {
     T* du = grads.dh.as<T>() + first * s.F;
     const T* h = op.h.as<T>() + first * s.F;
     PGOLF_SIMD
-    for (i64 i = 0; i < count * s.F; ++i) du[i] *= T(2) * std::sqrt(h[i]);
+    for (i64 i = 0; i < count * s.F; ++i) du[i] *= slope * std::sqrt(h[i]);
+    round(du, count * s.F);
     T* dnormed = scratch.dnormed.of(worker);
     gemm<T>(kPlain, kPlain, count, s.d, s.F, T(1), du, s.F, op.w.as<T>(), s.d, T(0), dnormed, s.d);
+    round(dnormed, count * s.d);
     for (i64 i = 0; i < count; ++i) {
       const T* x = op.x.as<T>() + (first + i) * s.d;
       T* normed = scratch.normed + (first + i) * s.d;
       const T f = factor[first + i];
       PGOLF_SIMD
       for (i64 j = 0; j < s.d; ++j) normed[j] = x[j] * f;
+      round(normed, s.d);
       rms_row_backward<true>(normed, f, dnormed + i * s.d, s.d, grads.dx.as<T>() + (first + i) * s.d);
     }
+    round(grads.dx.as<T>() + first * s.d, count * s.d);
   });
   gemm_weight_gradients<T>(s.N, s.d, T(1), scratch.normed, {{grads.dh.as<T>(), s.F, grads.w.as<T>()}});
 }

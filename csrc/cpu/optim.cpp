@@ -1,4 +1,4 @@
-// Gradient norm, AdamW, Muon with Newton–Schulz, late QAT's working weights, averaging.  docs/spec.md §3
+// Gradient norm, AdamW, Muon with Newton–Schulz, averaging.  docs/spec.md §3
 #include "cpu/cpu_backend.h"
 #include "cpu/rows.h"
 
@@ -29,19 +29,23 @@ struct NewtonSchulz {
   }
 
   // x ← NS5 of x; the quintic's coefficients are Keller Jordan's.
-  void run(int steps) {
+  void run(int steps, Rounding rounding) {
     constexpr T a = T(3.4445), b = T(-4.7750), q = T(2.0315);
     double squares = 0;
     PGOLF_SIMD_SUM(squares)
     for (i64 i = 0; i < r * c; ++i) squares += double(x[i]) * double(x[i]);
     const T inverse = T(1.0 / (std::sqrt(squares) + 1e-7));
     for (i64 i = 0; i < r * c; ++i) x[i] *= inverse;
+    round_values(rounding, x, r * c);
     for (int step = 0; step < steps; ++step) {
       gemm_symmetric<T>(r, c, T(1), x, c, gram);
+      round_values(rounding, gram, r * r);
       gemm_symmetric<T>(r, r, q, gram, r, poly);  // the Gram matrix is symmetric: its square is G·Gᵀ
       for (i64 i = 0; i < r * r; ++i) poly[i] += b * gram[i];
-      for (i64 i = 0; i < r; ++i) poly[i * r + i] += a;
-      gemm<T>(kPlain, kPlain, r, c, r, T(1), poly, r, x, c, T(0), next, c);
+      round_values(rounding, poly, r * r);
+      for (i64 i = 0; i < r * c; ++i) next[i] = a * x[i];
+      gemm<T>(kPlain, kPlain, r, c, r, T(1), poly, r, x, c, T(1), next, c);
+      round_values(rounding, next, r * c);
       T* swap = x;
       x = next;
       next = swap;
@@ -61,6 +65,31 @@ void orient(i64 rows, i64 cols, T* x, F&& element) {
     for (i64 c0 = 0; c0 < cols; c0 += kTile)
       for (i64 r = r0; r < rows && r < r0 + kTile; ++r)
         for (i64 c = c0; c < cols && c < c0 + kTile; ++c) element(r * cols + c, x[c * rows + r]);
+}
+
+// What follows from the norm of all gradients: whether the step counts, its clip factor, Adam's count.
+void finish_norm(double scaled_norm, StepValues* v) {
+  constexpr double kLeastScale = 0x1p-14, kMostScale = 0x1p24;
+  constexpr std::int32_t kCleanSteps = 2000;
+  const bool overflow = !std::isfinite(scaled_norm);
+  const double loss_scale = v->loss_scale;
+  v->grad_norm = scaled_norm / loss_scale;
+  if (overflow && !v->scaling) v->stopped = 1;
+  v->finite = !overflow && !v->stopped;
+  if (v->scaling && !v->stopped) {
+    v->clean = overflow ? 0 : v->clean + 1;
+    if (overflow && loss_scale > kLeastScale) v->loss_scale = loss_scale / 2;
+    if (v->clean == kCleanSteps) {
+      v->clean = 0;
+      if (loss_scale < kMostScale) v->loss_scale = loss_scale * 2;
+    }
+  }
+  if (!v->finite) return;
+  const double clip = v->clip > 0 ? v->clip / (v->grad_norm + 1e-6) : 1.0;
+  v->grad_scale = (clip < 1.0 ? clip : 1.0) / loss_scale;
+  ++v->adam_steps;
+  v->bias1 = 1.0 - std::pow(v->beta1, static_cast<double>(v->adam_steps));
+  v->bias2 = 1.0 - std::pow(v->beta2, static_cast<double>(v->adam_steps));
 }
 
 template <class T>
@@ -88,13 +117,7 @@ void CpuBackend<T>::grad_norm(std::span<const TensorView> grads, StepValues* val
     });
     for (std::size_t i = 0; i < count; ++i) total += sums[i];
   }
-  values->grad_norm = std::sqrt(total);
-  values->finite = std::isfinite(values->grad_norm);
-  values->grad_scale = 1.0;
-  if (values->clip > 0) {
-    const double scale = values->clip / (values->grad_norm + 1e-6);
-    if (scale < 1.0) values->grad_scale = scale;
-  }
+  finish_norm(std::sqrt(total), values);
 }
 
 template <class T>
@@ -148,7 +171,7 @@ void CpuBackend<T>::muon(std::span<const MuonTensor> tensors, int ns_steps, cons
       m[i] = momentum * m[i] + g;
       x = g + momentum * m[i];
     });
-    ns.run(ns_steps);
+    ns.run(ns_steps, rounding_);
     const double ratio = double(rows) / double(cols);
     const T rate = T(values->lr[kMatrix] * std::sqrt(ratio > 1 ? ratio : 1.0));
     const T keep = T(1 - values->lr[kMatrix] * values->weight_decay[kMatrix]);
@@ -167,44 +190,22 @@ void CpuBackend<T>::newton_schulz(const TensorView& u, const TensorView& out, in
   Layout layout(scratch);
   NewtonSchulz<T> ns(layout, rows, cols);
   orient(rows, cols, ns.x, [&](i64 i, T& x) { x = u.as<T>()[i]; });
-  ns.run(steps);
+  ns.run(steps, rounding_);
   orient(rows, cols, ns.x, [&](i64 i, T& x) { out.as<T>()[i] = x; });
 }
 
 template <class T>
-void CpuBackend<T>::fake_quantize(const TensorView& w, const TensorView& out, int clip) {
-  const i64 cols = w.shape[1];
-  const float c = static_cast<float>(clip);
-  for_row_chunks(w.shape[0], [&](i64 first, i64 count, int) {
-    for (i64 row = first; row < first + count; ++row) {
-      const T* in = w.as<T>() + row * cols;
-      T* q = out.as<T>() + row * cols;
-      float top = 0;
-      PGOLF_SIMD_MAX(top)
-      for (i64 j = 0; j < cols; ++j) {
-        const float a = std::fabs(static_cast<float>(in[j]));
-        top = a > top ? a : top;
-      }
-      const float sigma = top / c > 1e-12f ? top / c : 1e-12f;
-      for (i64 j = 0; j < cols; ++j) {
-        const float n = std::nearbyint(static_cast<float>(in[j]) / sigma);
-        q[j] = T((n > c ? c : n < -c - 1 ? -c - 1 : n) * sigma);
-      }
-    }
-  });
-}
-
-template <class T>
-double CpuBackend<T>::sum(const TensorView& t) {
+void CpuBackend<T>::add_sum(const TensorView& t, double* sum) {
   const T* x = t.as<T>();
   double total = 0;
   PGOLF_SIMD_SUM(total)
   for (i64 i = 0; i < t.size(); ++i) total += double(x[i]);
-  return total;
+  *sum += total;
 }
 
 template <class T>
-void CpuBackend<T>::axpby(double a, const TensorView& x, double b, const TensorView& y) {
+void CpuBackend<T>::axpby(double a, const TensorView& x, double b, const TensorView& y, const StepValues* gate) {
+  if (gate && gate->stopped) return;
   const T ta = T(a), tb = T(b);
   for_elements(x.size(), [&](i64 first, i64 last) {
     const T* from = x.as<T>();
@@ -221,9 +222,8 @@ void CpuBackend<T>::axpby(double a, const TensorView& x, double b, const TensorV
   template void CpuBackend<T>::muon(std::span<const MuonTensor>, int, const StepValues*, void*); \
   template std::size_t CpuBackend<T>::newton_schulz_scratch(const TensorView&) const;            \
   template void CpuBackend<T>::newton_schulz(const TensorView&, const TensorView&, int, void*);  \
-  template void CpuBackend<T>::fake_quantize(const TensorView&, const TensorView&, int);         \
-  template double CpuBackend<T>::sum(const TensorView&);                                         \
-  template void CpuBackend<T>::axpby(double, const TensorView&, double, const TensorView&);
+  template void CpuBackend<T>::add_sum(const TensorView&, double*);                              \
+  template void CpuBackend<T>::axpby(double, const TensorView&, double, const TensorView&, const StepValues*);
 PGOLF_INSTANTIATE(float)
 PGOLF_INSTANTIATE(double)
 PGOLF_CPU_END

@@ -94,9 +94,11 @@ void CpuBackend<T>::qkv_forward(const Qkv& op) {
       input.read(first + i, normed + i * s.d);
       saved.input[first + i] = rms_row(normed + i * s.d, s.d, normed + i * s.d);
     }
+    round(normed, count * s.d);
     const auto project = [&](const TensorView& w, const TensorView& out, i64 width) {
       gemm<T>(kPlain, kTransposed, count, width, s.d, T(1), normed, s.d, w.as<T>(), s.d, T(0),
               out.as<T>() + first * width, width);
+      round(out.as<T>() + first * width, count * width);
     };
     project(op.wq, op.q, s.H * s.D);
     project(op.wk, op.k, s.K * s.D);
@@ -106,6 +108,8 @@ void CpuBackend<T>::qkv_forward(const Qkv& op) {
       norm_rotate(op.q.as<T>() + row * s.H * s.D, s.H, s.D, cos + angle, sin + angle, saved.q + row * s.H);
       norm_rotate(op.k.as<T>() + row * s.K * s.D, s.K, s.D, cos + angle, sin + angle, saved.k + row * s.K);
     }
+    round(op.q.as<T>() + first * s.H * s.D, count * s.H * s.D);
+    round(op.k.as<T>() + first * s.K * s.D, count * s.K * s.D);
   });
 }
 
@@ -128,6 +132,8 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
       norm_rotate_backward(op.q.as<T>() + q, dq + q, s.H, s.D, cos + angle, sin + angle, saved.q + row * s.H);
       norm_rotate_backward(op.k.as<T>() + k, dk + k, s.K, s.D, cos + angle, sin + angle, saved.k + row * s.K);
     }
+    round(dq + first * s.H * s.D, count * s.H * s.D);
+    round(dk + first * s.K * s.D, count * s.K * s.D);
     T* dnormed = scratch.dnormed.of(worker);
     const auto back = [&](const T* dout, const TensorView& w, i64 width, T beta) {
       gemm<T>(kPlain, kPlain, count, d, width, T(1), dout + first * width, width, w.as<T>(), d, beta, dnormed, d);
@@ -135,6 +141,7 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
     back(dq, op.wq, s.H * s.D, T(0));
     back(dk, op.wk, s.K * s.D, T(1));
     back(dv, op.wv, s.K * s.D, T(1));
+    round(dnormed, count * d);
 
     T *dmix0 = scratch.vectors.start(first), *dmix1 = dmix0 + d, *dweight = dmix1 + d;
     for (i64 row = first; row < first + count; ++row) {
@@ -142,6 +149,7 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
       const T factor = saved.input[row];
       input.read(row, normed);
       for (i64 j = 0; j < d; ++j) normed[j] *= factor;
+      round(normed, d);
       rms_row_backward<true>(normed, factor, dnormed + (row - first) * d, d, g);
       // g is now the whole gradient at the mixed input.
       const T *x = input.x + row * d, *x0 = input.x0 + row * d;
@@ -154,6 +162,7 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
           dweight[j] += at_sum * skip[j];
           dskip[row * d + j] = weight[j] * at_sum;
         }
+        round(dskip + row * d, d);
       } else {
         PGOLF_SIMD
         for (i64 j = 0; j < d; ++j) dmix0[j] += g[j] * x[j];
@@ -168,6 +177,7 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
         PGOLF_SIMD
         for (i64 j = 0; j < d; ++j) g[j] += pending[row * d + j];
       }
+      round(g, d);
     }
   });
   scratch.vectors.add_to(grads.resid_mix.as<T>(), 0, 2 * d);

@@ -31,8 +31,8 @@ std::vector<ParameterSpec> parameter_table(const ModelConfig& c) {
   std::vector<ParameterSpec> table;
   const std::int64_t d = c.model_dim, F = c.mlp_hidden, kv = c.num_kv_heads * c.head_dim();
   const auto add = [&](std::string name, std::vector<std::int64_t> shape, Group group, Init init, double value = 0,
-                       int qat_clip = 0) {
-    table.push_back({std::move(name), std::move(shape), group, init, value, qat_clip});
+                       int qat_clip = 0, std::string scale = {}) {
+    table.push_back({std::move(name), std::move(shape), group, init, value, qat_clip, std::move(scale)});
   };
 
   add("tok_emb.weight", {c.vocab_size, d}, kEmbedding, Init::normal, c.tie_embeddings ? c.tied_embed_init_std : 1.0);
@@ -54,10 +54,10 @@ std::vector<ParameterSpec> parameter_table(const ModelConfig& c) {
     add(block + "attn.c_q.weight", {d, d}, kMatrix, Init::orthogonal, 1.0, kInt6);
     add(block + "attn.c_k.weight", {kv, d}, kMatrix, Init::orthogonal, 1.0, kInt6);
     add(block + "attn.c_v.weight", {kv, d}, kMatrix, Init::orthogonal, 1.0, kInt6);
-    add(block + "attn.proj.weight", {d, d}, kMatrix, Init::zero, 0, kInt6);
+    add(block + "attn.proj.weight", {d, d}, kMatrix, Init::zero, 0, kInt6, block + "attn_scale");
     add(block + "attn.q_gain", {c.num_heads}, kScalar, Init::constant, c.qk_gain_init);
     add(block + "mlp.fc.weight", {F, d}, kMatrix, Init::orthogonal, 1.0, kInt5);
-    add(block + "mlp.proj.weight", {d, F}, kMatrix, Init::zero, 0, kInt5);
+    add(block + "mlp.proj.weight", {d, F}, kMatrix, Init::zero, 0, kInt5, block + "mlp_scale");
   }
   if (!c.tie_embeddings) add("lm_head.weight", {c.vocab_size, d}, kHead, Init::zero);
   return table;

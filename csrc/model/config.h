@@ -39,6 +39,7 @@ struct ParameterSpec {
   Init init;
   double init_value;  // the constant; the standard deviation; the factor on an orthogonal matrix
   int qat_clip;       // 15, 31, or 0: never fake-quantised
+  std::string scale;  // the vector that multiplies this projection's rows; empty: none
 
   std::int64_t size() const {
     std::int64_t n = 1;

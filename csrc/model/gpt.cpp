@@ -1,6 +1,8 @@
 #include "model/gpt.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <string_view>
 
 #include "core/error.h"
 #include "core/memory.h"
@@ -9,12 +11,49 @@
 
 namespace pgolf {
 
+namespace {
+
+// The buffers of an arena by name; those of one name may share memory over time.
+std::vector<MemoryRow> kinds_of(const ArenaPlan& arena) {
+  std::vector<MemoryRow> kinds;
+  for (const PlannedBuffer& buffer : arena.buffers()) {
+    auto kind = std::find_if(kinds.begin(), kinds.end(), [&](const MemoryRow& r) { return r.what == buffer.name; });
+    if (kind == kinds.end()) kind = kinds.insert(kinds.end(), {buffer.name, 0});
+    kind->bytes += buffer.bytes;
+  }
+  return kinds;
+}
+
+// The hidden values of an MLP are stored times a power of two where squares could leave fp16's range (65,504).
+double hidden_scale(const Backend& backend) { return backend.precision() == DType::f16 ? 0x1p-4 : 1.0; }
+
+std::string describe_shortage(const std::string& reason, const ArenaPlan& arena, std::int64_t B, std::int64_t T) {
+  std::vector<MemoryRow> kinds = kinds_of(arena);
+  std::stable_sort(kinds.begin(), kinds.end(),
+                   [](const MemoryRow& a, const MemoryRow& b) { return a.bytes > b.bytes; });
+  std::string largest;
+  for (std::size_t i = 0; i < std::min<std::size_t>(3, kinds.size()); ++i)
+    largest += sentence(i ? ", " : "", kinds[i].what, " ", kinds[i].bytes >> 20, " MiB");
+  return sentence(reason, " The pass of ", B, "×", T, " tokens keeps most in: ", largest,
+                  ". Fewer sequences at once need less: lower train.micro_batch_seqs (or eval.eval_batch_seqs).");
+}
+
+}  // namespace
+
 void DeviceMemory::reserve(Backend& backend, std::size_t bytes) {
   if (bytes <= bytes_) return;
   reset();
   data_ = backend.allocate(bytes);
   backend_ = &backend;
   bytes_ = bytes;
+  if (!separate_buffers()) return;
+  const std::vector<unsigned char> ones(bytes, 0xFF);  // NaN: what reads before it writes cannot hide it
+  backend.upload(data_, ones.data(), bytes);
+}
+
+bool separate_buffers() {
+  const char* how = std::getenv("PGOLF_ARENA");
+  return how && std::string_view(how) == "separate";
 }
 
 void DeviceMemory::reset() noexcept {
@@ -23,13 +62,13 @@ void DeviceMemory::reset() noexcept {
   bytes_ = 0;
 }
 
-void ParameterSet::allocate(Backend& backend, const std::vector<ParameterSpec>& table) {
+void ParameterSet::allocate(Backend& backend, const std::vector<ParameterSpec>& table, DType dtype) {
   if (allocated()) return;
   std::vector<std::size_t> offsets;
   std::size_t bytes = 0;
   for (const ParameterSpec& spec : table) {
     TensorView view;
-    view.dtype = backend.dtype();
+    view.dtype = dtype;
     view.rank = std::max<int>(1, static_cast<int>(spec.shape.size()));  // a scalar is [1]
     std::copy(spec.shape.begin(), spec.shape.end(), view.shape);
     views_.push_back(view);
@@ -38,7 +77,7 @@ void ParameterSet::allocate(Backend& backend, const std::vector<ParameterSpec>& 
   }
   memory_.reserve(backend, bytes);
   for (std::size_t i = 0; i < views_.size(); ++i) views_[i].data = memory_.data() + offsets[i];
-  all_ = TensorView(backend.dtype(), {static_cast<std::int64_t>(bytes / size_of(backend.dtype()))}, memory_.data());
+  all_ = TensorView(dtype, {static_cast<std::int64_t>(bytes / size_of(dtype))}, memory_.data());
   backend.zero(all_);
 }
 
@@ -46,7 +85,11 @@ GPT::GPT(const ModelConfig& config, std::unique_ptr<Backend> backend, std::optio
     : config_(config), backend_(std::move(backend)) {
   config_.validate();
   table_ = parameter_table(config_);
-  weights_.allocate(*backend_, table_);
+  weights_.allocate(*backend_, table_, backend_->master_dtype());
+  std::vector<ParameterSpec> copied = table_;
+  for (std::size_t i = 0; i < copied.size(); ++i)
+    if (reads(i, false) != Reads::working) copied[i].shape = {0};
+  working_.allocate(*backend_, copied, backend_->dtype());
   if (!seed) return;
   std::vector<std::vector<float>> values(table_.size());
   parallel_for(static_cast<std::int64_t>(table_.size()), [&](std::int64_t i) {
@@ -54,18 +97,33 @@ GPT::GPT(const ModelConfig& config, std::unique_ptr<Backend> backend, std::optio
     values[at].resize(static_cast<std::size_t>(table_[at].size()));
     initialize(table_[at], *seed, values[at].data());
   });
-  for (std::size_t i = 0; i < table_.size(); ++i) write(weights_[i], values[i].data());
+  for (std::size_t i = 0; i < table_.size(); ++i) write(weights_[i], values[i]);
 }
 
-GPT::~GPT() = default;
+GPT::~GPT() {
+  for (int recording : begin_recording_)
+    if (recording) backend_->forget(recording);
+}
 
-void GPT::write(const TensorView& to, const float* values) {
+void GPT::write(const TensorView& to, const std::vector<float>& values) {
   if (to.dtype == DType::f32) {
-    backend_->upload(to.data, values, to.bytes());
+    backend_->upload(to.data, values.data(), to.bytes());
   } else {
-    const std::vector<double> wide(values, values + to.size());
+    const std::vector<double> wide(values.begin(), values.end());
     backend_->upload(to.data, wide.data(), to.bytes());
   }
+}
+
+StepValues* GPT::values() {
+  if (values_.bytes() == 0) {
+    StepValues start{};
+    start.finite = 1;
+    start.scaling = backend_->precision() == DType::f16;
+    start.loss_scale = start.scaling ? 0x1p16 : 1.0;
+    values_.reserve(*backend_, sizeof start);
+    backend_->upload(values_.data(), &start, sizeof start);
+  }
+  return reinterpret_cast<StepValues*>(values_.data());
 }
 
 std::size_t GPT::index_of(const std::string& name) const {
@@ -80,13 +138,51 @@ void GPT::check_ids(const char* what, const std::int32_t* ids, std::int64_t B, s
             "; token ids of this model run from 0 to ", config_.vocab_size - 1, ".");
 }
 
-// Points the operations at the parameters: the weights themselves or their fake-quantised copies.
-void GPT::bind_parameters(Plan& plan, bool fake_quantized) const {
-  plan.fake_quantized = fake_quantized;
+GPT::Reads GPT::reads(std::size_t index, bool qat) const {
+  const ParameterSpec& spec = table_[index];
+  if (spec.group == kScalar) return Reads::itself;
+  if (backend_->rounds() || !spec.scale.empty()) return Reads::working;
+  return qat && spec.qat_clip ? Reads::quantized : Reads::itself;
+}
+
+double GPT::copy_factor(std::size_t index) const {
+  return table_[index].name.ends_with(".mlp.proj.weight") ? 1.0 / hidden_scale(*backend_) : 1.0;
+}
+
+// Makes what products read from the weights as they are now.
+void GPT::make_copies(bool qat) {
+  std::vector<WorkingCopy>& list = copy_list_[qat];
+  if (list.empty()) {
+    if (qat && !backend_->rounds() && !quantized_.allocated()) {
+      std::vector<ParameterSpec> copied = table_;
+      for (std::size_t i = 0; i < copied.size(); ++i)
+        if (reads(i, true) != Reads::quantized) copied[i].shape = {0};
+      quantized_.allocate(*backend_, copied, backend_->dtype());
+    }
+    for (std::size_t i = 0; i < table_.size(); ++i) {
+      const Reads kind = reads(i, qat);
+      if (kind == Reads::itself || weights_[i].size() == 0) continue;
+      const ParameterSpec& spec = table_[i];
+      list.push_back({weights_[i], spec.scale.empty() ? TensorView() : weights_[index_of(spec.scale)],
+                      qat ? spec.qat_clip : 0, copy_factor(i), kind == Reads::working ? working_[i] : quantized_[i]});
+    }
+  }
+  backend_->working_copies(list);
+  copies_ = qat ? Copies::qat : Copies::plain;
+}
+
+void GPT::ensure_copies(bool qat) {
+  if (copies_ != (qat ? Copies::qat : Copies::plain)) make_copies(qat);
+}
+
+// Points the operations at the parameters: the weights themselves or their copies.
+void GPT::bind_parameters(Plan& plan, bool qat) const {
+  plan.qat = qat;
   const auto bind = [&](const std::string& name, TensorView& parameter, TensorView* gradient) {
     const std::size_t index = index_of(name);
-    parameter = fake_quantized && table_[index].qat_clip ? fake_quantized_[index] : weights_[index];
-    if (plan.mode == Mode::train) *gradient = grads_[index];
+    const Reads kind = reads(index, qat);
+    parameter = kind == Reads::itself ? weights_[index] : kind == Reads::working ? working_[index] : quantized_[index];
+    if (plan.mode == Mode::train && gradient) *gradient = grads_[index];
   };
   const auto skip_row = [&](const ParameterSet& set, std::int64_t j) {
     const TensorView& all = set[index_of("skip_weights")];
@@ -121,10 +217,9 @@ void GPT::bind_parameters(Plan& plan, bool fake_quantized) const {
     bind(block + "attn.c_v.weight", l.qkv.wv, &l.qkv_grads.wv);
     bind(block + "attn.q_gain", l.attention.gain, &l.attention_grads.gain);
     bind(block + "attn.proj.weight", l.attention_out.w, &l.attention_out_grads.w);
-    bind(block + "attn_scale", l.attention_out.scale, &l.attention_out_grads.scale);
     bind(block + "mlp.fc.weight", l.mlp_up.w, &l.mlp_up_grads.w);
     bind(block + "mlp.proj.weight", l.mlp_out.w, &l.mlp_out_grads.w);
-    bind(block + "mlp_scale", l.mlp_out.scale, &l.mlp_out_grads.scale);
+    l.mlp_up.h_scale = hidden_scale(*backend_);
   }
   plan.head.softcap = config_.logit_softcap;
   bind(config_.tie_embeddings ? "tok_emb.weight" : "lm_head.weight", plan.head.w, &plan.head_grads.w);
@@ -150,17 +245,32 @@ GPT::Plan& GPT::plan_for(Mode mode, std::int64_t B, std::int64_t T, std::int64_t
       plan->memory.swap(plans.back()->memory);
       plans.pop_back();
     }
-    if (mode == Mode::train) grads_.allocate(*backend_, table_);
+    if (mode == Mode::train) grads_.allocate(*backend_, table_, backend_->master_dtype());
     bind_parameters(*plan, false);
-    plan->lay_out(config_, *backend_);
+    try {
+      plan->lay_out(config_, *backend_, true);
+    } catch (const DeviceError& error) {
+      throw DeviceError(describe_shortage(error.what(), plan->arena, B, T));
+    }
     plans.reserve(kKept);
     found = plans.insert(plans.end(), std::move(plan));
   }
   std::rotate(plans.begin(), found, found + 1);
   Plan& plan = *plans.front();
   const bool wanted = mode == Mode::train && qat_;
-  if (plan.fake_quantized != wanted) bind_parameters(plan, wanted);
+  if (plan.qat != wanted && !backend_->rounds()) bind_parameters(plan, wanted);  // rounded copies are one set
   return plan;
+}
+
+std::size_t GPT::training_bytes(std::int64_t B, std::int64_t T) const {
+  Plan plan;
+  plan.mode = Mode::train;
+  plan.B = B;
+  plan.T = T;
+  plan.layers.resize(static_cast<std::size_t>(config_.num_layers));
+  bind_parameters(plan, false);
+  plan.lay_out(config_, *backend_, false);
+  return plan.arena_bytes;
 }
 
 void GPT::prepare(Mode mode, std::int64_t B, std::int64_t T) { plan_for(mode, B, T, 0); }
@@ -193,6 +303,7 @@ void GPT::logits(const std::int32_t* ids, std::int64_t B, std::int64_t T, std::i
   NativeCall call;
   Plan& plan = plan_for(Mode::logits, B, T, first);
   check_ids("ids", ids, B, T);
+  ensure_copies(false);
   backend_->upload(plan.ids.data, ids, plan.ids.bytes());
   forward(plan);
   backend_->head_logits(plan.head);
@@ -205,6 +316,7 @@ void GPT::losses(const std::int32_t* ids, const std::int32_t* targets, std::int6
   Plan& plan = plan_for(Mode::losses, B, T, first);
   check_ids("ids", ids, B, T);
   check_ids("targets", targets, B, T);
+  ensure_copies(false);
   backend_->upload(plan.ids.data, ids, plan.ids.bytes());
   backend_->upload(plan.targets.data, targets, plan.targets.bytes());
   forward(plan);
@@ -214,52 +326,67 @@ void GPT::losses(const std::int32_t* ids, const std::int32_t* targets, std::int6
 
 void GPT::begin_step(bool qat) {
   NativeCall call;
-  grads_.allocate(*backend_, table_);
-  backend_->zero(grads_.all());
+  grads_.allocate(*backend_, table_, backend_->master_dtype());
+  const TensorView sum(DType::f64, {1}, &values()->loss_sum);
   qat_ = qat;
-  if (!qat) return;
-  fake_quantized_.allocate(*backend_, table_);
-  for (std::size_t i = 0; i < table_.size(); ++i)
-    if (table_[i].qat_clip) backend_->fake_quantize(weights_[i], fake_quantized_[i], table_[i].qat_clip);
+  const auto work = [&] {
+    backend_->zero(grads_.all());
+    backend_->zero(sum);
+    make_copies(qat);
+  };
+  begin_recording_[qat] = backend_->capture(begin_recording_[qat], std::cref(work));
+  copies_ = qat ? Copies::qat : Copies::plain;
 }
 
-double GPT::micro_step(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
-                       double loss_scale) {
+void GPT::micro_step(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
+                     double loss_scale) {
   NativeCall call;
   Plan& plan = plan_for(Mode::train, B, T, 0);
   check_ids("ids", ids, B, T);
   check_ids("targets", targets, B, T);
+  ensure_copies(qat_);
   backend_->upload(plan.ids.data, ids, plan.ids.bytes());
   backend_->upload(plan.targets.data, targets, plan.targets.bytes());
-  plan.head_grads.loss_scale = loss_scale;
-  forward(plan);
-  backend_->head_loss_backward(plan.head, plan.head_grads);
-  backward(plan);
-  return backend_->sum(plan.head.losses);
+  if (plan.recorded_loss_scale != loss_scale) plan.forget_recordings();
+  plan.recorded_loss_scale = plan.head_grads.loss_scale = loss_scale;
+  plan.head_grads.multiplier = backend_->precision() == DType::f16 ? &values()->loss_scale : nullptr;
+  plan.recorder = backend_.get();
+  const auto work = [&] {
+    forward(plan);
+    backend_->head_loss_backward(plan.head, plan.head_grads);
+    backward(plan);
+    backend_->add_sum(plan.head.losses, &values()->loss_sum);
+  };
+  plan.recording[qat_] = backend_->capture(plan.recording[qat_], std::cref(work));
 }
 
 void GPT::end_step() {
   NativeCall call;
   require(!training_.empty(), "end_step needs at least one micro_step before it.");
-  for (const LayerOps& layer : training_.front()->layers) {
-    backend_->finish_projection(layer.attention_out, layer.attention_out_grads);
-    backend_->finish_projection(layer.mlp_out, layer.mlp_out_grads);
-  }
+  std::vector<ProjectionEnd>& list = end_list_[qat_];
+  if (list.empty())
+    for (std::size_t i = 0; i < table_.size(); ++i) {
+      if (table_[i].scale.empty()) continue;
+      const std::size_t scale = index_of(table_[i].scale);
+      list.push_back(
+          {weights_[i], weights_[scale], qat_ ? table_[i].qat_clip : 0, copy_factor(i), grads_[i], grads_[scale]});
+    }
+  backend_->finish_projections(list);
+}
+
+double GPT::loss_sum() {
+  double sum;
+  backend_->download(&sum, &values()->loss_sum, sizeof sum);
+  return sum;
 }
 
 std::vector<MemoryRow> GPT::memory_table() const {
   std::vector<MemoryRow> rows{{"weights", weights_.bytes()}};
   if (grads_.allocated()) rows.push_back({"gradients", grads_.bytes()});
-  if (fake_quantized_.allocated()) rows.push_back({"fake-quantised weights", fake_quantized_.bytes()});
+  rows.push_back({"working copies of weights", working_.bytes() + quantized_.bytes()});
   const auto add_plan = [&](const char* name, const Plan& plan) {
     rows.push_back({sentence(name, " arena, ", plan.B, "×", plan.T, " tokens"), plan.memory.bytes()});
-    std::vector<MemoryRow> kinds;
-    for (const PlannedBuffer& buffer : plan.arena.buffers()) {
-      auto kind = std::find_if(kinds.begin(), kinds.end(), [&](const MemoryRow& r) { return r.what == buffer.name; });
-      if (kind == kinds.end()) kind = kinds.insert(kinds.end(), {buffer.name, 0});
-      kind->bytes += buffer.bytes;
-    }
-    for (MemoryRow& kind : kinds) rows.push_back({"  of it, at some time: " + kind.what, kind.bytes});
+    for (MemoryRow& kind : kinds_of(plan.arena)) rows.push_back({"  of it, at some time: " + kind.what, kind.bytes});
   };
   for (const auto& plan : training_) add_plan("training", *plan);
   for (const auto& plan : inference_) add_plan("inference", *plan);

@@ -14,11 +14,15 @@
 
 namespace pgolf {
 
+// PGOLF_ARENA=separate: every planned buffer has a block of its own, and blocks start as NaN.
+bool separate_buffers();
+
 // A block of a backend's memory.
 class DeviceMemory {
  public:
   DeviceMemory() = default;
   ~DeviceMemory() { reset(); }
+  DeviceMemory(DeviceMemory&& other) noexcept { swap(other); }
   DeviceMemory(const DeviceMemory&) = delete;
   DeviceMemory& operator=(const DeviceMemory&) = delete;
 
@@ -41,7 +45,7 @@ class DeviceMemory {
 // One tensor for each parameter, laid one after another (weights, gradients, a moment, an average).
 class ParameterSet {
  public:
-  void allocate(Backend& backend, const std::vector<ParameterSpec>& table);  // zeroed; once
+  void allocate(Backend& backend, const std::vector<ParameterSpec>& table, DType dtype);  // zeroed; once
   bool allocated() const { return memory_.bytes() > 0; }
   const TensorView& operator[](std::size_t index) const { return views_[index]; }
   std::size_t size() const { return views_.size(); }
@@ -70,33 +74,45 @@ class GPT {
   const ModelConfig& config() const { return config_; }
   Backend& backend() const { return *backend_; }
   const std::vector<ParameterSpec>& table() const { return table_; }
-  std::size_t index_of(const std::string& name) const;    // throws std::invalid_argument
-  void write(const TensorView& to, const float* values);  // host float32 into a parameter-shaped tensor
-  const ParameterSet& weights() const { return weights_; }
+  std::size_t index_of(const std::string& name) const;      // throws std::invalid_argument
+  const ParameterSet& weights() const { return weights_; }  // whoever writes to them calls weights_changed
   const ParameterSet& grads() const { return grads_; }
+  void weights_changed() { copies_ = Copies::stale; }
+  StepValues* values();  // of training, in the backend's memory
 
   // ids, targets: [B, T] in host memory, every id in 0 … V−1 (checked). Outputs in host memory, float or double as
-  // the backend's dtype.
+  // the backend's master dtype.
   void logits(const std::int32_t* ids, std::int64_t B, std::int64_t T, std::int64_t first, void* out);
   void losses(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T, std::int64_t first,
               void* out);
 
   // A training step: begin_step, micro_step for each part of the batch, end_step; then the gradients stand in
-  // grads(). loss_scale is 1/(tokens of the step) for a mean. Nothing is allocated from the second step of a shape on.
+  // grads(), times values()->loss_scale, and the sum of the losses in values()->loss_sum. loss_scale is 1/(tokens of
+  // the step) for a mean. Nothing is allocated from the second step of a shape on, and no call waits for the backend.
   void begin_step(bool qat);
-  double micro_step(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
-                    double loss_scale);  // returns the sum of the losses
+  void micro_step(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
+                  double loss_scale);
   void end_step();
+  double loss_sum();  // waits for the step
 
   // Plans the arena for a shape without running it.
   void prepare(Mode mode, std::int64_t B, std::int64_t T);
+  // Bytes of the arena that a training shape would need.
+  std::size_t training_bytes(std::int64_t B, std::int64_t T) const;
   std::vector<MemoryRow> memory_table() const;
 
  private:
   struct Plan;
 
   Plan& plan_for(Mode mode, std::int64_t B, std::int64_t T, std::int64_t first);
-  void bind_parameters(Plan& plan, bool fake_quantized) const;
+  void bind_parameters(Plan& plan, bool qat) const;
+  // What products read in a parameter's place.
+  enum class Reads { itself, working, quantized };
+  Reads reads(std::size_t index, bool qat) const;
+  double copy_factor(std::size_t index) const;
+  void make_copies(bool qat);
+  void ensure_copies(bool qat);
+  void write(const TensorView& to, const std::vector<float>& values);
   void check_ids(const char* what, const std::int32_t* ids, std::int64_t B, std::int64_t T) const;
   void forward(Plan& plan);   // up to the head
   void backward(Plan& plan);  // from the head's dx on
@@ -104,10 +120,18 @@ class GPT {
   ModelConfig config_;
   std::unique_ptr<Backend> backend_;  // outlives the memory below
   std::vector<ParameterSpec> table_;
-  ParameterSet weights_, grads_, fake_quantized_;
+  ParameterSet weights_, grads_;
+  // What products read in place of weights: rounded, scaled (projections) or fake-quantised (late QAT). Where nothing
+  // is rounded, matrices that only QAT changes have their copies in quantized_, made when it is first asked for.
+  ParameterSet working_, quantized_;
+  enum class Copies { stale, plain, qat } copies_ = Copies::stale;
+  std::vector<WorkingCopy> copy_list_[2];  // without and with QAT
+  std::vector<ProjectionEnd> end_list_[2];
+  DeviceMemory values_;
+  int begin_recording_[2] = {};
   // The two last shapes of each kind: a step's last micro-batch may be smaller than the others.
   std::vector<std::unique_ptr<Plan>> inference_, training_;  // most recently used first
-  bool qat_ = false;                                         // training operations read the fake-quantised weights
+  bool qat_ = false;                                         // of the step that was begun
 };
 
 }  // namespace pgolf

@@ -38,17 +38,32 @@ class Placer {
   TensorView view(int index) const {
     if (index < 0) return {};
     TensorView tensor = shapes_[static_cast<std::size_t>(index)];
-    if (base_) tensor.data = base_ + arena_.offset(index);
+    if (!places_.empty()) tensor.data = places_[static_cast<std::size_t>(index)];
     return tensor;
   }
+  // All buffers in one block, buffers that are never alive together in the same place.
   void place(char* base) {
-    base_ = base;
-    for (const auto& [index, user] : areas_) *user = view(index);
+    for (std::size_t i = 0; i < shapes_.size(); ++i) places_.push_back(base + arena_.offset(static_cast<int>(i)));
+    hand_out();
+  }
+  // A block for each buffer: a memory checker sees what reads too far.
+  std::vector<DeviceMemory> place_apart(Backend& backend) {
+    std::vector<DeviceMemory> blocks(shapes_.size());
+    for (std::size_t i = 0; i < shapes_.size(); ++i) {
+      blocks[i].reserve(backend, arena_.buffers()[i].bytes);
+      places_.push_back(blocks[i].data());
+    }
+    hand_out();
+    return blocks;
   }
 
  private:
+  void hand_out() {
+    for (const auto& [index, user] : areas_) *user = view(index);
+  }
+
   ArenaPlan& arena_;
-  char* base_ = nullptr;
+  std::vector<char*> places_;
   std::vector<TensorView> shapes_;
   std::vector<std::pair<int, TensorView*>> areas_;
 };
@@ -64,12 +79,17 @@ void upload_rope(Backend& backend, const std::vector<double>& table, const Tenso
 
 }  // namespace
 
-void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend) {
-  const DType real = backend.dtype();
+void GPT::Plan::forget_recordings() noexcept {
+  for (int& r : recording)
+    if (r) recorder->forget(std::exchange(r, 0));
+}
+
+void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
+  const DType real = backend.dtype(), master = backend.master_dtype();
   const std::int64_t d = c.model_dim, H = c.num_heads, K = c.num_kv_heads, D = c.head_dim(), L = c.num_layers;
   const std::int64_t encoders = c.encoder_layers();
   const TensorView wide(real, {B, T, d}), queries(real, {B, T, H, D}), keys(real, {B, T, K, D});
-  const TensorView hidden(real, {B, T, c.mlp_hidden}), tokens(DType::i32, {B, T}), angles(real, {T, D / 2});
+  const TensorView hidden(real, {B, T, c.mlp_hidden}), tokens(DType::i32, {B, T}), angles(master, {T, D / 2});
   const bool train = mode == Mode::train;
   const Clock clock{1 + kOps * static_cast<int>(L), train};
   concurrency = backend.concurrency();
@@ -119,11 +139,12 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend) {
       l.dskip = placer.declare("gradients, skips", clock.back(qkv), clock.back(clock.at(skipped, kQkv)), wide);
   }
   const int dx = train ? placer.declare("gradients, residual", clock.head, clock.end(), wide) : -1;
-  const int dx0 = train ? placer.declare("gradients, residual", clock.head, clock.end(), wide) : -1;
+  const int dx0 =
+      train ? placer.declare("gradients, residual", clock.head, clock.end(), TensorView(master, {B, T, d})) : -1;
   const int result =
       mode == Mode::logits
-          ? placer.declare("logits", clock.head, clock.end(), TensorView(real, {B, T - first, c.vocab_size}))
-          : placer.declare("losses", clock.head, clock.end(), TensorView(real, {B, T - first}));
+          ? placer.declare("logits", clock.head, clock.end(), TensorView(master, {B, T - first, c.vocab_size}))
+          : placer.declare("losses", clock.head, clock.end(), TensorView(master, {B, T - first}));
 
   // ---- Who reads and writes what. Run once without data, so that operations can be asked for their sizes.
   const auto wire = [&] {
@@ -193,8 +214,14 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend) {
   }
   areas(backend.bytes(head), clock.head, &head.saved, &head.scratch, &head_grads.scratch);
 
-  memory.reserve(backend, arena.solve());
-  placer.place(memory.data());
+  arena_bytes = arena.solve();
+  if (!place) return;
+  if (separate_buffers()) {
+    separate = placer.place_apart(backend);
+  } else {
+    memory.reserve(backend, arena_bytes);
+    placer.place(memory.data());
+  }
   wire();
 
   const RopeTables tables = rope_tables(T, D, c.rope_base, c.rope_tables_bf16);

@@ -25,10 +25,15 @@ struct LayerOps {
 struct GPT::Plan {
   Mode mode = Mode::losses;
   std::int64_t B = 0, T = 0, first = 0;
-  int concurrency = 0;          // the backend's when the scratch was sized
-  bool fake_quantized = false;  // which weights the operations are bound to
+  int concurrency = 0;  // the backend's when the scratch was sized
+  bool qat = false;     // which weights the operations are bound to
   ArenaPlan arena;
+  std::size_t arena_bytes = 0;
   DeviceMemory memory;
+  std::vector<DeviceMemory> separate;  // with PGOLF_ARENA=separate: a block for every buffer, filled with NaN
+  Backend* recorder = nullptr;         // whose recordings these are, of a micro-step without and with QAT
+  int recording[2] = {};
+  double recorded_loss_scale = 0;
 
   TensorView ids, targets;
   Embed embed;
@@ -38,8 +43,15 @@ struct GPT::Plan {
   EmbedGrads embed_grads;
   HeadGrads head_grads;
 
-  // Declares every tensor of the pass and places it; operations must be bound to their parameters already.
-  void lay_out(const ModelConfig& config, Backend& backend);
+  Plan() = default;
+  ~Plan() { forget_recordings(); }
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  // Declares every tensor of the pass and, unless only its size is asked for, places it; operations must be bound to
+  // their parameters already.
+  void lay_out(const ModelConfig& config, Backend& backend, bool place);
+  void forget_recordings() noexcept;
 };
 
 }  // namespace pgolf

@@ -10,28 +10,39 @@
 
 namespace pgolf {
 
-struct StepSettings {  // the host's side of StepValues: what the schedule decides for one step
-  double lr[kGroups];
-  double weight_decay[kGroups];
-  double beta1, beta2, eps;
-  double momentum;
-  double clip;
+struct StepResult {
+  double loss_sum;  // of the step's micro-batches
+  double grad_norm;
+  bool finite;  // else the step changed nothing
 };
 
-struct StepResult {
-  double grad_norm;
-  bool finite;
+// What the optimizer keeps from step to step besides its moments.
+struct StepCounts {
+  std::int64_t adam_steps;  // t
+  double loss_scale;        // fp16
+  std::int64_t clean;       // steps since it last changed
 };
 
 class Optimizer {
  public:
   Optimizer(std::shared_ptr<GPT> model, int ns_steps);
+  ~Optimizer();
+  Optimizer(const Optimizer&) = delete;
+  Optimizer& operator=(const Optimizer&) = delete;
 
-  // Applies the gradients that stand in the model. Where they are not finite, nothing changes.
-  StepResult step(const StepSettings& settings);
+  // Applies the gradients that stand in the model; where they are not finite, nothing changes. Does not wait for the
+  // backend: returns a ticket for `wait`. At most Backend::kReads steps are under way.
+  int step(const StepSettings& settings);
+  StepResult wait(int ticket);
+  // After a step that was not finite no step changes anything, until this says that the host knows.
+  void go_on();
 
-  std::int64_t steps() const { return steps_; }  // Adam's t
-  void set_steps(std::int64_t steps);
+  StepCounts counts() const;  // waits for the backend
+  void set_counts(const StepCounts& counts);
+
+  // Records everything a training step runs, for micro-batches of these sizes, by running it once without effect: no
+  // later step compiles, allocates or chooses anything. Call before the first step.
+  void warm_up(const std::vector<std::int64_t>& batches, std::int64_t T, double loss_scale, bool qat);
 
   // Averaging. A snapshot adds the weights to a running sum; the mean replaces the weights at the end.
   void add_snapshot();
@@ -52,15 +63,17 @@ class Optimizer {
   std::size_t bytes() const;
 
  private:
+  StepValues read_values() const;
+
   std::shared_ptr<GPT> model_;
   int ns_steps_;
-  std::int64_t steps_ = 0, snapshots_ = 0;
+  std::int64_t snapshots_ = 0;
   ParameterSet first_, second_, average_;  // momentum or m; v; running sum or exponential average
   std::vector<TensorView> grads_;
   std::vector<AdamTensor> adam_;
   std::vector<MuonTensor> muon_;
-  DeviceMemory scratch_, values_;
-  int concurrency_ = 0;
+  DeviceMemory scratch_;
+  int concurrency_ = 0, recording_ = 0;
 };
 
 }  // namespace pgolf

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/half.h"
 #include "core/parallel.h"
 
 namespace pgolf::quant {
@@ -27,24 +28,8 @@ std::uint32_t largest_magnitude(const float* w, std::int64_t count) {
   return largest;
 }
 
-// σ > 0 as fp16, rounded half to even: at least the smallest normal number, infinity from 65520 on.
-std::uint16_t half_scale(float sigma) {
-  if (sigma < 0x1p-14f) return kHalfSmallestNormal;
-  const std::uint32_t rebiased = std::bit_cast<std::uint32_t>(sigma) - ((127u - 15u) << 23);
-  constexpr int dropped = 23 - 10;  // mantissa bits
-  const std::uint32_t odd = (rebiased >> dropped) & 1u;
-  const std::uint32_t rounded = (rebiased + ((1u << (dropped - 1)) - 1u) + odd) >> dropped;
-  return static_cast<std::uint16_t>(std::min<std::uint32_t>(rounded, kHalfInfinity));
-}
-
-float float_from_half(std::uint16_t half) {
-  const std::uint32_t sign = (half & 0x8000u) << 16;
-  const std::uint32_t exponent = (half >> 10) & 31u;
-  const std::uint32_t mantissa = half & 0x3ffu;
-  if (exponent > 0) return std::bit_cast<float>(sign | ((exponent + 127 - 15) << 23) | (mantissa << 13));
-  const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;  // subnormal in fp16, normal in float32
-  return sign ? -magnitude : magnitude;
-}
+// σ > 0 as fp16: at least the smallest normal number, infinity from 65520 on.
+std::uint16_t half_scale(float sigma) { return std::max(half_bits(sigma), kHalfSmallestNormal); }
 
 float round_clamp(float value, float low, float high) { return std::clamp(std::nearbyint(value), low, high); }
 
