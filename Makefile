@@ -2,12 +2,20 @@
 #   PYTHON=python3.12   the interpreter to make the environment with
 #   VENV=.venv-3.12     where the environment lies
 #   PGOLF_WERROR=ON     compiler warnings are errors
+#   PGOLF_CUDA=off      no CUDA backend, which is built where nvcc is found (docs/gpu.md)
+#   PGOLF_CUDA_ARCHITECTURES=86-real   the GPUs it is built for; this machine's, or the H100 alone where there is none
 #   PYTEST_ARGS="-k x"  passed on to pytest
 
 VENV ?= .venv
 PYTHON ?=
 PGOLF_WERROR ?= OFF
 PYTEST_ARGS ?=
+PGOLF_CUDA ?= auto
+ifndef PGOLF_CUDA_ARCHITECTURES
+PGOLF_CUDA_ARCHITECTURES := $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo native || echo 90a-real)
+endif
+export PGOLF_CUDA PGOLF_CUDA_ARCHITECTURES
+FUZZ_MINUTES ?= 10
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -32,7 +40,7 @@ SANITIZED = env PYTHONPATH=$(SANITIZE)/site PYTHONMALLOC=malloc \
     LD_PRELOAD="$$($(SANITIZE_CXX) -print-file-name=libasan.so) $$($(SANITIZE_CXX) -print-file-name=libstdc++.so)" \
     $(BIN)/python
 
-.PHONY: help demo test dev lint sanitize clean
+.PHONY: help demo test test-isa dev lint sanitize fuzz mutants check-all clean
 .NOTPARALLEL:  # one pip at a time
 
 help:
@@ -40,6 +48,10 @@ help:
 	@echo "make test    run all tests"
 	@echo "make dev     install for development: Python changes apply at once, C++ changes after make dev"
 	@echo "make lint    check style, types and stubs"
+	@echo "make test-isa  run all tests on each instruction set: plain, AVX2, AVX-512"
+	@echo "make mutants  bend the mathematics piece by piece; every time a test must fail (MUTANTS='rope skip': some)"
+	@echo "make fuzz    ten minutes of fuzzing of what reads files"
+	@echo "make check-all  all of that, other compilers, Pythons and processors (CHECKS='gcc mingw': some)"
 	@echo "make sanitize  damaged files, and the tests of native code, under AddressSanitizer and UBSan (gcc, minutes)"
 	@echo "make clean   remove the environment and everything built"
 
@@ -49,17 +61,23 @@ demo: $(PGOLF)
 test: $(VENV)/.tested-with $(PGOLF)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-isa: $(VENV)/.tested-with $(PGOLF)
+	@for isa in plain avx2 avx512; do \
+	    PGOLF_CPU_ISA=$$isa $(BIN)/python -c 'from pgolf import _C; _C.cpu_isa()' && \
+	    echo "PGOLF_CPU_ISA=$$isa" && PGOLF_CPU_ISA=$$isa $(BIN)/python -m pytest $(PYTEST_ARGS) || exit 1; \
+	done
+
 dev: $(VENV)/.tested-with $(VENV)/.dev
 
 lint: $(VENV)/.tested-with $(PGOLF)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest --allowlist dev/stubtest_allowlist.txt pgolf._C
 
 sanitize: $(VENV)/.tested-with
-	PATH="$(abspath $(BIN)):$$PATH" && CXX="$(SANITIZE_CXX)" cmake -S . -B $(SANITIZE) -G Ninja -DPGOLF_SANITIZE=ON \
+	PATH="$(abspath $(BIN)):$$PATH" && CXX="$(SANITIZE_CXX)" cmake -S . -B $(SANITIZE) -G Ninja -DPGOLF_SANITIZE=ON -DPGOLF_CUDA=off \
 	    -DPython_EXECUTABLE="$(abspath $(BIN)/python)" \
 	    -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" && cmake --build $(SANITIZE)
 	rm -rf $(SANITIZE)/site && mkdir $(SANITIZE)/site
@@ -70,6 +88,15 @@ sanitize: $(VENV)/.tested-with
 	$(SANITIZED) -c 'import pgolf._C as c; assert "$(SANITIZE)/site" in c.__file__, c.__file__'
 	$(SANITIZED) dev/corrupt.py
 	$(SANITIZED) -m pytest tests/test_ops.py tests/test_quantize.py tests/test_core.py $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.fuzzed-with $(PGOLF)
+	$(BIN)/python dev/fuzz_containers.py --minutes $(FUZZ_MINUTES)
+
+mutants: $(VENV)/.tested-with $(PGOLF)
+	PGOLF_CUDA=off $(BIN)/python dev/mutants.py $(MUTANTS)
+
+check-all: $(VENV)/.tested-with $(PGOLF)
+	PGOLF_CUDA=off $(BIN)/python dev/check_all.py $(CHECKS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -82,6 +109,10 @@ $(VENV)/.tools: requirements/build.txt dev/find_python.sh
 
 $(VENV)/.tested-with: requirements/test.txt $(VENV)/.tools
 	$(PIP) -r requirements/test.txt
+	@touch $@
+
+$(VENV)/.fuzzed-with: requirements/fuzz.txt $(VENV)/.tested-with
+	$(PIP) -r requirements/fuzz.txt
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(NATIVE) $(PACKAGE)

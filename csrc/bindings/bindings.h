@@ -8,6 +8,7 @@
 namespace pgolf {
 
 void bind_core(pybind11::module_& m);
+void bind_device(pybind11::module_& m);
 void bind_model(pybind11::module_& m);
 void bind_ops(pybind11::module_& m);
 void bind_optim(pybind11::module_& m);

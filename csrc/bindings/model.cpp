@@ -1,9 +1,12 @@
+#include <map>
 #include <mutex>
 
 #include "bindings/bindings.h"
 #include "bindings/model.h"
+#include "core/error.h"
 #include "core/memory.h"
 #include "core/parallel.h"
+#include "device/cuda_library.h"
 
 namespace py = pybind11;
 
@@ -34,23 +37,28 @@ ModelConfig config_from(const py::dict& d) {
   return c;
 }
 
-DType dtype_from(const std::string& name) {
-  if (name == "float32") return DType::f32;
-  if (name == "float64") return DType::f64;
-  throw std::invalid_argument("The dtype is " + name + "; a CPU model is float32 or float64.");
-}
-
 py::array empty(DType dtype, std::vector<py::ssize_t> shape) {
   return py::array(py::dtype(dtype == DType::f64 ? "float64" : "float32"), std::move(shape));
 }
 
 }  // namespace
 
-NativeModel::NativeModel(const py::dict& config, std::optional<std::uint64_t> seed, const std::string& dtype) {
+std::unique_ptr<Backend> make_backend(int device, const std::string& dtype) {
+  const auto types = std::map<std::string, DType>{
+      {"float32", DType::f32}, {"float64", DType::f64}, {"bfloat16", DType::bf16}, {"float16", DType::f16}};
+  const auto found = types.find(dtype);
+  require(found != types.end(), "The dtype is ", dtype, "; expected float32, float64, bfloat16 or float16.");
+  const DType type = found->second;
+  if (device < 0) return make_cpu_backend(type == DType::f64 ? type : DType::f32, type);
+  require(type != DType::f64, "The dtype is float64; a model on a GPU is bfloat16, float16 or float32.");
+  return make_cuda_backend(device, type);
+}
+
+NativeModel::NativeModel(const py::dict& config, std::optional<std::uint64_t> seed, int device,
+                         const std::string& dtype) {
   const ModelConfig parsed = config_from(config);
-  const DType type = dtype_from(dtype);
   py::gil_scoped_release release;
-  gpt = std::make_shared<GPT>(parsed, make_cpu_backend(type), seed);
+  gpt = std::make_shared<GPT>(parsed, make_backend(device, dtype), seed);
 }
 
 py::array read_tensor(NativeModel& model, const TensorView& t, const std::vector<std::int64_t>& shape) {
@@ -76,8 +84,8 @@ void write_tensor(NativeModel& model, const TensorView& t, const std::string& na
 
 void bind_model(py::module_& m) {
   py::class_<NativeModel>(m, "Model")
-      .def(py::init<const py::dict&, std::optional<std::uint64_t>, const std::string&>(), py::arg("config"),
-           py::arg("seed"), py::arg("dtype"))
+      .def(py::init<const py::dict&, std::optional<std::uint64_t>, int, const std::string&>(), py::arg("config"),
+           py::arg("seed"), py::arg("device"), py::arg("dtype"))
       .def("description", [](const NativeModel& self) { return self.gpt->backend().description(); })
       .def("read",
            [](NativeModel& self, const std::string& name) {
@@ -92,13 +100,15 @@ void bind_model(py::module_& m) {
       .def("write",
            [](NativeModel& self, const std::string& name, const py::array& values) {
              write_tensor(self, self.gpt->weights()[self.gpt->index_of(name)], name, values);
+             self.gpt->weights_changed();
            })
       .def(
           "logits",
           [](NativeModel& self, const Int32Array& ids, std::int64_t first) {
             const auto B = ids.shape(0), T = ids.shape(1);
             const ModelConfig& c = self.gpt->config();
-            py::array out = empty(self.gpt->backend().dtype(), {B, std::max<py::ssize_t>(T - first, 0), c.vocab_size});
+            py::array out =
+                empty(self.gpt->backend().master_dtype(), {B, std::max<py::ssize_t>(T - first, 0), c.vocab_size});
             const auto* in = ids.data();
             void* to = out.mutable_data();
             {
@@ -113,7 +123,7 @@ void bind_model(py::module_& m) {
           "losses",
           [](NativeModel& self, const Int32Array& ids, const Int32Array& targets, std::int64_t first) {
             const auto B = ids.shape(0), T = ids.shape(1);
-            py::array out = empty(self.gpt->backend().dtype(), {B, std::max<py::ssize_t>(T - first, 0)});
+            py::array out = empty(self.gpt->backend().master_dtype(), {B, std::max<py::ssize_t>(T - first, 0)});
             const auto *in = ids.data(), *goal = targets.data();
             void* to = out.mutable_data();
             {
@@ -142,9 +152,8 @@ void bind_model(py::module_& m) {
             py::gil_scoped_release release;
             std::lock_guard lock(self.mutex);
             const auto before = allocation_count();
-            const double sum = self.gpt->micro_step(in, goal, B, T, loss_scale);
+            self.gpt->micro_step(in, goal, B, T, loss_scale);
             self.step_allocations += allocation_count() - before;
-            return sum;
           },
           py::arg("ids"), py::arg("targets"), py::arg("loss_scale"))
       .def("end_step",
@@ -155,6 +164,26 @@ void bind_model(py::module_& m) {
              self.gpt->end_step();
              self.step_allocations += allocation_count() - before;
            })
+      .def("loss_sum",
+           [](NativeModel& self) {
+             py::gil_scoped_release release;
+             std::lock_guard lock(self.mutex);
+             return self.gpt->loss_sum();
+           })
+      .def("loss_scale",
+           [](NativeModel& self) {
+             py::gil_scoped_release release;
+             std::lock_guard lock(self.mutex);
+             double scale;
+             self.gpt->backend().download(&scale, &self.gpt->values()->loss_scale, sizeof scale);
+             return scale;
+           })
+      .def("training_bytes",
+           [](NativeModel& self, std::int64_t B, std::int64_t T) {
+             std::lock_guard lock(self.mutex);
+             return self.gpt->training_bytes(B, T);
+           })
+      .def("memory_limit", [](NativeModel& self) { return self.gpt->backend().memory_limit(); })
       .def_readonly("step_allocations", &NativeModel::step_allocations,
                     "Native allocations made by the current step's calls so far.")
       .def(
@@ -194,7 +223,7 @@ void bind_model(py::module_& m) {
         const TensorView to(type, {u.shape(0), u.shape(1)}, out.mutable_data());
         py::gil_scoped_release release;
         NativeCall call;
-        const auto backend = make_cpu_backend(type);
+        const auto backend = make_cpu_backend(type, type);
         DeviceMemory scratch;
         scratch.reserve(*backend, backend->newton_schulz_scratch(in));
         backend->newton_schulz(in, to, steps, scratch.data());

@@ -19,6 +19,7 @@ PYBIND11_MODULE(_C, m) {
     }
   });
   pgolf::bind_core(m);
+  pgolf::bind_device(m);
   pgolf::bind_model(m);
   pgolf::bind_ops(m);
   pgolf::bind_optim(m);

@@ -1,6 +1,7 @@
 // The operations of backend.h on NumPy arrays, for pgolf.ops, which checks the arrays and makes those for results.
 // A call takes the arrays that it reads and those that it writes or adds to, both by name, and numbers as keywords.
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cstring>
 #include <limits>
@@ -9,52 +10,84 @@
 #include <mutex>
 
 #include "bindings/bindings.h"
+#include "bindings/model.h"
 #include "core/error.h"
+#include "core/half.h"
 #include "core/parallel.h"
-#include "model/gpt.h"
 
 namespace py = pybind11;
 
 namespace pgolf {
 namespace {
 
-DType dtype_of(const py::dtype& type) {
-  const char kind = type.kind();
-  const auto size = type.itemsize();
-  if (kind == 'f' && size == 4) return DType::f32;
-  if (kind == 'f' && size == 8) return DType::f64;
-  if (kind == 'i' && size == 4) return DType::i32;
-  if (kind == 'u' && size == 1) return DType::u8;
-  throw std::invalid_argument(
-      sentence("The dtype is ", std::string(py::str(type)), "; expected float32, float64, int32 or uint8."));
-}
-
-// The arrays of one call in the backend's memory. Names of one array are names of one tensor.
-class Staged {
+// Numbers of an S tensor on their way to a backend whose S is a 16-bit dtype, or that rounds floats to one; and back.
+class Storage {
  public:
-  explicit Staged(Backend& backend) : backend_(backend) {}
-  Staged(Backend& backend, const py::dict& inputs, const py::dict& outputs) : Staged(backend) {
-    for (const auto& [name, array] : inputs)
-      names_[py::cast<std::string>(name)] = add(py::cast<py::array>(array), false);
-    for (const auto& [name, array] : outputs)
-      names_[py::cast<std::string>(name)] = add(py::cast<py::array>(array), true);
+  explicit Storage(const Backend& backend) : in_(backend.dtype()), precision_(backend.precision()) {}
+  bool converts() const { return precision_ == DType::bf16 || precision_ == DType::f16; }
+
+  std::vector<unsigned char> pack(const float* values, std::int64_t count) const {
+    std::vector<unsigned char> packed(static_cast<std::size_t>(count) * size_of(in_));
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::uint16_t bits = precision_ == DType::bf16 ? bf16_bits(values[i]) : half_bits(values[i]);
+      if (in_ == DType::f32)
+        reinterpret_cast<float*>(packed.data())[i] = value(bits);
+      else
+        reinterpret_cast<std::uint16_t*>(packed.data())[i] = bits;
+    }
+    return packed;
+  }
+  void unpack(const unsigned char* packed, std::int64_t count, float* values) const {
+    for (std::int64_t i = 0; i < count; ++i)
+      values[i] = in_ == DType::f32 ? reinterpret_cast<const float*>(packed)[i]
+                                    : value(reinterpret_cast<const std::uint16_t*>(packed)[i]);
   }
 
-  TensorView add(py::array array, bool written) {
+ private:
+  float value(std::uint16_t bits) const {
+    return precision_ == DType::bf16 ? std::bit_cast<float>(std::uint32_t{bits} << 16) : float_from_half(bits);
+  }
+
+  DType in_, precision_;
+};
+
+// The arrays of one call in the backend's memory. A float array becomes an S tensor under `["name"]`, an M tensor under
+// `master("name")`; one array under several names is one tensor.
+class Staged {
+ public:
+  explicit Staged(Backend& backend) : backend_(backend), storage_(backend) {}
+  Staged(Backend& backend, const py::dict& inputs, const py::dict& outputs) : Staged(backend) {
+    for (const auto& [name, array] : inputs) arrays_[py::cast<std::string>(name)] = {py::cast<py::array>(array), false};
+    for (const auto& [name, array] : outputs) arrays_[py::cast<std::string>(name)] = {py::cast<py::array>(array), true};
+  }
+
+  TensorView add(py::array array, bool written, bool master = true) {
     require(array.ndim() <= kMaxRank && (array.flags() & py::array::c_style),
             "An operation takes C-contiguous arrays of at most ", kMaxRank, " axes.");
-    TensorView tensor(dtype_of(array.dtype()), {});
+    const char kind = array.dtype().kind();
+    const bool number = kind == 'f', wide = backend_.master_dtype() == DType::f64;
+    require(number ? array.itemsize() == (wide ? 8 : 4)
+                   : (kind == 'i' && array.itemsize() == 4) || (kind == 'u' && array.itemsize() <= 2) ||
+                         (kind == 'i' && array.itemsize() == 1),
+            "The dtype is ", std::string(py::str(array.dtype())), "; expected ", wide ? "float64" : "float32",
+            " or int32.");
+    const bool packed = number && !master && storage_.converts();
+    TensorView tensor(number                  ? (packed ? backend_.dtype() : backend_.master_dtype())
+                      : array.itemsize() == 4 ? DType::i32
+                      : array.itemsize() == 2 ? DType::f16
+                                              : DType::u8,
+                      {});
     for (py::ssize_t i = 0; i < array.ndim(); ++i) tensor.shape[tensor.rank++] = array.shape(i);
     tensor.rank = std::max(tensor.rank, 1);  // a scalar is [1]
     void* host = written ? array.mutable_data() : const_cast<void*>(array.data());
     for (Copy& known : copies_) {
-      if (known.host != host || known.tensor.bytes() != tensor.bytes()) continue;
+      if (known.host != host || known.tensor.size() != tensor.size() || known.packed != packed) continue;
       known.written |= written;
       tensor.data = known.tensor.data;
       return tensor;
     }
     tensor.data = memory(tensor.bytes());
-    copies_.push_back({host, tensor, written});
+    copies_.push_back({host, tensor, written, packed});
     return tensor;
   }
 
@@ -66,45 +99,64 @@ class Staged {
     return area;
   }
 
-  TensorView find(const char* name) const {  // absent: rank 0
-    const auto found = names_.find(name);
-    return found == names_.end() ? TensorView() : found->second;
+  bool has(const char* name) const { return arrays_.contains(name); }
+  TensorView find(const char* name, bool master = false) {  // absent: rank 0
+    const auto found = arrays_.find(name);
+    return found == arrays_.end() ? TensorView() : add(found->second.first, found->second.second, master);
   }
-  TensorView operator[](const char* name) const {
-    const TensorView tensor = find(name);
-    require(static_cast<bool>(tensor), "The operation needs an array named ", name, ".");
-    return tensor;
-  }
+  TensorView operator[](const char* name) { return need(name, false); }
+  TensorView master(const char* name) { return need(name, true); }
 
   void upload() {
-    for (const Copy& c : copies_)
-      if (c.tensor.data) backend_.upload(c.tensor.data, c.host, c.tensor.bytes());
+    for (const Copy& c : copies_) {
+      if (!c.tensor.data) continue;
+      if (c.packed) {
+        const auto packed = storage_.pack(static_cast<const float*>(c.host), c.tensor.size());
+        backend_.upload(c.tensor.data, packed.data(), packed.size());
+      } else {
+        backend_.upload(c.tensor.data, c.host, c.tensor.bytes());
+      }
+    }
   }
   void download() {
-    for (const Copy& c : copies_)
-      if (c.written && c.tensor.data) backend_.download(c.host, c.tensor.data, c.tensor.bytes());
+    for (const Copy& c : copies_) {
+      if (!c.written || !c.tensor.data) continue;
+      if (c.packed) {
+        std::vector<unsigned char> packed(c.tensor.bytes());
+        backend_.download(packed.data(), c.tensor.data, packed.size());
+        storage_.unpack(packed.data(), c.tensor.size(), static_cast<float*>(c.host));
+      } else {
+        backend_.download(c.host, c.tensor.data, c.tensor.bytes());
+      }
+    }
   }
 
  private:
   struct Copy {
     void* host;
     TensorView tensor;
-    bool written;
+    bool written, packed;
   };
 
+  TensorView need(const char* name, bool master) {
+    const TensorView tensor = find(name, master);
+    require(static_cast<bool>(tensor), "The operation needs an array named ", name, ".");
+    return tensor;
+  }
   void* memory(std::size_t bytes) {
     memory_.emplace_back().reserve(backend_, bytes);
     return memory_.back().data();
   }
 
   Backend& backend_;
-  std::map<std::string, TensorView> names_;
+  Storage storage_;
+  std::map<std::string, std::pair<py::array, bool>> arrays_;  // and whether it is written
   std::vector<Copy> copies_;
   std::list<DeviceMemory> memory_;
 };
 
 struct Ops {
-  explicit Ops(const py::dtype& dtype) : backend(make_cpu_backend(dtype_of(dtype))) {}
+  Ops(int device, const std::string& dtype) : backend(make_backend(device, dtype)) {}
 
   template <class F>
   void run(Staged& arrays, F&& body) {  // body allocates scratch itself: its size is good for this call alone
@@ -125,8 +177,10 @@ struct Ops {
   // Runs the operation itself, for benchmarks: staging and scratch are not in its time.
   template <class F>
   void timed(F&& operation) {
+    backend->synchronize();
     const auto start = std::chrono::steady_clock::now();
     operation();
+    backend->synchronize();
     seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
 
@@ -142,157 +196,144 @@ T number(const py::kwargs& numbers, const char* name) {
 
 // ---- The operations of the model: which array is which field.
 
-Embed make_embed(const Staged& t, const py::kwargs& n) {
+Embed make_embed(Staged& t, const py::kwargs& n) {
   Embed op;
   op.ids = t["ids"];
   op.tok_emb = t["tok_emb"];
   op.bigram_emb = t.find("bigram_emb");
   op.bigram_proj = t.find("bigram_proj");
-  op.bigram_scale = t.find("bigram_scale");
-  op.smear_gate = t["smear_gate"];
+  op.bigram_scale = t.find("bigram_scale", true);
+  op.smear_gate = t.master("smear_gate");
   op.reset_at_bos = number<bool>(n, "reset_at_bos");
   op.bos_id = number<std::int32_t>(n, "bos_id");
   op.x0 = t["x0"];
   return op;
 }
-EmbedGrads make_embed_grads(const Staged& t, const py::kwargs&) {
+EmbedGrads make_embed_grads(Staged& t, const py::kwargs&) {
   EmbedGrads grads;
   grads.dx0 = t["dx0"];
-  grads.tok_emb = t["dtok_emb"];
-  grads.bigram_emb = t.find("dbigram_emb");
-  grads.bigram_proj = t.find("dbigram_proj");
-  grads.bigram_scale = t.find("dbigram_scale");
-  grads.smear_gate = t["dsmear_gate"];
+  grads.tok_emb = t.master("dtok_emb");
+  grads.bigram_emb = t.find("dbigram_emb", true);
+  grads.bigram_proj = t.find("dbigram_proj", true);
+  grads.bigram_scale = t.find("dbigram_scale", true);
+  grads.smear_gate = t.master("dsmear_gate");
   return grads;
 }
 
-MixedInput make_mixed(const Staged& t) {
+MixedInput make_mixed(Staged& t) {
   MixedInput op;
   op.x = t["x"];
   op.x0 = t["x0"];
-  op.resid_mix = t["resid_mix"];
+  op.resid_mix = t.master("resid_mix");
   op.skip = t.find("skip");
-  op.skip_weight = t.find("skip_weight");
+  op.skip_weight = t.find("skip_weight", true);
   return op;
 }
 
-Qkv make_qkv(const Staged& t, const py::kwargs&) {
+Qkv make_qkv(Staged& t, const py::kwargs&) {
   Qkv op;
   op.in = make_mixed(t);
   op.wq = t["wq"];
   op.wk = t["wk"];
   op.wv = t["wv"];
-  op.cos = t["cos"];
-  op.sin = t["sin"];
+  op.cos = t.master("cos");
+  op.sin = t.master("sin");
   op.q = t["q"];
   op.k = t["k"];
   op.v = t["v"];
   return op;
 }
-QkvGrads make_qkv_grads(const Staged& t, const py::kwargs&) {
+QkvGrads make_qkv_grads(Staged& t, const py::kwargs&) {
   QkvGrads grads;
   grads.dq = t["dq"];
   grads.dk = t["dk"];
   grads.dv = t["dv"];
   grads.dx = t["dx"];
-  grads.dx0 = t["dx0"];
+  grads.dx0 = t.master("dx0");
   grads.dskip = t.find("dskip");
   grads.pending = t.find("pending");
-  grads.resid_mix = t["dresid_mix"];
-  grads.skip_weight = t.find("dskip_weight");
-  grads.wq = t["dwq"];
-  grads.wk = t["dwk"];
-  grads.wv = t["dwv"];
+  grads.resid_mix = t.master("dresid_mix");
+  grads.skip_weight = t.find("dskip_weight", true);
+  grads.wq = t.master("dwq");
+  grads.wk = t.master("dwk");
+  grads.wv = t.master("dwv");
   return grads;
 }
 
-Attention make_attention(const Staged& t, const py::kwargs&) {
+Attention make_attention(Staged& t, const py::kwargs&) {
   Attention op;
   op.q = t["q"];
   op.k = t["k"];
   op.v = t["v"];
-  op.gain = t["gain"];
+  op.gain = t.master("gain");
   op.o = t["o"];
   return op;
 }
-AttentionGrads make_attention_grads(const Staged& t, const py::kwargs&) {
+AttentionGrads make_attention_grads(Staged& t, const py::kwargs&) {
   AttentionGrads grads;
   grads.d_o = t["do"];
   grads.dq = t["dq"];
   grads.dk = t["dk"];
   grads.dv = t["dv"];
-  grads.gain = t["dgain"];
+  grads.gain = t.master("dgain");
   return grads;
 }
 
-ProjectResidual make_project_residual(const Staged& t, const py::kwargs&) {
+ProjectResidual make_project_residual(Staged& t, const py::kwargs&) {
   ProjectResidual op;
   op.a = t["a"];
   op.w = t["w"];
-  op.scale = t["scale"];
   op.out = t["out"];
-  if (t.find("resid_mix"))
+  if (t.has("resid_mix"))
     op.mixed = make_mixed(t);
   else
     op.x = t["x"];
   return op;
 }
-ProjectResidualGrads make_project_residual_grads(const Staged& t, const py::kwargs&) {
+ProjectResidualGrads make_project_residual_grads(Staged& t, const py::kwargs&) {
   ProjectResidualGrads grads;
   grads.dout = t["dout"];
   grads.da = t["da"];
-  grads.w = t["dw"];
+  grads.w = t.master("dw");
   return grads;
 }
-ProjectResidual make_finish_projection(const Staged& t, const py::kwargs&) {
-  ProjectResidual op;
-  op.w = t["w"];
-  op.scale = t["scale"];
-  return op;
-}
-ProjectResidualGrads make_finish_projection_grads(const Staged& t, const py::kwargs&) {
-  ProjectResidualGrads grads;
-  grads.w = t["dw"];
-  grads.scale = t["dscale"];
-  return grads;
-}
-
-MlpUp make_mlp_up(const Staged& t, const py::kwargs&) {
+MlpUp make_mlp_up(Staged& t, const py::kwargs& n) {
   MlpUp op;
+  op.h_scale = number<double>(n, "h_scale");
   op.x = t["x"];
   op.w = t["w"];
   op.h = t["h"];
   return op;
 }
-MlpUpGrads make_mlp_up_grads(const Staged& t, const py::kwargs&) {
+MlpUpGrads make_mlp_up_grads(Staged& t, const py::kwargs&) {
   MlpUpGrads grads;
   grads.dh = t["dh"];
   grads.dx = t["dx"];
-  grads.w = t["dw"];
+  grads.w = t.master("dw");
   return grads;
 }
 
-Head make_head(const Staged& t, const py::kwargs& n) {
+Head make_head(Staged& t, const py::kwargs& n) {
   Head op;
   op.x = t["x"];
   op.w = t["w"];
   op.targets = t.find("targets");
   op.softcap = number<double>(n, "softcap");
   op.first = number<std::int64_t>(n, "first");
-  op.logits = t.find("logits");
-  op.losses = t.find("losses");
+  op.logits = t.find("logits", true);
+  op.losses = t.find("losses", true);
   return op;
 }
-HeadGrads make_head_grads(const Staged& t, const py::kwargs& n) {
+HeadGrads make_head_grads(Staged& t, const py::kwargs& n) {
   HeadGrads grads;
   grads.loss_scale = number<double>(n, "loss_scale");
   grads.dx = t["dx"];
-  grads.w = t["dw"];
+  grads.w = t.master("dw");
   return grads;
 }
 
 template <class Op>
-using Make = Op (*)(const Staged&, const py::kwargs&);
+using Make = Op (*)(Staged&, const py::kwargs&);
 
 // name(inputs, outputs, **numbers) -> saved, uint8
 template <class Op>
@@ -359,6 +400,7 @@ py::tuple grad_norm(Ops& self, const Arrays& grads, const py::kwargs& n) {
   const std::vector<TensorView> views = add_all(arrays, grads, false);
   StepValues values{};
   values.clip = number<double>(n, "clip");
+  values.loss_scale = 1;
   self.run(arrays, [&] {
     StepValues* const device = self.upload(arrays, values);
     self.timed([&] { self.backend->grad_norm(views, device); });
@@ -400,24 +442,57 @@ void muon(Ops& self, const Arrays& w, const Arrays& grads, const Arrays& momenta
   });
 }
 
-void fake_quantize(Ops& self, const py::array& w, const py::array& out, int clip) {
+void working_copy(Ops& self, const py::dict& inputs, const py::dict& outputs, int clip, double factor) {
+  Staged arrays(*self.backend, inputs, outputs);
+  const WorkingCopy copy{arrays.master("w"), arrays.find("scale", true), clip, factor, arrays["out"]};
+  self.run(arrays, [&] { self.timed([&] { self.backend->working_copies({&copy, 1}); }); });
+}
+
+void finish_projection(Ops& self, const py::dict& inputs, const py::dict& outputs, int clip, double factor) {
+  Staged arrays(*self.backend, inputs, outputs);
+  const ProjectionEnd end{arrays.master("w"),  arrays.master("scale"), clip, factor,
+                          arrays.master("dw"), arrays.master("dscale")};
+  self.run(arrays, [&] { self.timed([&] { self.backend->finish_projections({&end, 1}); }); });
+}
+
+void newton_schulz(Ops& self, const py::array& u, const py::array& out, int steps) {
   Staged arrays(*self.backend);
-  const TensorView from = arrays.add(w, false), to = arrays.add(out, true);
-  self.run(arrays, [&] { self.backend->fake_quantize(from, to, clip); });
+  const TensorView from = arrays.add(u, false), to = arrays.add(out, true);
+  self.run(arrays, [&] {
+    const TensorView scratch = arrays.area(self.backend->newton_schulz_scratch(from));
+    self.timed([&] { self.backend->newton_schulz(from, to, steps, scratch.data); });
+  });
+}
+
+void quantize_rows(Ops& self, const py::array& w, int clip, const py::array& q, const py::array& scale) {
+  Staged arrays(*self.backend);
+  const TensorView from = arrays.add(w, false), to = arrays.add(q, true), scales = arrays.add(scale, true);
+  self.run(arrays, [&] { self.timed([&] { self.backend->quantize_rows(from, clip, to, scales); }); });
+}
+
+void dequantize_rows(Ops& self, const py::array& q, const py::array& scale, const py::array& w) {
+  Staged arrays(*self.backend);
+  const TensorView from = arrays.add(q, false), scales = arrays.add(scale, false), to = arrays.add(w, true);
+  self.run(arrays, [&] { self.timed([&] { self.backend->dequantize_rows(from, scales, to); }); });
 }
 
 double sum(Ops& self, const py::array& x) {
   Staged arrays(*self.backend);
   const TensorView view = arrays.add(x, false);
   double total = 0;
-  self.run(arrays, [&] { total = self.backend->sum(view); });
+  self.run(arrays, [&] {
+    auto* const device = static_cast<double*>(arrays.area(sizeof total).data);
+    self.backend->upload(device, &total, sizeof total);
+    self.timed([&] { self.backend->add_sum(view, device); });
+    self.backend->download(&total, device, sizeof total);
+  });
   return total;
 }
 
 void axpby(Ops& self, double a, const py::array& x, double b, const py::array& y) {
   Staged arrays(*self.backend);
   const TensorView from = arrays.add(x, false), to = arrays.add(y, true);
-  self.run(arrays, [&] { self.backend->axpby(a, from, b, to); });
+  self.run(arrays, [&] { self.backend->axpby(a, from, b, to, nullptr); });
 }
 
 // The pool itself, for tests: function(i) for i in range(count), each on some thread of it.
@@ -433,7 +508,7 @@ void run_python_tasks(std::int64_t count, const py::function& function) {
 
 void bind_ops(py::module_& m) {
   py::class_<Ops> c(m, "Ops");
-  c.def(py::init<const py::dtype&>(), py::arg("dtype"));
+  c.def(py::init<int, const std::string&>(), py::arg("device"), py::arg("dtype"));
   c.def_readonly("seconds", &Ops::seconds);
   c.def("description", [](const Ops& self) { return self.backend->description(); });
   def_forward(c, "embed", make_embed, &Backend::embed_forward);
@@ -445,8 +520,6 @@ void bind_ops(py::module_& m) {
   def_forward(c, "project_residual", make_project_residual, &Backend::project_residual_forward);
   def_backward(c, "project_residual_backward", make_project_residual, make_project_residual_grads,
                &Backend::project_residual_backward);
-  def_backward(c, "finish_projection", make_finish_projection, make_finish_projection_grads,
-               &Backend::finish_projection);
   def_forward(c, "mlp_up", make_mlp_up, &Backend::mlp_up_forward);
   def_backward(c, "mlp_up_backward", make_mlp_up, make_mlp_up_grads, &Backend::mlp_up_backward);
   def_forward(c, "head_logits", make_head, &Backend::head_logits);
@@ -455,7 +528,11 @@ void bind_ops(py::module_& m) {
   c.def("grad_norm", &grad_norm);
   c.def("adam", &adam);
   c.def("muon", &muon);
-  c.def("fake_quantize", &fake_quantize);
+  c.def("newton_schulz", &newton_schulz);
+  c.def("working_copy", &working_copy);
+  c.def("finish_projection", &finish_projection);
+  c.def("quantize_rows", &quantize_rows);
+  c.def("dequantize_rows", &dequantize_rows);
   c.def("sum", &sum);
   c.def("axpby", &axpby);
   m.def("run_tasks", &run_python_tasks, py::arg("count"), py::arg("function"));

@@ -52,18 +52,36 @@ void bind_optim(py::module_& m) {
           "step",
           [](NativeOptimizer& self, const py::dict& settings) {
             const StepSettings s = settings_from(settings);
-            const StepResult r = locked(self, [&] {
+            return locked(self, [&] {
               const auto before = allocation_count();
-              const StepResult result = self.optimizer.step(s);
+              const int ticket = self.optimizer.step(s);
               self.model.step_allocations += allocation_count() - before;
-              return result;
+              return ticket;
             });
-            return py::make_tuple(r.grad_norm, r.finite);
           },
-          py::arg("settings"))
+          py::arg("settings"), "Applies the gradients; returns a ticket for `wait`.")
+      .def(
+          "wait",
+          [](NativeOptimizer& self, int ticket) {
+            const StepResult r = locked(self, [&] { return self.optimizer.wait(ticket); });
+            return py::make_tuple(r.loss_sum, r.grad_norm, r.finite);
+          },
+          py::arg("ticket"), "Waits for a step: (sum of its losses, gradient norm, finite).")
+      .def("go_on", [](NativeOptimizer& self) { locked(self, [&] { self.optimizer.go_on(); }); })
+      .def(
+          "warm_up",
+          [](NativeOptimizer& self, const std::vector<std::int64_t>& batches, std::int64_t T, double loss_scale,
+             bool qat) { locked(self, [&] { self.optimizer.warm_up(batches, T, loss_scale, qat); }); },
+          py::arg("batches"), py::arg("seq_len"), py::arg("loss_scale"), py::arg("qat"))
       .def_property(
-          "steps", [](const NativeOptimizer& self) { return self.optimizer.steps(); },
-          [](NativeOptimizer& self, std::int64_t n) { self.optimizer.set_steps(n); })
+          "counts",
+          [](NativeOptimizer& self) {
+            const StepCounts c = locked(self, [&] { return self.optimizer.counts(); });
+            return py::make_tuple(c.adam_steps, c.loss_scale, c.clean);
+          },
+          [](NativeOptimizer& self, const std::tuple<std::int64_t, double, std::int64_t>& c) {
+            locked(self, [&] { self.optimizer.set_counts({std::get<0>(c), std::get<1>(c), std::get<2>(c)}); });
+          })
       .def_property(
           "snapshots", [](const NativeOptimizer& self) { return self.optimizer.snapshots(); },
           [](NativeOptimizer& self, std::int64_t n) { self.optimizer.set_snapshots(n); })

@@ -1,0 +1,79 @@
+// Causal attention with grouped queries: which kernels serve a call, what they keep, and the gain's gradient.
+#include <cmath>
+
+#include "cuda/attention.cuh"
+
+namespace pgolf::cuda {
+namespace {
+
+// gain[h] += Σ partials[h], one block a head
+__global__ void add_gain_gradients(const float* partials, int count, float* gain) {
+  __shared__ float shared[kWarp];
+  const float* own = partials + static_cast<i64>(blockIdx.x) * count;
+  float sum = 0.0f;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) sum += own[i];
+  sum = block_sum(sum, shared);
+  if (threadIdx.x == 0) gain[blockIdx.x] += sum;
+}
+
+template <class S>
+AttentionArgs<S> arguments(const Attention& op) {
+  const auto size = [&](const TensorView& t, int axis) { return static_cast<int>(t.shape[axis]); };
+  const int D = size(op.q, 3);
+  const float root = 1.0f / std::sqrt(static_cast<float>(D));
+  return {size(op.q, 0), size(op.q, 1),       size(op.q, 2), size(op.k, 2),       D, root, op.q.as<S>(), op.k.as<S>(),
+          op.v.as<S>(),  op.gain.as<float>(), op.o.as<S>(),  op.saved.as<float>()};
+}
+
+struct BackwardScratch {
+  int partials;  // of a head's gain
+  float *delta, *dgain;
+  template <class S>
+  BackwardScratch(Layout& layout, const AttentionArgs<S>& a)
+      : partials(a.batch * static_cast<int>(blocks_for(a.T, AttentionKernels<S>::dq_rows(a.D)))),
+        delta(layout.take<float>(static_cast<i64>(a.batch) * a.H * a.T)),
+        dgain(layout.take<float>(static_cast<i64>(a.H) * partials)) {}
+};
+
+}  // namespace
+
+OpBytes CudaBackend::bytes(const Attention& op) const {
+  const i64 D = op.q.shape[3], sequence = op.q.shape[1] * op.q.shape[2] * D;
+  require(D >= kLeastHeadWidth && D <= kMostHeadWidth && D % kHeadWidthStep == 0, "Attention heads are ", D,
+          " wide; on a GPU the width of a head must be a multiple of ", kHeadWidthStep, " from ", kLeastHeadWidth,
+          " to ", kMostHeadWidth, ".");
+  require(sequence <= kMostElements, "A sequence of queries has ", sequence, " numbers; on a GPU it may have ",
+          kMostElements, ": make the sequences shorter.");
+  return with_storage(dtype(), [&](auto storage) -> OpBytes {
+    const auto a = arguments<decltype(storage)>(op);
+    Layout saved, backward;
+    saved.take<float>(static_cast<i64>(a.batch) * a.H * a.T);
+    BackwardScratch(backward, a);
+    return {saved.used(), 0, backward.used()};
+  });
+}
+
+void CudaBackend::attention_forward(const Attention& op) {
+  with_storage(dtype(), [&](auto storage) {
+    using S = decltype(storage);
+    AttentionKernels<S>::forward(arguments<S>(op), stream());
+  });
+}
+
+void CudaBackend::attention_backward(const Attention& op, const AttentionGrads& grads) {
+  with_storage(dtype(), [&](auto storage) {
+    using S = decltype(storage);
+    const AttentionArgs<S> a = arguments<S>(op);
+    Layout layout(grads.scratch.data);
+    const BackwardScratch scratch(layout, a);
+    AttentionKernels<S>::backward(a,
+                                  {op.o.as<S>(), grads.d_o.as<S>(), grads.dq.as<S>(), grads.dk.as<S>(),
+                                   grads.dv.as<S>(), scratch.delta, scratch.dgain},
+                                  stream());
+    constexpr int kThreads = 256;
+    launch("add_gain_gradients", add_gain_gradients, a.H, kThreads, 0, stream(), scratch.dgain, scratch.partials,
+           grads.gain.as<float>());
+  });
+}
+
+}  // namespace pgolf::cuda

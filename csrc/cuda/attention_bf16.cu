@@ -1,0 +1,4 @@
+#include "cuda/attention_backward.cuh"
+#include "cuda/attention_forward.cuh"
+
+template struct pgolf::cuda::AttentionKernels<pgolf::cuda::bf16>;

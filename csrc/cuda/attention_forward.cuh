@@ -1,0 +1,151 @@
+// Attention forward on tensor cores (FlashAttention-2, Dao 2023): a softmax over tiles of keys with a running maximum.
+#pragma once
+
+#include "cuda/attention_tiles.cuh"
+
+namespace pgolf::cuda {
+
+template <int kWidth>
+struct ForwardTiles {
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+  static constexpr int kRowTiles = kWidth <= 64 ? 2 : 1;  // a wider row leaves no registers for a second
+  static constexpr int kWarpRows = 16 * kRowTiles, kQueries = kWarps * kWarpRows, kKeys = 64;
+  static constexpr int kTileBytes = SharedTile<kWidth>::bytes(kKeys);
+  static constexpr int kSlotBytes = 2 * kTileBytes;  // keys, values
+  static constexpr int kSharedBytes = 2 * kSlotBytes;
+  static constexpr int kBlocks = kRowTiles == 2 || kWidth > 96 ? 2 : 3;  // on a multiprocessor, by registers
+  // Queries come in and outputs go out through a slot.
+  static_assert(SharedTile<kWidth>::bytes(kQueries) <= kSlotBytes && kSharedBytes <= kSharedEverywhere);
+};
+
+template <class S, int kWidth>
+__global__ void __launch_bounds__(ForwardTiles<kWidth>::kThreads, ForwardTiles<kWidth>::kBlocks)
+    attention_forward(const AttentionArgs<S> a, const BlockOrder order) {
+  using Tiles = ForwardTiles<kWidth>;
+  constexpr int kRowTiles = Tiles::kRowTiles, kKeys = Tiles::kKeys;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const unsigned slots = shared_address(shared);
+
+  const BlockOrder::Place place = order.at(blockIdx.x);
+  const int b = place.head / a.H, h = place.head % a.H, kv = h / a.group();
+  const int first_query = (order.tiles - 1 - place.rank) * Tiles::kQueries;
+  const int warp_row = threadIdx.x / kWarp * Tiles::kWarpRows, warp_query = first_query + warp_row;
+  const int q_stride = a.H * a.D, kv_stride = a.K * a.D;
+  const S *keys = a.k + a.kv_head_at(b, kv), *values = a.v + a.kv_head_at(b, kv);
+  const auto load = [&](int tile) {
+    const unsigned slot = slots + tile % 2 * Tiles::kSlotBytes;
+    load_tile<S, kWidth, kKeys, Tiles::kThreads>(slot, keys, kv_stride, tile * kKeys, a.T, a.D);
+    load_tile<S, kWidth, kKeys, Tiles::kThreads>(slot + Tiles::kTileBytes, values, kv_stride, tile * kKeys, a.T, a.D);
+  };
+  load(0);
+  load_tile<S, kWidth, Tiles::kQueries, Tiles::kThreads>(slots + Tiles::kSlotBytes, a.q + a.head_at(b, h), q_stride,
+                                                         first_query, a.T, a.D);
+
+  // A negative scale goes into the queries' signs, so that the greatest product is the greatest score.
+  const float signed_scale = exponent_scale(a.gain[h], a.root), scale = fabsf(signed_scale);
+  copies_landed();
+  __syncthreads();
+  Fragments<kRowTiles, kWidth> q;
+  load_fragments<kWidth, kRowTiles>(q, slots + Tiles::kSlotBytes, warp_row);
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+    for (int k = 0; k < kWidth / 16; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) q[r][k][i] ^= signed_scale < 0.0f ? kSignBits : 0;
+
+  Scores<kRowTiles, kWidth> o = {};
+  float top[kRowTiles][2], sum[kRowTiles][2] = {};  // of a row's products so far; sum: of this lane's columns
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) top[r][0] = top[r][1] = -INFINITY;
+
+  const int tiles = (min(first_query + Tiles::kQueries, a.T) + kKeys - 1) / kKeys;
+  for (int tile = 0; tile < tiles; ++tile) {
+    copies_landed();
+    __syncthreads();
+    if (tile + 1 < tiles) load(tile + 1);
+    const int first_key = tile * kKeys;
+    if (first_key >= warp_query + Tiles::kWarpRows) continue;  // no row of this warp sees them
+    const unsigned slot = slots + tile % 2 * Tiles::kSlotBytes;
+
+    Scores<kRowTiles, kKeys> s;
+    multiply_transposed<S, kWidth, kRowTiles, kKeys>(s, q, slot);
+    hide_later_keys<false, kRowTiles, kKeys>(s, warp_query, first_key, -INFINITY);
+
+    // What was summed so far is brought to the new maximum. That soon stays what it is: then nothing is multiplied
+    // by 1.
+    float shrink[kRowTiles][2];
+    bool same = true;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row) {
+        float best = top[r][half_row];
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) best = fmaxf(best, fmaxf(s[r][n][2 * half_row], s[r][n][2 * half_row + 1]));
+        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+        shrink[r][half_row] = exp2_approximate((top[r][half_row] - best) * scale);
+        same = same && top[r][half_row] == best;
+        top[r][half_row] = best;
+      }
+    if (!__all_sync(0xffffffffu, same)) {
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        sum[r][0] *= shrink[r][0];
+        sum[r][1] *= shrink[r][1];
+#pragma unroll
+        for (int n = 0; n < kWidth / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) o[r][n][i] *= shrink[r][i / 2];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          s[r][n][i] = exp2_approximate(fmaf(s[r][n][i], scale, -top[r][i / 2] * scale));
+          sum[r][i / 2] += s[r][n][i];
+        }
+    multiply_accumulate<S, kWidth, kRowTiles, kKeys>(o, s, slot + Tiles::kTileBytes);
+  }
+
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+    for (int half_row = 0; half_row < 2; ++half_row) {
+      float total = sum[r][half_row];
+      total += __shfl_xor_sync(0xffffffffu, total, 1);
+      total += __shfl_xor_sync(0xffffffffu, total, 2);
+      const float inverse = 1.0f / total;
+#pragma unroll
+      for (int n = 0; n < kWidth / 8; ++n)
+#pragma unroll
+        for (int i = 2 * half_row; i < 2 * half_row + 2; ++i) {
+          // The quotient, refined: exact where it can be, as it must be for equal probabilities.
+          const float quotient = o[r][n][i] * inverse;
+          o[r][n][i] = fmaf(fmaf(-quotient, total, o[r][n][i]), inverse, quotient);
+        }
+      const int query = warp_query + 16 * r + lane_row(2 * half_row);
+      if (lane_column(0) == 0 && query < a.T)
+        a.lse[a.row_at(b, h) + query] = fmaf(top[r][half_row], scale, log2f(total));
+    }
+  __syncthreads();  // no warp reads keys or values any more
+  store_rows<S, kWidth, kRowTiles>(shared + SharedTile<kWidth>::bytes(warp_row), o, a.o + a.head_at(b, h), q_stride,
+                                   warp_query, a.T, a.D);
+}
+
+template <class S>
+void AttentionKernels<S>::forward(const AttentionArgs<S>& a, cudaStream_t stream) {
+  with_width(a.D, [&](auto width) {
+    using Tiles = ForwardTiles<width()>;
+    const i64 key_bytes = static_cast<i64>(a.T) * a.D * 2 * sizeof(S);
+    const BlockOrder order(a.batch * a.H, blocks_for(a.T, Tiles::kQueries), a.group(), key_bytes);
+    launch("attention_forward", attention_forward<S, width()>, order.blocks(), Tiles::kThreads, Tiles::kSharedBytes,
+           stream, a, order);
+  });
+}
+
+}  // namespace pgolf::cuda

@@ -1,0 +1,196 @@
+// Tiles of 16-bit rows in shared memory and the warp's products with them: what the attention kernels on tensor cores
+// are made of.
+//
+// A warp has kRowTiles·16 rows as fragments in registers; tiles of the rows that it meets lie in shared memory, kWidth
+// columns wide: D rounded up to 16. Columns from D on and rows from T on are zeros there, so that they change no sum.
+#pragma once
+
+#include <cfloat>
+
+#include "cuda/attention.cuh"
+#include "cuda/mma.cuh"
+
+namespace pgolf::cuda {
+
+inline constexpr unsigned kSignBits = 0x80008000u;  // of a pair of 16-bit numbers
+
+// Rows of 16-byte chunks, permuted within a row so that eight rows of one column of chunks lie in different banks.
+template <int kWidth>
+struct SharedTile {
+  static_assert(kWidth % 16 == 0);
+  static constexpr int kChunks = kWidth / kVector;
+  static constexpr int kRowBytes = kChunks * 16;
+  static constexpr int kSpread = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;  // gcd(kChunks, 8)
+  static constexpr int bytes(int rows) { return rows * kRowBytes; }
+  static __host__ __device__ constexpr int permutation(int row) { return row / (8 / kSpread) % kSpread; }
+  static __host__ __device__ constexpr int offset(int row, int chunk) {
+    return row * kRowBytes + (chunk ^ permutation(row)) * 16;
+  }
+};
+
+template <int kRowTiles, int kColumns>
+using Scores = float[kRowTiles][kColumns / 8][4];
+template <int kRowTiles, int kWidth>
+using Fragments = unsigned[kRowTiles][kWidth / 16][4];
+
+// Where a lane's numbers of a 16×8 result lie.
+__device__ __forceinline__ int lane_row(int element) { return threadIdx.x % kWarp / 4 + element / 2 * 8; }
+__device__ __forceinline__ int lane_column(int element) { return threadIdx.x % 4 * 2 + element % 2; }
+
+// A score's factor before exp2, never 0, so that it leaves −∞ what it is.
+__device__ __forceinline__ float exponent_scale(float gain, float root) {
+  const float scale = gain * root * 1.44269504088896340736f;  // log₂ e
+  return fabsf(scale) < FLT_MIN ? copysignf(FLT_MIN, scale) : scale;
+}
+
+// Makes the scores of keys behind their query `hidden`. Rows are queries and columns keys, or the other way round.
+template <bool kRowsAreKeys, int kRowTiles, int kColumns>
+__device__ __forceinline__ void hide_later_keys(Scores<kRowTiles, kColumns>& s, int first_row, int first_column,
+                                                float hidden) {
+  const int last = kRowsAreKeys ? first_row + kRowTiles * 16 - 1 : first_column + kColumns - 1;
+  if (last <= (kRowsAreKeys ? first_column : first_row)) return;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = first_row + 16 * r + lane_row(i), column = first_column + 8 * n + lane_column(i);
+        if (kRowsAreKeys ? row > column : column > row) s[r][n][i] = hidden;
+      }
+}
+
+// Rows [first, first + kRows) of a head, `stride` elements from each to the next, D of them in a row. A group of lanes
+// takes a row, so that a thread's addresses are one address plus multiples of the stride.
+template <class S, int kWidth, int kRows, int kThreads>
+__device__ __forceinline__ void load_tile(unsigned tile, const S* head, int stride, int first, int T, int D) {
+  using Tile = SharedTile<kWidth>;
+  constexpr int kLanes = Tile::kSpread, kPass = kThreads / kLanes;
+  static_assert(kRows % kPass == 0 && kPass % 8 == 0);
+  const int row = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const S* from = head + ((first + row) * stride + lane * kVector);
+  const unsigned to = tile + Tile::offset(row, lane);
+#pragma unroll
+  for (int i = 0; i < kRows; i += kPass)
+#pragma unroll
+    for (int chunk = 0; chunk < Tile::kChunks; chunk += kLanes)
+      copy16(to + Tile::bytes(i) + chunk * 16, from + (i * stride + chunk * kVector),
+             first + row + i < T && (chunk + lane) * kVector < D);
+}
+
+// The fragments of the kRowTiles·16 rows from `row` on.
+template <int kWidth, int kRowTiles>
+__device__ __forceinline__ void load_fragments(Fragments<kRowTiles, kWidth>& a, unsigned tile, int row) {
+  using Tile = SharedTile<kWidth>;
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+    for (int k = 0; k < kWidth / 16; ++k)
+      load_matrices(a[r][k], tile + Tile::offset(row + 16 * r + lane % 16, 2 * k + lane / 16));
+}
+
+// s = a·tileᵀ for kColumns rows of the tile, the first of which is a multiple of 8.
+template <class S, int kWidth, int kRowTiles, int kColumns>
+__device__ __forceinline__ void multiply_transposed(Scores<kRowTiles, kColumns>& s,
+                                                    const Fragments<kRowTiles, kWidth>& a, unsigned tile) {
+  using Tile = SharedTile<kWidth>;
+  const int lane = threadIdx.x % kWarp, row = lane % 8 + lane / 16 * 8;
+  const unsigned lane_tile = tile + row * Tile::kRowBytes, lane_chunk = lane / 8 % 2 ^ Tile::permutation(row);
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[r][n][i] = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kWidth / 16; ++k)
+#pragma unroll
+    for (int n = 0; n < kColumns / 16; ++n) {
+      unsigned b[4];
+      load_matrices(b, lane_tile + n * Tile::bytes(16) + (2 * k ^ lane_chunk) * 16);
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        multiply_add<S>(s[r][2 * n], a[r][k], b[0], b[1]);
+        multiply_add<S>(s[r][2 * n + 1], a[r][k], b[2], b[3]);
+      }
+    }
+}
+
+// sum += round(p)·tile for kColumns rows of the tile, the first of which is a multiple of 8.
+template <class S, int kWidth, int kRowTiles, int kColumns>
+__device__ __forceinline__ void multiply_accumulate(Scores<kRowTiles, kWidth>& sum,
+                                                    const Scores<kRowTiles, kColumns>& p, unsigned tile) {
+  using Tile = SharedTile<kWidth>;
+  const int lane = threadIdx.x % kWarp, row = lane % 16;
+  const unsigned lane_tile = tile + row * Tile::kRowBytes, lane_chunk = lane / 16 ^ Tile::permutation(row);
+#pragma unroll
+  for (int k = 0; k < kColumns / 16; ++k) {
+    unsigned a[kRowTiles][4];
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&c)[4] = p[r][2 * k + i / 2];
+        a[r][i] = pack<S>(c[i % 2 * 2], c[i % 2 * 2 + 1]);
+      }
+#pragma unroll
+    for (int n = 0; n < kWidth / 16; ++n) {
+      unsigned b[4];
+      load_matrices_transposed(b, lane_tile + k * Tile::bytes(16) + (2 * n ^ lane_chunk) * 16);
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        multiply_add<S>(sum[r][2 * n], a[r], b[0], b[1]);
+        multiply_add<S>(sum[r][2 * n + 1], a[r], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Rounds a warp's rows and writes them to rows [first, first + kRowTiles·16) of a head, by way of `tile`: shared memory
+// for these rows that no other warp uses.
+template <class S, int kWidth, int kRowTiles>
+__device__ __forceinline__ void store_rows(unsigned char* tile, const Scores<kRowTiles, kWidth>& x, S* head, int stride,
+                                           int first, int T, int D) {
+  using Tile = SharedTile<kWidth>;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+    for (int n = 0; n < kWidth / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; i += 2)
+        *reinterpret_cast<unsigned*>(tile + Tile::offset(16 * r + lane_row(i), n) + lane_column(i) * sizeof(S)) =
+            pack<S>(x[r][n][i], x[r][n][i + 1]);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kRowTiles * 16 * Tile::kChunks / kWarp; ++i) {
+    const unsigned index = i * kWarp + threadIdx.x % kWarp;
+    const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
+    if (first + row < T && chunk * kVector < D)
+      *reinterpret_cast<uint4*>(head + ((first + row) * stride + chunk * kVector)) =
+          *reinterpret_cast<const uint4*>(tile + Tile::offset(row, chunk));
+  }
+}
+
+// Calls body(std::integral_constant<int, kWidth>) with a head width rounded up to 16.
+template <class F>
+decltype(auto) with_width(int D, F&& body) {
+  switch ((D + 15) / 16) {
+    case 2:
+      return body(std::integral_constant<int, 32>{});
+    case 3:
+      return body(std::integral_constant<int, 48>{});
+    case 4:
+      return body(std::integral_constant<int, 64>{});
+    case 5:
+      return body(std::integral_constant<int, 80>{});
+    case 6:
+      return body(std::integral_constant<int, 96>{});
+    case 7:
+      return body(std::integral_constant<int, 112>{});
+    default:
+      return body(std::integral_constant<int, 128>{});
+  }
+}
+
+}  // namespace pgolf::cuda

@@ -1,0 +1,309 @@
+// Final norm, output product, softcap and cross-entropy, in chunks of rows whose logits stay in the second-level cache.
+//
+// Rounded to S: normed = rms(x); dlogits, the gradient before the softcap; dnormed = dlogits·w; dx. Logits are float32
+// and never rounded; the norm's backward uses normed before it is rounded.
+#include "cuda/linear.h"
+#include "cuda/rows.cuh"
+
+namespace pgolf::cuda {
+namespace {
+
+struct Dims {
+  i64 B, T, d, V, rows, chunk, stride;
+  explicit Dims(const Head& op)
+      : B(op.x.shape[0]),
+        T(op.x.shape[1]),
+        d(op.x.shape[2]),
+        V(op.w.shape[0]),
+        rows(B * (T - op.first)),
+        chunk(std::min(rows, rows_of_chunk(V))),
+        stride((V + kVector - 1) / kVector * kVector) {}
+  Linear linear(DType S, i64 rows_of_chunk, i64 logits_stride) const { return {S, rows_of_chunk, d, V, logits_stride}; }
+
+ private:
+  // At most 32 MiB of logits, which is what an H100's cache holds beside the operands; a product needs 128 rows. The
+  // same in all three operations: how a product sums may depend on its height.
+  static i64 rows_of_chunk(i64 V) {
+    constexpr i64 kLogits = (i64{32} << 20) / sizeof(float), kLeast = 128, kMost = 16384;
+    return std::clamp(kLogits / V / kLeast * kLeast, kLeast, kMost);
+  }
+};
+
+struct ForwardScratch {
+  void* normed;    // [chunk, d]
+  float* factors;  // [chunk]
+  float* logits;   // [chunk, stride]; not for head_logits, which has its own
+  ForwardScratch(Layout& layout, DType S, const Dims& s, bool own_logits)
+      : normed(layout.take(S, s.chunk * s.d)),
+        factors(layout.take<float>(s.chunk)),
+        logits(layout.take<float>(own_logits ? 0 : s.chunk * s.stride)) {}
+};
+
+struct BackwardScratch {
+  ForwardScratch forward;  // normed gives way to dnormed, and that to normed again
+  void* dlogits;           // [chunk, stride]
+  BackwardScratch(Layout& layout, DType S, const Dims& s)
+      : forward(layout, S, s, false), dlogits(layout.take(S, s.chunk * s.stride)) {}
+};
+
+constexpr int kThreads = 256;
+constexpr i64 kMaxHeldRow = kMaxTeamRow;  // logits that a block holds in its registers: 8,192
+
+struct Softcap {
+  float cap, inverse;
+  explicit Softcap(double c) : cap(static_cast<float>(c)), inverse(static_cast<float>(1.0 / c)) {}
+  __device__ float operator()(float z) const { return cap * tanhf(z * inverse); }
+  // Its slope, where it has the value y.
+  __device__ float slope(float y) const {
+    const float t = y * inverse;
+    return 1.0f - t * t;
+  }
+};
+
+// Memory-bound: 1 read, 1 write, in the cache.
+__global__ void __launch_bounds__(kThreads) cap_logits(float* logits, i64 count, Softcap softcap) {
+  const i64 at = (i64{blockIdx.x} * kThreads + threadIdx.x) * kVector;
+  if (at + kVector <= count) {
+    Vector8 z = load8<float>(logits + at);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) z.x[j] = softcap(z.x[j]);
+    store8(logits + at, z);
+  } else {
+    for (i64 i = at; i < count; ++i) logits[i] = softcap(logits[i]);
+  }
+}
+
+// What the kernels of the loss read and write. Without dlogits only losses are computed, by the same instructions.
+template <class S>
+struct Loss {
+  const float* logits;  // [rows, stride], before the softcap
+  i64 rows, stride;
+  int V;
+  const std::int32_t* targets;
+  Positions positions;
+  Softcap softcap;
+  float* losses;
+  double loss_scale;
+  const double* multiplier;  // may be null
+  S* dlogits;                // [rows, stride] or null
+
+  __device__ float scale() const { return static_cast<float>(multiplier ? loss_scale * *multiplier : loss_scale); }
+  __device__ int target(i64 row) const { return targets[positions.token(row)]; }
+
+  // Eight logits of a row; −∞ beyond V.
+  __device__ Vector8 capped(const float* row, int column) const {
+    Vector8 y;
+    if (column + kVector <= V) {
+      y = load8(row + column);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) y.x[j] = softcap(y.x[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) y.x[j] = column + j < V ? softcap(row[column + j]) : -INFINITY;
+    }
+    return y;
+  }
+  // log Σ exp(y) − y[target]: the two parts of log Σ exp, of which one may be large, stay apart.
+  __device__ void store_loss(i64 row, float top, float sum) const {
+    losses[row] = logf(sum) + (top - softcap(logits[row * stride + target(row)]));
+  }
+  // dlogits = scale·(softmax − onehot)·slope; those beyond V are no one's.
+  __device__ void store_gradient(i64 row, int column, const Vector8& y, float top, float over_sum, int at_target,
+                                 float factor) const {
+    Vector8 g;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      const float p = expf(y.x[j] - top) * over_sum - (column + j == at_target ? 1.0f : 0.0f);
+      g.x[j] = factor * p * softcap.slope(y.x[j]);
+    }
+    S* to = dlogits + row * stride + column;
+    if (column + kVector <= V) {
+      store8(to, g);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j)
+        if (column + j < V) to[j] = from_float<S>(g.x[j]);
+    }
+  }
+};
+
+// Losses of rows that teams hold in their registers, and the gradient: logits are read once. The arithmetic, two
+// exponentials and a tanh for a logit, takes about as long as the memory.
+template <class S, int kVectors>
+__global__ void __launch_bounds__(kRowThreads) row_losses(Loss<S> loss, int warps) {
+  const Team team(warps);
+  const i64 own = team_row(team), row = own < loss.rows ? own : loss.rows - 1;
+  const float* z = loss.logits + row * loss.stride;
+  Vector8 y[kVectors];
+  float top = -INFINITY;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    if (team.column(v) >= loss.V) break;
+    y[v] = loss.capped(z, team.column(v));
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) top = fmaxf(top, y[v].x[j]);
+  }
+  top = team.max(top);
+  float sum = 0;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    if (team.column(v) >= loss.V) break;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) sum += expf(y[v].x[j] - top);
+  }
+  sum = team.sum(sum);
+  if (own >= loss.rows) return;
+  if (team.thread == 0) loss.store_loss(row, top, sum);
+  if (!loss.dlogits) return;
+  const float scale = loss.scale(), over_sum = 1.0f / sum;
+  const int target = loss.target(row);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    if (team.column(v) >= loss.V) break;
+    loss.store_gradient(row, team.column(v), y[v], top, over_sum, target, scale);
+  }
+}
+
+// The same for longer rows, a block for each: a running maximum and sum for every thread, then logits once more.
+template <class S>
+__global__ void __launch_bounds__(kRowThreads) long_row_losses(Loss<S> loss) {
+  const Team team(kRowWarps);
+  const i64 row = blockIdx.x;
+  const float* z = loss.logits + row * loss.stride;
+  float top = -INFINITY, sum = 0;
+#pragma unroll 2
+  for (int column = team.column(0); column < loss.V; column += kRowThreads * kVector) {
+    const Vector8 y = loss.capped(z, column);
+    float higher = top;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) higher = fmaxf(higher, y.x[j]);
+    sum *= expf(top - higher);
+    top = higher;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) sum += expf(y.x[j] - top);
+  }
+  const float highest = team.max(top);
+  sum = team.sum(sum * expf(top - highest));
+  if (team.thread == 0) loss.store_loss(row, highest, sum);
+  if (!loss.dlogits) return;
+  const float scale = loss.scale(), over_sum = 1.0f / sum;
+  const int target = loss.target(row);
+#pragma unroll 2
+  for (int column = team.column(0); column < loss.V; column += kRowThreads * kVector)
+    loss.store_gradient(row, column, loss.capped(z, column), highest, over_sum, target, scale);
+}
+
+template <class S>
+void launch_losses(cudaStream_t stream, const Loss<S>& loss) {
+  if (loss.V > kMaxHeldRow) {
+    long_row_losses<S><<<static_cast<unsigned>(loss.rows), kRowThreads, 0, stream>>>(loss);
+    PGOLF_LAUNCHED("long_row_losses");
+    return;
+  }
+  with_team<kMaxVectors>(loss.V, [&](auto vectors, int warps) {
+    row_losses<S, vectors><<<row_blocks(loss.rows, warps), kRowThreads, 0, stream>>>(loss, warps);
+    PGOLF_LAUNCHED("row_losses");
+  });
+}
+
+// logits [rows, stride] of the computed rows from `start` on, before the softcap
+template <class S>
+void chunk_logits(const CudaBackend& backend, const Head& op, const Dims& s, const Positions& positions, i64 rows,
+                  const ForwardScratch& scratch, float* logits, i64 stride) {
+  with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
+    norm_rows<S, vectors><<<row_blocks(rows, warps), kRowThreads, 0, backend.stream()>>>(
+        op.x.as<S>(), positions, rows, static_cast<int>(s.d), warps, static_cast<S*>(scratch.normed), scratch.factors);
+    PGOLF_LAUNCHED("norm_rows");
+  });
+  backend.gemm(s.linear(backend.dtype(), rows, stride).forward(scratch.normed, op.w.data, logits, DType::f32));
+}
+
+// body(positions, rows) for every chunk
+template <class F>
+void for_chunks(const Head& op, const Dims& s, F&& body) {
+  for (i64 start = 0; start < s.rows; start += s.chunk)
+    body(Positions{start, static_cast<unsigned>(s.T), static_cast<unsigned>(op.first)},
+         std::min(s.chunk, s.rows - start));
+}
+
+template <class S>
+Loss<S> loss_of(const Head& op, const Dims& s, const Positions& positions, i64 rows, const float* logits) {
+  return {logits,
+          rows,
+          s.stride,
+          static_cast<int>(s.V),
+          op.targets.as<std::int32_t>(),
+          positions,
+          Softcap(op.softcap),
+          op.losses.as<float>() + positions.start,
+          1.0,
+          nullptr,
+          nullptr};
+}
+
+}  // namespace
+
+OpBytes CudaBackend::bytes(const Head& op) const {
+  const Dims s(op);
+  Layout forward, backward;
+  ForwardScratch(forward, storage_, s, static_cast<bool>(op.logits));
+  BackwardScratch(backward, storage_, s);
+  return {0, forward.used(), backward.used()};
+}
+
+void CudaBackend::head_logits(const Head& op) {
+  const Dims s(op);
+  Layout layout(op.scratch.data);
+  const ForwardScratch scratch(layout, storage_, s, true);
+  with_storage(storage_, [&](auto type) {
+    for_chunks(op, s, [&](const Positions& positions, i64 rows) {
+      float* logits = op.logits.as<float>() + positions.start * s.V;
+      chunk_logits<decltype(type)>(*this, op, s, positions, rows, scratch, logits, s.V);
+      cap_logits<<<blocks_for(rows * s.V, kThreads * kVector), kThreads, 0, stream()>>>(logits, rows * s.V,
+                                                                                        Softcap(op.softcap));
+      PGOLF_LAUNCHED("cap_logits");
+    });
+  });
+}
+
+void CudaBackend::head_loss(const Head& op) {
+  const Dims s(op);
+  Layout layout(op.scratch.data);
+  const ForwardScratch scratch(layout, storage_, s, false);
+  with_storage(storage_, [&](auto type) {
+    using S = decltype(type);
+    for_chunks(op, s, [&](const Positions& positions, i64 rows) {
+      chunk_logits<S>(*this, op, s, positions, rows, scratch, scratch.logits, s.stride);
+      launch_losses(stream(), loss_of<S>(op, s, positions, rows, scratch.logits));
+    });
+  });
+}
+
+void CudaBackend::head_loss_backward(const Head& op, const HeadGrads& grads) {
+  const Dims s(op);
+  Layout layout(grads.scratch.data);
+  const BackwardScratch scratch(layout, storage_, s);
+  const ForwardScratch& forward = scratch.forward;
+  with_storage(storage_, [&](auto type) {
+    using S = decltype(type);
+    for_chunks(op, s, [&](const Positions& positions, i64 rows) {
+      chunk_logits<S>(*this, op, s, positions, rows, forward, forward.logits, s.stride);
+      Loss<S> loss = loss_of<S>(op, s, positions, rows, forward.logits);
+      loss.loss_scale = grads.loss_scale;
+      loss.multiplier = grads.multiplier;
+      loss.dlogits = static_cast<S*>(scratch.dlogits);
+      launch_losses(stream(), loss);
+      const Linear linear = s.linear(storage_, rows, s.stride);
+      gemm(linear.backward(loss.dlogits, op.w.data, forward.normed));
+      with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
+        norm_rows_backward<S, vectors, false><<<row_blocks(rows, warps), kRowThreads, 0, stream()>>>(
+            op.x.as<S>() + positions.start * s.d, forward.factors, rows, static_cast<int>(s.d), warps,
+            static_cast<S*>(forward.normed), grads.dx.as<S>() + positions.start * s.d);
+        PGOLF_LAUNCHED("norm_rows_backward");
+      });
+      gemm(linear.weights(loss.dlogits, forward.normed, grads.w.data));
+    });
+  });
+}
+
+}  // namespace pgolf::cuda

@@ -1,0 +1,111 @@
+// Norm, the first MLP product and ReLU². Its slope 2·relu(u) comes from h: u itself is not kept.
+//
+// Rounded to S. Forward: normed = rms(x); h, whose value in f16 stays at the largest finite number.
+// Backward: du; dnormed = du·w; normed, recomputed for the weight gradient; dx. The norm's backward uses normed before
+// it is rounded.
+#include "cuda/linear.h"
+#include "cuda/rows.cuh"
+
+namespace pgolf::cuda {
+namespace {
+
+struct Dims {
+  i64 N, T, d, F;
+  explicit Dims(const MlpUp& op)
+      : N(op.x.shape[0] * op.x.shape[1]), T(op.x.shape[1]), d(op.x.shape[2]), F(op.w.shape[0]) {}
+  Linear linear(DType S) const { return {S, N, d, F}; }
+};
+
+constexpr int kThreads = 256;
+constexpr float kHalfMax = 65504.0f;
+
+// Rows whose u, float32, is made at a time: what is squared at once still lies in the second-level cache (50 MB on
+// Hopper), and whole tiles of 256 rows are left of it. 2,816 rows at F = 1,536 are one wave of 132 tiles of 256×128.
+i64 rows_at_once(const Dims& s) {
+  constexpr i64 kBytes = 18'000'000, kTileRows = 256;
+  const i64 rows = kBytes / (static_cast<i64>(sizeof(float)) * s.F) / kTileRows * kTileRows;
+  return std::min(s.N, std::max(rows, kTileRows));
+}
+
+// to[i] = body(to[i], also[i]), eight numbers a thread; the last thread does what is left over.
+template <class S, class Also, class F>
+__device__ __forceinline__ void for_each_number(S* to, const Also* also, i64 count, F body) {
+  const i64 index = i64{blockIdx.x} * kThreads + threadIdx.x, at = index * kVector;
+  if (at + kVector <= count) {
+    Vector8 a = load8<S>(to + at), b = load8(also + at);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) a.x[j] = body(a.x[j], b.x[j]);
+    store8(to + at, a);
+  } else {
+    for (i64 i = at; i < count; ++i) to[i] = from_float<S>(body(to_float(to[i]), to_float(also[i])));
+  }
+}
+
+// h = h_scale·relu(u)². Memory-bound: 1 write, and 1 read of what the cache holds. A NaN stays one.
+template <class S>
+__global__ void __launch_bounds__(kThreads) square_relu(const float* u, S* h, i64 count, float h_scale) {
+  for_each_number<S>(h, u, count, [=](float, float at) {
+    const float relu = at < 0 ? 0.0f : at, square = h_scale * (relu * relu);
+    return std::is_same_v<S, half> && square > kHalfMax ? kHalfMax : square;
+  });
+}
+
+// dh → du = dh·h_scale·2·relu(u), where relu(u) = √(h/h_scale). Memory-bound: 2 reads, 1 write.
+template <class S>
+__global__ void __launch_bounds__(kThreads) square_relu_backward(S* dh_to_du, const S* h, i64 count, float h_scale) {
+  for_each_number<S>(dh_to_du, h, count, [=](float dh, float at) { return dh * (2.0f * sqrtf(h_scale * at)); });
+}
+
+}  // namespace
+
+OpBytes CudaBackend::bytes(const MlpUp& op) const {
+  const Dims s(op);
+  Layout saved, forward, backward;
+  saved.take<float>(s.N);                      // rms factors
+  forward.take(storage_, s.N * s.d);           // normed
+  forward.take<float>(rows_at_once(s) * s.F);  // u
+  backward.take(storage_, s.N * s.d);          // dnormed, then normed
+  return {saved.used(), forward.used(), backward.used()};
+}
+
+void CudaBackend::mlp_up_forward(const MlpUp& op) {
+  const Dims s(op);
+  with_storage(storage_, [&](auto type) {
+    using S = decltype(type);
+    Layout scratch(op.scratch.data);
+    S* const normed = scratch.take<S>(s.N * s.d);
+    float* const u = scratch.take<float>(rows_at_once(s) * s.F);
+    with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
+      norm_rows<S, vectors><<<row_blocks(s.N, warps), kRowThreads, 0, stream()>>>(
+          op.x.as<S>(), Positions{}, s.N, static_cast<int>(s.d), warps, normed, op.saved.as<float>());
+      PGOLF_LAUNCHED("norm_rows");
+    });
+    for (i64 row = 0; row < s.N; row += rows_at_once(s)) {
+      const i64 rows = std::min(rows_at_once(s), s.N - row);
+      gemm(Linear{storage_, rows, s.d, s.F}.forward(normed + row * s.d, op.w.data, u, DType::f32));
+      square_relu<S><<<blocks_for(rows * s.F, kThreads * kVector), kThreads, 0, stream()>>>(
+          u, op.h.as<S>() + row * s.F, rows * s.F, static_cast<float>(op.h_scale));
+      PGOLF_LAUNCHED("square_relu");
+    }
+  });
+}
+
+void CudaBackend::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
+  const Dims s(op);
+  with_storage(storage_, [&](auto type) {
+    using S = decltype(type);
+    square_relu_backward<S><<<blocks_for(s.N * s.F, kThreads * kVector), kThreads, 0, stream()>>>(
+        grads.dh.as<S>(), op.h.as<S>(), s.N * s.F, static_cast<float>(op.h_scale));
+    PGOLF_LAUNCHED("square_relu_backward");
+    gemm(s.linear(storage_).backward(grads.dh.data, op.w.data, grads.scratch.data));
+    with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
+      norm_rows_backward<S, vectors, true><<<row_blocks(s.N, warps), kRowThreads, 0, stream()>>>(
+          op.x.as<S>(), op.saved.as<float>(), s.N, static_cast<int>(s.d), warps, grads.scratch.as<S>(),
+          grads.dx.as<S>());
+      PGOLF_LAUNCHED("norm_rows_backward");
+    });
+  });
+  gemm(s.linear(storage_).weights(grads.dh.data, grads.scratch.data, grads.w.data));
+}
+
+}  // namespace pgolf::cuda

@@ -1,0 +1,457 @@
+// Mixed input, norm, the three projections in one product, head norms and RoPE.
+//
+// Rounded to S. Forward: normed = rms(m); the product normed·wᵀ of each of q, k, v; q and k after norm and rotation.
+// Backward: the gradients of the products; dnormed, their sum over q, k, v; normed, recomputed for the weight
+// gradients; dskip; dx. The gradient at m and the norm's backward are not rounded, dx0 takes float32, and a pending
+// dskip is added as rounded.
+#include "cuda/columns.cuh"
+#include "cuda/linear.h"
+
+namespace pgolf::cuda {
+namespace {
+
+struct Dims {
+  i64 N, T, d, H, K, D;
+  i64 heads, width;  // of q, k and v side by side
+  explicit Dims(const Qkv& op)
+      : N(op.q.shape[0] * op.q.shape[1]),
+        T(op.q.shape[1]),
+        d(op.in.x.shape[2]),
+        H(op.q.shape[2]),
+        K(op.k.shape[2]),
+        D(op.q.shape[3]),
+        heads(H + 2 * K),
+        width(heads * D) {}
+  Linear linear(DType S) const { return {S, N, d, width}; }
+};
+
+struct Saved {  // rms factors
+  float *input, *q, *k;
+  Saved(Layout& layout, const Dims& s)
+      : input(layout.take<float>(s.N)), q(layout.take<float>(s.N * s.H)), k(layout.take<float>(s.N * s.K)) {}
+};
+
+struct ForwardScratch {
+  void *normed, *packed, *weights;  // [N, d]; [N, width] q, k, v of a token side by side; [width, d]
+  ForwardScratch(Layout& layout, DType S, const Dims& s)
+      : normed(layout.take(S, s.N * s.d)),
+        packed(layout.take(S, s.N * s.width)),
+        weights(layout.take(S, s.width * s.d)) {}
+};
+
+struct BackwardScratch {
+  void *dnormed, *packed, *weights;  // dnormed becomes normed, row by row
+  float* columns;                    // [column_blocks, 3, d] partial gradients of both mixes and the skip weight
+  BackwardScratch(Layout& layout, DType S, const Dims& s)
+      : dnormed(layout.take(S, s.N * s.d)),
+        packed(layout.take(S, s.N * s.width)),
+        weights(layout.take(S, s.width * s.d)),
+        columns(layout.take<float>(column_blocks(s.N) * 3 * s.d)) {}
+};
+
+bool one_after_the_other(const TensorView& a, const TensorView& b, const TensorView& c) {
+  return b.data == a.as<char>() + a.bytes() && c.data == b.as<char>() + b.bytes();
+}
+
+// wq, wk and wv as one matrix: where they lie, or copied together.
+const void* packed_weights(cudaStream_t stream, const Qkv& op, void* room) {
+  if (one_after_the_other(op.wq, op.wk, op.wv)) return op.wq.data;
+  char* to = static_cast<char*>(room);
+  for (const TensorView* w : {&op.wq, &op.wk, &op.wv}) {
+    PGOLF_CUDA(cudaMemcpyAsync(to, w->data, w->bytes(), cudaMemcpyDeviceToDevice, stream));
+    to += w->bytes();
+  }
+  return room;
+}
+
+// normed = rms(m). Memory-bound: 2 or 3 reads, 1 write.
+template <class S, int kVectors>
+__global__ void __launch_bounds__(kRowThreads, 2)
+    norm_mixed(Mixed<S> in, i64 rows, int d, int warps, S* __restrict__ normed, float* __restrict__ factors) {
+  const Team team(warps);
+  const i64 own = team_row(team), row = own < rows ? own : rows - 1;
+  Packed8<S> raw[kVectors], raw0[kVectors], raw_skip[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int column = team.column(v);
+    if (column >= d) break;
+    raw[v] = load_packed(in.x + row * d + column);
+    raw0[v] = load_packed(in.x0 + row * d + column);
+    if (in.skip) raw_skip[v] = load_packed(in.skip + row * d + column);
+  }
+  Vector8 m[kVectors];
+  float squares = 0;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int column = team.column(v);
+    if (column >= d) break;
+    m[v] = unpack(raw[v]);
+    if (in.skip) m[v] = in.skipped(m[v], unpack(raw_skip[v]), column);
+    m[v] = in.mix(m[v], unpack(raw0[v]), column);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) squares = fmaf(m[v].x[j], m[v].x[j], squares);
+  }
+  const float factor = rms_factor(team.sum(squares), d);
+  if (own >= rows) return;
+  if (team.thread == 0) factors[row] = factor;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    if (team.column(v) >= d) break;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) m[v].x[j] *= factor;
+    store8(normed + row * d + team.column(v), m[v]);
+  }
+}
+
+// How lanes share the heads of tokens: a group of lanes does one head, each lane `kUnit` pairs (j, j + D/2).
+struct Heads {
+  i64 N;
+  int T, H, K, D;
+  int group;   // lanes: the power of two from D/2/kUnit on
+  int center;  // D/2
+
+  Heads(const Dims& s, int unit) : N(s.N), T(int(s.T)), H(int(s.H)), K(int(s.K)), D(int(s.D)), group(1), center(D / 2) {
+    while (group * unit < center) group *= 2;
+  }
+  unsigned blocks() const { return blocks_for(N * (H + 2 * K), kRowThreads / group); }
+};
+
+// What one lane works at.
+template <int kUnit>
+struct HeadLane {
+  i64 token;
+  int head, pair;  // pair: of its first pair of numbers
+  bool works;      // whether it has numbers; all lanes take part in sums
+  bool rotates;    // q or k, not v
+  i64 at_packed;   // of its first number in [N, (H + 2K)·D]; the second half is `center` further on
+  i64 at_own;      // … in q, k or v
+  i64 at_factor;   // of the head in [N, H] or [N, K]
+  int at_angle;
+
+  __device__ explicit HeadLane(const Heads& s) {
+    const unsigned heads = s.H + 2 * s.K;
+    const unsigned item = blockIdx.x * (kRowThreads / s.group) + threadIdx.x / s.group;
+    pair = static_cast<int>(threadIdx.x % s.group) * kUnit;
+    token = item / heads;
+    head = static_cast<int>(item % heads);
+    works = token < s.N && pair < s.center;
+    if (token >= s.N) token = s.N - 1;
+    rotates = head < s.H + s.K;
+    at_packed = (token * heads + head) * s.D + pair;
+    const int own_heads = head < s.H ? s.H : s.K;
+    const int own_head = head < s.H ? head : (head - s.H) % s.K;
+    at_factor = token * own_heads + own_head;
+    at_own = at_factor * s.D + pair;
+    at_angle = static_cast<int>(static_cast<unsigned>(token) % s.T) * s.center + pair;
+  }
+};
+
+__device__ __forceinline__ float group_sum(float x, int group) {
+  for (int offset = group / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+// kUnit numbers, 4 or 8, in pieces of 8 or 16 bytes.
+template <int kUnit>
+struct Unit {
+  float x[kUnit];
+};
+template <int kUnit, class S>
+__device__ __forceinline__ Unit<kUnit> load_unit(const S* from) {
+  using Piece = std::conditional_t<kUnit * sizeof(S) == 8, uint2, uint4>;
+  alignas(16) S raw[kUnit];
+#pragma unroll
+  for (int i = 0; i < int(sizeof(raw) / sizeof(Piece)); ++i)
+    reinterpret_cast<Piece*>(raw)[i] = reinterpret_cast<const Piece*>(from)[i];
+  Unit<kUnit> u;
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) u.x[i] = to_float(raw[i]);
+  return u;
+}
+template <int kUnit, class S>
+__device__ __forceinline__ void store_unit(S* to, const Unit<kUnit>& u) {
+  using Piece = std::conditional_t<kUnit * sizeof(S) == 8, uint2, uint4>;
+  alignas(16) S raw[kUnit];
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) raw[i] = from_float<S>(u.x[i]);
+#pragma unroll
+  for (int i = 0; i < int(sizeof(raw) / sizeof(Piece)); ++i)
+    reinterpret_cast<Piece*>(to)[i] = reinterpret_cast<const Piece*>(raw)[i];
+}
+
+// q, k = rope(rms(product)) per head; v is copied. Memory-bound: 1 read, 1 write.
+template <class S, int kUnit>
+__global__ void __launch_bounds__(kRowThreads)
+    norm_rotate(Heads s, const S* __restrict__ packed, const float* __restrict__ cos, const float* __restrict__ sin,
+                S* __restrict__ q, S* __restrict__ k, S* __restrict__ v, float* __restrict__ q_factors,
+                float* __restrict__ k_factors) {
+  const HeadLane<kUnit> lane(s);
+  Unit<kUnit> a{}, b{}, c, n;
+  float squares = 0;
+  if (lane.works) {
+    a = load_unit<kUnit>(packed + lane.at_packed);
+    b = load_unit<kUnit>(packed + lane.at_packed + s.center);
+    if (lane.rotates) {
+      c = load_unit<kUnit>(cos + lane.at_angle);
+      n = load_unit<kUnit>(sin + lane.at_angle);
+    }
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) squares = fmaf(b.x[j], b.x[j], fmaf(a.x[j], a.x[j], squares));
+  }
+  squares = group_sum(squares, s.group);
+  if (!lane.works) return;
+  if (lane.rotates) {
+    const float factor = rms_factor(squares, s.D);
+    if (lane.pair == 0) (lane.head < s.H ? q_factors : k_factors)[lane.at_factor] = factor;
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) {
+      const float u = a.x[j] * factor, w = b.x[j] * factor;
+      a.x[j] = u * c.x[j] + w * n.x[j];
+      b.x[j] = w * c.x[j] - u * n.x[j];
+    }
+  }
+  S* out = lane.head < s.H ? q : lane.rotates ? k : v;
+  store_unit<kUnit>(out + lane.at_own, a);
+  store_unit<kUnit>(out + lane.at_own + s.center, b);
+}
+
+// The gradients of q, k, v → those of their products, side by side. q and k hold rotated values, whose product with
+// the gradient is that of the norm's output and its gradient; the output itself is q rotated back, over cos² + sin²,
+// which rounded tables keep only near 1. Memory-bound: 2 reads, 1 write.
+template <class S, int kUnit>
+__global__ void __launch_bounds__(kRowThreads, 3)
+    norm_rotate_backward(Heads s, const S* __restrict__ q, const S* __restrict__ k, const S* __restrict__ dq,
+                         const S* __restrict__ dk, const S* __restrict__ dv, const float* __restrict__ cos,
+                         const float* __restrict__ sin, const float* __restrict__ q_factors,
+                         const float* __restrict__ k_factors, S* __restrict__ packed) {
+  const HeadLane<kUnit> lane(s);
+  const bool query = lane.head < s.H;
+  Unit<kUnit> a{}, b{}, da{}, db{}, c, n;
+  float dot = 0, factor = 0;
+  if (lane.works) {
+    const S* gradient = (query ? dq : lane.rotates ? dk : dv) + lane.at_own;
+    da = load_unit<kUnit>(gradient);
+    db = load_unit<kUnit>(gradient + s.center);
+    if (lane.rotates) {
+      const S* value = (query ? q : k) + lane.at_own;
+      a = load_unit<kUnit>(value);
+      b = load_unit<kUnit>(value + s.center);
+      c = load_unit<kUnit>(cos + lane.at_angle);
+      n = load_unit<kUnit>(sin + lane.at_angle);
+      factor = (query ? q_factors : k_factors)[lane.at_factor];
+    }
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) dot = fmaf(b.x[j], db.x[j], fmaf(a.x[j], da.x[j], dot));
+  }
+  const float mean = group_sum(dot, s.group) / static_cast<float>(s.D);
+  if (!lane.works) return;
+  if (lane.rotates) {
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) {
+      const float share = mean / (c.x[j] * c.x[j] + n.x[j] * n.x[j]);
+      const float u = da.x[j] - share * a.x[j], w = db.x[j] - share * b.x[j];
+      da.x[j] = factor * (u * c.x[j] - w * n.x[j]);
+      db.x[j] = factor * (w * c.x[j] + u * n.x[j]);
+    }
+  }
+  store_unit<kUnit>(packed + lane.at_packed, da);
+  store_unit<kUnit>(packed + lane.at_packed + s.center, db);
+}
+
+// What is added to dx at the end.
+enum class Pending { none, stored, stored_f32, dskip, dx0 };
+
+struct InputGrads {
+  void *dx, *dskip;  // S
+  float* dx0;
+  const void* pending;
+  Pending kind;
+};
+InputGrads input_grads(const QkvGrads& grads) {
+  InputGrads g{grads.dx.data, grads.dskip ? grads.dskip.data : nullptr, grads.dx0.as<float>(), grads.pending.data,
+               Pending::none};
+  if (grads.pending)
+    g.kind = g.pending == g.dx0                      ? Pending::dx0
+             : g.pending == g.dskip                  ? Pending::dskip
+             : grads.pending.dtype == grads.dx.dtype ? Pending::stored
+                                                     : Pending::stored_f32;
+  return g;
+}
+
+// The gradient at m, from dx (the residual path's) and dnormed, and from it all that m is made of. dnormed gives way to
+// normed. Memory-bound: x, x0, skip, dnormed, dx, pending read, normed, dx, dskip written in S, dx0 read and written.
+template <class S, int kVectors, bool kSkip>
+__global__ void __launch_bounds__(kRowThreads)
+    mixed_backward(Mixed<S> in, i64 rows, int d, int warps, const float* __restrict__ factors, S* dnormed_to_normed,
+                   InputGrads grads, float* __restrict__ partials) {
+  extern __shared__ float shared[];  // [d]
+  const Team team(warps);
+  Vector8 dmix0[kVectors] = {}, dmix1[kVectors] = {}, dweight[kSkip ? kVectors : 1] = {};
+  const i64 step = i64{gridDim.x} * team.teams();
+  for (i64 base = i64{blockIdx.x} * team.teams(); base < rows; base += step) {
+    const i64 own = base + team.index, row = own < rows ? own : rows - 1;
+    const float factor = factors[row];
+    Packed8<S> raw[kVectors], raw0[kVectors], raw_dn[kVectors], raw_skip[kSkip ? kVectors : 1];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int column = team.column(v);
+      if (column >= d) break;
+      const i64 at = row * d + column;
+      raw[v] = load_packed(in.x + at);
+      raw0[v] = load_packed(in.x0 + at);
+      raw_dn[v] = load_packed<S>(dnormed_to_normed + at);
+      if constexpr (kSkip) raw_skip[v] = load_packed(in.skip + at);
+    }
+    const auto mixed = [&](int v, Vector8& at_sum) {
+      at_sum = unpack(raw[v]);
+      if constexpr (kSkip) at_sum = in.skipped(at_sum, unpack(raw_skip[v]), team.column(v));
+      return in.mix(at_sum, unpack(raw0[v]), team.column(v));
+    };
+    float dot = 0;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (team.column(v) >= d) break;
+      Vector8 at_sum;
+      const Vector8 m = mixed(v, at_sum), dn = unpack(raw_dn[v]);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) dot = fmaf(m.x[j] * factor, dn.x[j], dot);
+    }
+    const float mean = team.sum(dot) / static_cast<float>(d);
+    if (own >= rows) continue;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int column = team.column(v);
+      if (column >= d) break;
+      const i64 at = row * d + column;
+      S* dx = static_cast<S*>(grads.dx) + at;
+      Vector8 at_sum, normed = mixed(v, at_sum), g = load8<S>(dx), g0 = load8<float>(grads.dx0 + at);
+      const Vector8 x0 = unpack(raw0[v]), dn = unpack(raw_dn[v]);
+      const Vector8 mix0 = load8(in.mix0 + column), mix1 = load8(in.mix1 + column);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        normed.x[j] *= factor;
+        g.x[j] += factor * (dn.x[j] - normed.x[j] * mean);
+        dmix0[v].x[j] = fmaf(g.x[j], at_sum.x[j], dmix0[v].x[j]);
+        dmix1[v].x[j] = fmaf(g.x[j], x0.x[j], dmix1[v].x[j]);
+        g0.x[j] = fmaf(mix1.x[j], g.x[j], g0.x[j]);
+        g.x[j] *= mix0.x[j];  // from here on the gradient at the sum with the skip
+      }
+      store8(dnormed_to_normed + at, normed);
+      store8(grads.dx0 + at, g0);
+      Vector8 added{};
+      if constexpr (kSkip) {
+        const Vector8 skip = unpack(raw_skip[v]), weight = load8(in.weight + column);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          dweight[v].x[j] = fmaf(g.x[j], skip.x[j], dweight[v].x[j]);
+          added.x[j] = to_float(from_float<S>(weight.x[j] * g.x[j]));
+        }
+        store8(static_cast<S*>(grads.dskip) + at, added);
+      }
+      if (grads.kind == Pending::stored) added = load8(static_cast<const S*>(grads.pending) + at);
+      if (grads.kind == Pending::stored_f32) added = load8(static_cast<const float*>(grads.pending) + at);
+      if (grads.kind == Pending::dx0) added = g0;
+      if (grads.kind != Pending::none) {
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) g.x[j] += added.x[j];
+      }
+      store8(dx, g);
+    }
+  }
+  float* partial = partials + i64{blockIdx.x} * 3 * d;
+  store_columns(team, dmix0, d, shared, partial);
+  store_columns(team, dmix1, d, shared, partial + d);
+  if constexpr (kSkip) store_columns(team, dweight, d, shared, partial + 2 * d);
+}
+
+// body(unit): the pairs of a lane, an integral_constant. Halves of a head are whole vectors of 8 or of 4.
+template <class F>
+void with_unit(i64 D, F&& body) {
+  if (D % 16 == 0) return body(std::integral_constant<int, 8>{});
+  body(std::integral_constant<int, 4>{});
+}
+
+}  // namespace
+
+OpBytes CudaBackend::bytes(const Qkv& op) const {
+  const Dims s(op);
+  require(s.D % 8 == 0 && s.D <= 256, "A head has ", s.D,
+          " numbers; the CUDA backend needs a multiple of 8, and at most 256.");
+  Layout saved, forward, backward;
+  Saved(saved, s);
+  ForwardScratch(forward, storage_, s);
+  BackwardScratch(backward, storage_, s);
+  return {saved.used(), forward.used(), backward.used()};
+}
+
+void CudaBackend::qkv_forward(const Qkv& op) {
+  const Dims s(op);
+  Layout saved_layout(op.saved.data), scratch_layout(op.scratch.data);
+  const Saved saved(saved_layout, s);
+  const ForwardScratch scratch(scratch_layout, storage_, s);
+  with_storage(storage_, [&](auto type) {
+    using S = decltype(type);
+    with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
+      norm_mixed<S, vectors><<<row_blocks(s.N, warps), kRowThreads, 0, stream()>>>(
+          Mixed<S>(op.in), s.N, static_cast<int>(s.d), warps, static_cast<S*>(scratch.normed), saved.input);
+      PGOLF_LAUNCHED("norm_mixed");
+    });
+    gemm(s.linear(storage_).forward(scratch.normed, packed_weights(stream(), op, scratch.weights), scratch.packed,
+                                    storage_));
+    with_unit(s.D, [&](auto unit) {
+      const Heads heads(s, unit);
+      norm_rotate<S, unit><<<heads.blocks(), kRowThreads, 0, stream()>>>(
+          heads, static_cast<const S*>(scratch.packed), op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(),
+          op.k.as<S>(), op.v.as<S>(), saved.q, saved.k);
+      PGOLF_LAUNCHED("norm_rotate");
+    });
+  });
+}
+
+void CudaBackend::qkv_backward(const Qkv& op, const QkvGrads& grads) {
+  const Dims s(op);
+  Layout saved_layout(op.saved.data), scratch_layout(grads.scratch.data);
+  const Saved saved(saved_layout, s);
+  const BackwardScratch scratch(scratch_layout, storage_, s);
+  with_storage(storage_, [&](auto type) {
+    using S = decltype(type);
+    with_unit(s.D, [&](auto unit) {
+      const Heads heads(s, unit);
+      norm_rotate_backward<S, unit><<<heads.blocks(), kRowThreads, 0, stream()>>>(
+          heads, op.q.as<S>(), op.k.as<S>(), grads.dq.as<S>(), grads.dk.as<S>(), grads.dv.as<S>(), op.cos.as<float>(),
+          op.sin.as<float>(), saved.q, saved.k, static_cast<S*>(scratch.packed));
+      PGOLF_LAUNCHED("norm_rotate_backward");
+    });
+    gemm(s.linear(storage_).backward(scratch.packed, packed_weights(stream(), op, scratch.weights), scratch.dnormed));
+    // The column sums leave a thread room for two or three vectors.
+    with_row_team<sizeof(S) == 4 ? 2 : 3>(s.d, [&](auto vectors, int warps) {
+      const auto launch = [&](auto skips) {
+        mixed_backward<S, vectors, skips>
+            <<<static_cast<unsigned>(column_blocks(s.N)), kRowThreads, s.d * sizeof(float), stream()>>>(
+                Mixed<S>(op.in), s.N, static_cast<int>(s.d), warps, saved.input, static_cast<S*>(scratch.dnormed),
+                input_grads(grads), scratch.columns);
+        PGOLF_LAUNCHED("mixed_backward");
+      };
+      if (op.in.skip)
+        launch(std::true_type{});
+      else
+        launch(std::false_type{});
+    });
+  });
+  add_columns(stream(), scratch.columns, column_blocks(s.N), 3 * s.d, (op.in.skip ? 3 : 2) * s.d,
+              grads.resid_mix.as<float>(), 2 * s.d, grads.skip_weight.as<float>());
+
+  // The three weight gradients, together where they lie together.
+  const auto weight_gradient = [&](const TensorView& w, i64 from, i64 rows) {
+    Linear part = s.linear(storage_);
+    part.out = rows;
+    gemm(part.weights(static_cast<const char*>(scratch.packed) + static_cast<std::size_t>(from) * size_of(storage_),
+                      scratch.dnormed, w.data));
+  };
+  if (one_after_the_other(grads.wq, grads.wk, grads.wv)) return weight_gradient(grads.wq, 0, s.width);
+  weight_gradient(grads.wq, 0, s.H * s.D);
+  weight_gradient(grads.wk, s.H * s.D, s.K * s.D);
+  weight_gradient(grads.wv, (s.H + s.K) * s.D, s.K * s.D);
+}
+
+}  // namespace pgolf::cuda
