@@ -6,7 +6,7 @@ iteration per matrix. Parameters have docs/spec.md's names, so that state dictio
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +159,7 @@ class GPT(nn.Module):
 
 def newton_schulz(u: Tensor, steps: int = 5) -> Tensor:
     x = u.T if u.size(0) > u.size(1) else u
+    x = x.bfloat16() if x.is_cuda else x
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):
         a = x @ x.T
@@ -187,8 +188,9 @@ class Muon(torch.optim.Optimizer):
 class Training:
     """Whole training steps of a model, with the rates of the recipe `tiny` and no schedule but the momentum's."""
 
-    def __init__(self, model: GPT, compiled: bool = False) -> None:
-        self.model, self.finished = model, 0
+    def __init__(self, model: GPT, compiled: bool = False, dtype: torch.dtype | None = None) -> None:
+        """dtype: of products, through autocast; None is float32."""
+        self.model, self.finished, self.dtype = model, 0, dtype
         self.loss = torch.compile(model, dynamic=False) if compiled else model
         embeddings: list[Tensor] = []
         matrices: list[Tensor] = []
@@ -207,8 +209,16 @@ class Training:
 
     def step(self, ids: Tensor, targets: Tensor) -> float:
         """One step on (B, T) inputs and targets; the loss before the update."""
-        loss = self.loss(ids, targets)
-        loss.backward()
+        return self.step_in_parts([(ids, targets)]).item()
+
+    def step_in_parts(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """One step on micro-batches of equal size; the loss before the update."""
+        total = torch.zeros((), device=parts[0][0].device)
+        for ids, targets in parts:
+            with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype is not None):
+                loss = self.loss(ids, targets) / len(parts)
+            loss.backward()
+            total += loss.detach()
         nn.utils.clip_grad_norm_(self.model.parameters(), 0.3)
         self.muon.param_groups[0]["momentum"] = 0.92 + 0.07 * min(self.finished / 100, 1)
         self.muon.step()
@@ -216,7 +226,7 @@ class Training:
         self.muon.zero_grad()
         self.adam.zero_grad()
         self.finished += 1
-        return loss.item()
+        return total
 
 
 @torch.inference_mode()

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import pgolf
 from pgolf.data.prepare import prepare
+from tests.places import GPU
 
 CORPUS_VOCAB = 512
+
+collect_ignore = [] if GPU else ["test_cuda.py"]
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A busy machine takes longer than Hypothesis's 200 ms for an example that is right.
+settings.register_profile("unhurried", settings(), deadline=None)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

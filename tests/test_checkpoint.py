@@ -233,10 +233,10 @@ def header(values: Any) -> np.ndarray:
         (foreign(header=np.zeros(3, np.uint8)), "is not a whole pgolf checkpoint"),
         (foreign(header=header([1])), "is not a whole pgolf checkpoint"),
         (foreign(header=header({"step": 3})), "is not a whole pgolf checkpoint"),
-        (foreign(header=header({"version": 1})), "is not a whole pgolf checkpoint"),
+        (foreign(header=header({"version": 2})), "is not a whole pgolf checkpoint"),
         (foreign(header=np.array(["text"], dtype=object)), "is not a whole pgolf checkpoint"),
-        (foreign(header=header({"version": 1, "arrays": ["a"]})), "is not a whole pgolf checkpoint"),
-        (foreign(header=header({"version": 2})), r"has checkpoint version 2; this pgolf reads version 1"),
+        (foreign(header=header({"version": 2, "arrays": ["a"]})), "is not a whole pgolf checkpoint"),
+        (foreign(header=header({"version": 1})), r"has checkpoint version 1; this pgolf reads version 2"),
     ],
 )
 def test_foreign_files_are_refused(tmp_path: Path, small_corpus: Path, content: bytes, message: str) -> None:
@@ -256,6 +256,74 @@ def test_a_file_of_numpy_with_one_array_is_refused(tmp_path: Path) -> None:
     with path.open("wb") as file:
         np.save(file, np.zeros(3))
     with pytest.raises(FormatError, match="is not a whole pgolf checkpoint"):
+        checkpoint.load(path)
+
+
+def npz(**entries: bytes) -> bytes:
+    """A zip file with right checksums around entries of any content."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(f"{name}.npy", content)
+    return file.getvalue()
+
+
+def npy(text: str, data: bytes = bytes(12)) -> bytes:
+    """An array's file with any text where NumPy writes what the array is."""
+    header = text.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+def npy_of(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+RIGHT = "{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}"
+TWO = npy_of(header({"version": checkpoint.VERSION, "arrays": ["a"]}))
+
+
+def test_an_array_in_numpys_words_is_read(tmp_path: Path) -> None:
+    """What the next test damages is right without its damage."""
+    path = tmp_path / "step-00000001.npz"
+    path.write_bytes(npz(header=TWO, a=npy(RIGHT)))
+    arrays, values = checkpoint.load(path)
+    assert arrays["a"].tolist() == [0, 0, 0] and values == {"version": checkpoint.VERSION}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npz(header=TWO, a=npy(RIGHT.replace("(3,)", "(3L,)"))),  # read with a warning, as what Python 2 wrote
+        npz(header=TWO, a=npy(RIGHT.replace("(3,)", "(4,)"))),
+        npz(header=TWO, a=npy(RIGHT.replace("(3,)", "(-3,)"))),
+        npz(header=TWO, a=npy(RIGHT.replace("(3,)", "(1000000000000000000,)"))),
+        npz(header=TWO, a=npy(RIGHT.replace("<f4", "|O"))),
+        npz(header=TWO, a=npy(RIGHT.replace("<f4", "nothing"))),
+        npz(header=TWO, a=npy(RIGHT.replace("}", ""))),
+        npz(header=TWO, a=npy(RIGHT.replace("False", "[" * 3000))),
+        npz(header=TWO, a=npy("")),
+        npz(header=TWO, a=b""),
+        npz(header=TWO, a=b"what NumPy returns as it is"),
+        npz(header=TWO),
+        npz(header=TWO, b=npy(RIGHT)),
+        npz(header=TWO, a=npy(RIGHT), b=npy(RIGHT)),
+        npz(header=npy_of(np.frombuffer(b"[" * 100_000, np.uint8)), a=npy(RIGHT)),
+        npz(header=npy_of(np.frombuffer(b'{"version":' * 100_000, np.uint8)), a=npy(RIGHT)),
+        npz(header=npy_of(np.frombuffer(b'{"version": ' + b"9" * 5000 + b"}", np.uint8)), a=npy(RIGHT)),
+        npz(header=npy_of(header({"version": checkpoint.VERSION, "arrays": "a"})), a=npy(RIGHT)),
+    ],
+    ids=[
+        *("Python 2's", "too long", "negative length", "larger than memory", "objects", "no type", "open brace"),
+        *("deep", "no words", "empty", "no array", "a missing array", "another array", "an array too many"),
+        *("header of deep lists", "header of deep objects", "an integer of 5,000 digits", "a text for a list"),
+    ],
+)
+def test_damaged_headers_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "step-00000001.npz"
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=f"{re.escape(str(path))} is not a whole pgolf checkpoint"):
         checkpoint.load(path)
 
 
@@ -353,5 +421,5 @@ def test_state_names_what_the_next_step_depends_on(small_corpus: Path) -> None:
     expected |= {f"momentum.{name}" for name in matrices}
     expected |= {f"{kind}.{name}" for kind, name in itertools.product(("adam_m", "adam_v"), weights.keys() - matrices)}
     assert arrays.keys() == expected
-    assert (values["step"], values["adam_steps"], values["snapshots"]) == (6, 6, trainer.snapshots)
+    assert (values["step"], values["counts"][0], values["snapshots"]) == (6, 6, trainer.snapshots)
     assert values["position"] == 6 * 162

@@ -357,6 +357,71 @@ def test_broken_manifests_are_refused_and_foreign_ones_ignored(tmp_path: Path) -
     assert find_data(tmp_path).manifest is None
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff\xfe", b'{"format": ' + b"[" * 100_000, b'{"a":' * 100_000, b'{"tokens": ' + b"9" * 5000 + b"}"],
+    ids=["empty", "no text", "deep lists", "deep objects", "an integer of 5,000 digits"],
+)
+def test_a_manifest_that_json_cannot_hold_is_refused(tmp_path: Path, content: bytes) -> None:
+    (fill(tmp_path) / "manifest.json").write_bytes(content)
+    with pytest.raises(errors.FormatError, match=r"manifest\.json: this is not JSON"):
+        find_data(tmp_path)
+
+
+TOKENIZER = {"file": "b.model", "sha256": "0", "vocab_size": 10, "normalization": "identity"}
+SPLIT = {"documents": 1, "tokens": 3, "source_bytes": 1, "text_bytes": 1, "changed_documents": 0, "shards": []}
+HUB = {"repo": "a/b", "revision": "c", "variant": "d", "train_shards": 2, "val_shards": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"pgolf": 1}, "pgolf is 1"),
+        ({"sources": "text.txt"}, "sources is 'text.txt'"),
+        ({"sources": ["text.txt", 7]}, "sources is "),
+        ({"tokenizer": {**TOKENIZER, "sha256": None}}, "sha256 is None"),
+        ({"tokenizer": {**TOKENIZER, "vocab_size": "10"}}, "vocab_size is '10'"),
+        ({"tokenizer": {**TOKENIZER, "vocab_size": True}}, "vocab_size is True"),
+        ({"tokenizer": {**TOKENIZER, "vocab_size": 10.0}}, "vocab_size is 10.0"),
+        ({"tokenizer": {**TOKENIZER, "vocab_size": -1}}, "vocab_size is -1"),
+        ({"tokenizer": {**TOKENIZER, "colour": "red"}}, "colour"),
+        ({"tokenizer": {"file": "b.model"}}, "sha256"),
+        ({"train": {**SPLIT, "tokens": None}}, "tokens is None"),
+        ({"train": {**SPLIT, "source_bytes": -1}}, "source_bytes is -1"),
+        ({"train": {**SPLIT, "shards": None}}, "NoneType"),
+        ({"val": {**SPLIT, "shards": [[]]}}, "list"),
+        ({"val": {**SPLIT, "shards": [{"file": 7, "tokens": 3, "sha256": "0"}]}}, "file is 7"),
+        ({"val": {**SPLIT, "shards": [{"file": "a.bin", "tokens": [3], "sha256": "0"}]}}, r"tokens is \[3\]"),
+        ({"hub": []}, ""),
+        ({"hub": {**HUB, "revision": 7}}, "revision is 7"),
+        ({"hub": {**HUB, "val_shards": False}}, "val_shards is False"),
+    ],
+)
+def test_a_manifests_fields_have_their_types(tmp_path: Path, changes: dict[str, object], named: str) -> None:
+    write_manifest(fill(tmp_path), **changes)
+    with pytest.raises(errors.FormatError, match=rf"manifest\.json: the manifest's fields are not those.*\(.*{named}"):
+        find_data(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../b.model", "/b.model", "a/b", "a\\b", "a\0b", "\ud800", "x" * 256])
+@pytest.mark.parametrize("where", ["tokenizer", "shard"])
+def test_a_manifest_names_files_of_its_own_folder(tmp_path: Path, name: str, where: str) -> None:
+    shard = {"file": name, "tokens": 3, "sha256": "0"}
+    changes = (
+        {"tokenizer": {**TOKENIZER, "file": name}} if where == "tokenizer" else {"val": {**SPLIT, "shards": [shard]}}
+    )
+    write_manifest(fill(tmp_path), **changes)
+    with pytest.raises(errors.FormatError, match=r"manifest\.json: the manifest's fields are not those.*file is "):
+        find_data(tmp_path)
+
+
+def test_what_a_damaged_manifest_holds_is_quoted_in_short(tmp_path: Path) -> None:
+    write_manifest(fill(tmp_path), pgolf=["x"] * 10_000)
+    with pytest.raises(errors.FormatError) as caught:
+        find_data(tmp_path)
+    assert len(str(caught.value)) < 700 + len(str(tmp_path))
+
+
 def test_load_tokens_from_folder_file_and_array(tmp_path: Path) -> None:
     fill(tmp_path)
     assert load_tokens(tmp_path).tolist() == [9, 8, 7]

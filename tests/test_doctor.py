@@ -10,6 +10,7 @@ import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PGOLF_CPU_ISA", "PGOLF_NUM_THREADS"):
+    for name in ("PGOLF_CPU_ISA", "PGOLF_NUM_THREADS", "PGOLF_CUDA_LIBRARY", "PGOLF_CUBLASLT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -68,7 +69,7 @@ def test_this_machine(tmp_path: Path) -> None:
     assert found(checks, "threads").found.startswith(f"{pgolf.get_num_threads()} on ")
     assert "scipy_openblas32" in found(checks, "OpenBLAS").found
     assert "GB free; the recipe base needs" in found(checks, "memory").found
-    assert "no CUDA backend" in found(checks, "GPU").found and found(checks, "GPU").status == "limited"
+    assert found(checks, "GPU").status == ("ok" if _C.cuda_status().usable else "limited")
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -216,10 +217,68 @@ def test_the_memory_of_training_is_what_training_takes(small_corpus: Path, monke
     assert doctor.training_bytes("tiny") - arena == pytest.approx(taken, rel=0.1)
 
 
-def test_a_gpu_of_no_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    for there, text in ((True, "an NVIDIA driver is installed, but"), (False, "no NVIDIA driver is installed, and")):
-        monkeypatch.setattr(Path, "exists", lambda path, there=there: there)
-        assert doctor._gpu().found.startswith(text)
+def cuda(missing: str = "", problem: str = "", **fields: Any) -> Any:
+    status = {"devices": [], "driver": 0, "cublaslt": ("", 0), "usable": not missing}
+    return SimpleNamespace(missing=missing, problem=problem, **{**status, **fields})
+
+
+def gpu(name: str, memory: int, problem: str = "") -> Any:
+    return SimpleNamespace(name=name, memory=memory, problem=problem)
+
+
+def test_gpus() -> None:
+    devices = [gpu("NVIDIA H100 80GB HBM3", 80 * 2**30), gpu("Tesla P4", 2**33, "GPU 1 (Tesla P4, …) is too old; …")]
+    status = cuda(devices=devices, driver=13020, cublaslt=("/lib/libcublasLt.so.13", 131000))
+    assert doctor._cuda(status) == Check(
+        "GPU",
+        "ok",
+        "NVIDIA H100 80GB HBM3, 80 GiB; GPU 1 (Tesla P4, …) is too old; …; driver for CUDA 13.2; "
+        "cuBLASLt 13.10.0, /lib/libcublasLt.so.13",
+    )
+
+
+@pytest.mark.parametrize(
+    ("missing", "mend"),
+    [
+        ("backend", "PGOLF_CUDA=on pip install --force-reinstall --no-deps pgolf"),
+        ("working backend", "PGOLF_CUDA=on pip install --force-reinstall --no-deps pgolf"),
+        ("driver", None),
+        ("newer driver", None),
+        ("GPU", None),
+        ("newer GPU", None),
+        ("code for GPU", "PGOLF_CUDA_ARCHITECTURES=native pip install --force-reinstall --no-deps pgolf"),
+        ("cuBLASLt", "pip install 'pgolf[cuda]'"),
+    ],
+)
+def test_what_a_gpu_lacks(
+    missing: str, mend: str | None, kernel: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel["/proc/driver/nvidia/version"] = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06\n"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("shutil.which", lambda program: f"/usr/bin/{program}")
+    status = cuda(missing, "This and that.")
+    assert doctor._cuda(status) == Check("GPU", "limited", "This and that: training runs on the CPU", mend)
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    wheels = f"PGOLF_NVCC=wheels {mend}" if mend and "force-reinstall" in mend else mend
+    assert doctor._cuda(status).mend == wheels
+    for name in ("PGOLF_CUDA_LIBRARY", "CUDA_VISIBLE_DEVICES", "PGOLF_CUBLASLT"):
+        monkeypatch.setenv(name, "x")
+    settings = {"working backend": "PGOLF_CUDA_LIBRARY", "GPU": "CUDA_VISIBLE_DEVICES", "cuBLASLt": "PGOLF_CUBLASLT"}
+    assert doctor._cuda(status).mend == (f"unset {settings[missing]}" if missing in settings else wheels)
+
+
+def test_neither_a_driver_nor_the_backend(kernel: dict[str, str]) -> None:
+    check = doctor._cuda(cuda("backend", "This build of pgolf has no CUDA backend: …"))
+    assert check.found == (
+        "no NVIDIA driver is installed, and this build of pgolf has no CUDA backend: training runs on the CPU"
+    )
+    assert (check.status, check.mend) == ("limited", None)
+
+
+def test_no_core_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(pgolf, "_C")
+    monkeypatch.setitem(sys.modules, "pgolf._C", None)
+    assert doctor._gpu() == Check("GPU", "limited", "not known without the native core")
 
 
 def test_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,7 +237,7 @@ def project_residual_case(B: int, T: int, d: int, c: int, skip: str | None = Non
 
     def run(inputs, upstream, starts):
         residual = inputs["x"] if skip is None else mixed_native(inputs, skip)
-        out, saved = ops.project_residual(residual, inputs["a"], inputs["w"], inputs["scale"])
+        out, saved = ops.project_residual(residual, inputs["a"], ops.working_copy(inputs["w"], inputs["scale"]))
         da, dw = ops.project_residual_backward(saved, upstream["out"])
         dw, dscale = ops.finish_projection(inputs["w"], inputs["scale"], dw, starts["scale"])
         return {"out": out}, {"a": da, "w": dw, "scale": dscale}
@@ -301,6 +301,7 @@ EMBED = [
     embed_case(1, 63, 1000, 64, (11, 5)),
     embed_case(3, 64, 97, 64, (1000, None)),
     embed_case(1, 65, 2, 32, (3, 2)),
+    embed_case(1, 63, 65_536, 2, (53, None)),  # ids whose hash is negative in 32 bits
     embed_case(5, 130, 7, 6, (5, 3), reset=True),  # 650 rows: more than a chunk of 512, here and below
 ]
 QKV = [
@@ -408,7 +409,7 @@ def check_first_cases() -> None:
             case.check(dtype)
     check_optimizers("float32")
     check_newton_schulz("float32")
-    assert _C.Ops(np.dtype("float32")).description().startswith(f"cpu {_C.cpu_isa()}, float32, ")
+    assert _C.Ops(-1, "float32").description().startswith(f"cpu {_C.cpu_isa()}, float32, ")
     print(_C.cpu_isa())
 
 
@@ -426,7 +427,7 @@ def test_pending_may_be_dskip_itself(dtype):
 
     outputs = {"d" + name: np.zeros_like(saved.tensors[name]) for name in ops.QkvGrads._fields}
     gradients = {"d" + name: upstream[name].copy() for name in "qkv"}
-    native = _C.Ops(np.dtype(dtype))
+    native = _C.Ops(-1, dtype)
     native.qkv_backward({**saved.tensors, **gradients, "pending": outputs["dskip"]}, outputs)
     assert same_bits(outputs["dskip"], apart.skip)
     assert same_bits(outputs["dx"], apart.x + apart.skip)
@@ -436,10 +437,10 @@ def test_pending_may_be_dskip_itself(dtype):
 def test_the_projection_may_write_onto_its_residual(dtype):
     case = PROJECT_RESIDUAL[-1]
     inputs = cast(case.inputs, dtype)
-    out, saved = ops.project_residual(inputs["x"], inputs["a"], inputs["w"], inputs["scale"])
+    out, saved = ops.project_residual(inputs["x"], inputs["a"], inputs["w"])
     stream = inputs["x"].copy()
-    weights = {name: saved.tensors[name] for name in ("a", "w", "scale")}
-    _C.Ops(np.dtype(dtype)).project_residual({**weights, "x": stream}, {"out": stream})
+    weights = {name: saved.tensors[name] for name in ("a", "w")}
+    _C.Ops(-1, dtype).project_residual({**weights, "x": stream}, {"out": stream})
     assert same_bits(stream, out)
 
 
@@ -456,7 +457,7 @@ def test_projection_gradients_of_two_micro_batches(dtype):
     gathered = {}
     for a, dout in batches:
         residual = np.zeros(dout.shape, dtype)
-        _, saved = ops.project_residual(residual, a.astype(dtype), w.astype(dtype), scale.astype(dtype))
+        _, saved = ops.project_residual(residual, a.astype(dtype), w.astype(dtype))
         gathered = {"w": ops.project_residual_backward(saved, dout.astype(dtype), add_to=gathered).w}
     dw, dscale_found = ops.finish_projection(w.astype(dtype), scale.astype(dtype), gathered["w"], dscale.astype(dtype))
     assert_close(dw, expected_w.numpy(), dtype, "w")
@@ -614,7 +615,7 @@ def test_optimizers_give_the_same_bits_for_any_number_of_threads(one_thread):
         norm, scale, _ = ops.grad_norm(gradients, 0.3)
         new = [*ops.adam(weights, gradients, m, [a * a for a in m], step=3, lr=0.1, grad_scale=scale)]
         new += ops.muon(weights, gradients, m, lr=0.1)
-        new.append([ops.fake_quantize(w, 15) for w in weights])
+        new.append([ops.working_copy(w, clip=15) for w in weights])
         new.append([ops.axpby(0.3, w, 0.7, g) for w, g in zip(weights, gradients, strict=True)])
         new.append([np.array([norm, scale, *(ops.sum(w) for w in weights)])])
         results.append([array for arrays in new for array in arrays])
@@ -694,7 +695,7 @@ def test_fake_quantised_weights_are_the_reference_s_bits(clip, dtype):
     w[0], w[1], w[2] = 0.0, ties, -ties
     w[3] *= 1e-20
     w = w.astype(dtype)
-    assert same_bits(ops.fake_quantize(w, clip), reference.fake_quantise(torch.tensor(w), clip).numpy())
+    assert same_bits(ops.working_copy(w, clip=clip), reference.fake_quantise(torch.tensor(w), clip).numpy())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -777,7 +778,7 @@ def saved_attention() -> ops.Saved:
             "cos and sin have 2 rows; expected one for each of 3",
         ),
         (
-            lambda: ops.project_residual(X, X, W, GATE),
+            lambda: ops.project_residual(X, X, W),
             ValueError,
             r"w has shape \(5, 4\); expected \(d, c\) = \(4, 4\)",
         ),
@@ -825,8 +826,8 @@ def saved_attention() -> ops.Saved:
         ),
         (lambda: ops.muon([X], [X], [X], lr=0.1), ValueError, r"weights\[0\] has shape \(2, 3, 4\); expected a matrix"),
         (lambda: ops.muon([W], [W], [W], lr=0.1, ns_steps=0), ValueError, "ns_steps is 0; 1 … "),
-        (lambda: ops.fake_quantize(W, 0), ValueError, "clip is 0; 1 … 127 was expected"),
-        (lambda: ops.fake_quantize(GATE, 15), ValueError, r"w has shape \(4,\); expected \(rows, cols\)"),
+        (lambda: ops.working_copy(W, clip=128), ValueError, "clip is 128; 0 … 127 was expected"),
+        (lambda: ops.working_copy(GATE, clip=15), ValueError, r"w has shape \(4,\); expected \(rows, cols\)"),
         (lambda: ops.axpby(1.0, W, 1.0, X), ValueError, r"y\[0\] has shape \(2, 3, 4\); expected \(5, 4\)"),
     ],
 )
@@ -836,11 +837,11 @@ def test_what_does_not_fit_is_named(call, error, message):
 
 
 def test_the_native_face_refuses_what_would_crash_it():
-    native = _C.Ops(np.dtype("float32"))
+    native = _C.Ops(-1, "float32")
     a = np.ones((2, 2), np.float32)
     with pytest.raises(ValueError, match="needs an array named q"):
         native.attention({}, {})
     with pytest.raises(ValueError, match="C-contiguous"):
-        native.fake_quantize(a.T, a.copy(), 15)
+        native.working_copy({"w": a.T}, {"out": a.copy()}, 15, 1.0)
     with pytest.raises(ValueError, match="The dtype is int16; expected float32"):
         native.sum(np.ones(2, np.int16))

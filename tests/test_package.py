@@ -144,7 +144,7 @@ def test_native_errors_arrive_as_pythons() -> None:
     with pytest.raises(ValueError, match="number of threads is 0"):
         _C.set_num_threads(0)
     with pytest.raises(KeyError, match="vocab_size"):
-        _C.Model({}, 0, "float32")
+        _C.Model({}, 0, -1, "float32")
 
 
 if sys.platform == "linux":

@@ -106,7 +106,16 @@ def test_a_line_that_was_being_written_is_left_out(tmp_path: Path) -> None:
     assert Curves.of(log).steps.tolist() == whole.steps.tolist()
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1.0}', '{"step": 1, "loss": "high"}', '{"step": null}', "\x80"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{", "[1]", '{"loss": 1.0}', '{"step": 1, "loss": "high"}', '{"step": null}', "\x80"),
+        *('{"step": -1}', '{"step": 9007199254740992}', '{"step": NaN}', '{"step": Infinity}', '{"step": [1]}'),
+        *('{"step": 1, "loss": 1' + "0" * 400 + "}", '{"step": 1, "val_bpb": ' + "9" * 5000 + "}"),
+        *("[" * 100_000, '{"step":' * 100_000),
+    ],
+    ids=lambda line: line[:24].encode("unicode_escape").decode(),
+)
 def test_a_broken_line_is_named(line: str, tmp_path: Path) -> None:
     log = write_log(tmp_path / "log.jsonl", RECORDS[:2])
     with log.open("a", encoding="latin-1") as file:

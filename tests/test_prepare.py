@@ -431,7 +431,7 @@ def test_a_script_without_a_main_guard_is_told_so(jsonl: Path, model: Path, tmp_
         prepare({str(jsonl)!r}, {str(tmp_path / "out")!r}, tokenizer={str(model)!r}, val_docs=2, workers=2)
         """)
     )
-    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert ran.returncode == 1
     assert "below `if __name__ == '__main__':`, or with workers=1." in ran.stderr
     assert not (tmp_path / "out").exists()

@@ -52,7 +52,6 @@ def run_script(folder: Path, **environ: str) -> subprocess.CompletedProcess[str]
         env={**kept, **SMALL, **environ},
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
     )
 
 

@@ -241,7 +241,7 @@ def test_automatic_micro_batches(small_corpus: Path) -> None:
         == 4
     )
     assert Trainer(tiny(micro_batch_seqs=5), small_corpus).micro_batch_seqs == 5
-    assert pgolf.trainer._automatic_micro_batch(2, 10_000) == 1
+    assert pgolf.trainer._largest((64, 8, 1), 8_192, 2, 10_000) == 1
 
 
 @pytest.mark.parametrize("size", [10, 4])
@@ -356,7 +356,7 @@ def test_an_interrupted_validation_loses_no_record(
 
 
 def test_an_interruption_waits_for_the_whole_step(small_corpus: Path, tmp_path: Path) -> None:
-    """Ctrl-C while the optimizer changes the weights: the step is finished and logged, then the interruption shows."""
+    """Ctrl-C while the optimizer changes the weights: the step is finished, and logged when the loop goes on."""
     config = tiny(ema_decay=0.5)
     plain, _ = run(config, small_corpus)
     trainer = Trainer(config, small_corpus, run_dir=tmp_path)
@@ -365,7 +365,7 @@ def test_an_interruption_waits_for_the_whole_step(small_corpus: Path, tmp_path: 
     with pytest.raises(KeyboardInterrupt):
         list(trainer)
     trainer._optimizer = optimizer
-    assert trainer.step == 3
+    assert trainer.state()[1]["step"] == 3
     list(trainer)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [1, 2, 3, 4, 5, 6]
@@ -417,9 +417,9 @@ def test_the_tensor_with_the_bad_gradient_is_named(small_corpus: Path) -> None:
         return np.full_like(gradient, np.nan) if name in bad else gradient
 
     trainer._native = SimpleNamespace(read_grad=read_grad)
-    assert "The gradient of smear.gate became NaN" in trainer._describe_non_finite(7)
+    assert "The gradient of smear.gate became NaN" in trainer._describe_non_finite(7, False)
     bad.clear()
-    assert "The gradient norm overflowed in step 7" in trainer._describe_non_finite(7)
+    assert "The gradient norm overflowed in step 7" in trainer._describe_non_finite(7, False)
 
 
 # The end of a run -----------------------------------------------------------------------------------------------------
@@ -592,10 +592,8 @@ def test_impossible_configurations_and_devices(small_corpus: Path) -> None:
     config.train.grad_accum_steps = 7
     with pytest.raises(ValueError, match=r"train\.train_batch_tokens = 160: must be a multiple"):
         Trainer(config, small_corpus)
-    with pytest.raises(ValueError, match="'bfloat16'; a model on the CPU"):
-        Trainer(tiny(dtype="bfloat16"), small_corpus)
-    with pytest.raises(pgolf.DeviceError, match="no CUDA backend"):
-        Trainer(tiny(), small_corpus, device="cuda")
+    with pytest.raises(pgolf.DeviceError):
+        Trainer(tiny(), small_corpus, device="cuda:99")
     with pytest.raises(ValueError, match="resume=True needs the run_dir"):
         Trainer(tiny(), small_corpus, resume=True)
     with pytest.raises(FileNotFoundError, match=r"train\.replay names .*nolog\.jsonl, which does not exist"):

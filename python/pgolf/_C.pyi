@@ -137,3 +137,66 @@ def cpu_isa() -> str:
 
 def allocation_count() -> int:
     """Native allocations since the library was loaded."""
+
+@final
+class CudaDevice:
+    @property
+    def name(self) -> str: ...
+    @property
+    def capability(self) -> tuple[int, int]: ...
+    @property
+    def memory(self) -> int:
+        """Bytes."""
+
+    @property
+    def problem(self) -> str:
+        """Why pgolf cannot use it; empty where it can."""
+
+@final
+class CudaStatus:
+    @property
+    def usable(self) -> bool:
+        """Whether a model can live on GPU 0."""
+
+    @property
+    def missing(self) -> str:
+        """What lacks for that; empty: nothing.
+
+        "backend", "working backend", "driver", "newer driver", "GPU", "newer GPU", "code for GPU" or "cuBLASLt".
+        """
+
+    @property
+    def problem(self) -> str:
+        """The same as a sentence."""
+
+    @property
+    def library(self) -> str:
+        """The path of the CUDA backend; empty where there is none, and so is all that follows."""
+
+    @property
+    def compiled_for(self) -> str:
+        """Architectures, separated by commas."""
+
+    @property
+    def runtime(self) -> int:
+        """The CUDA that the backend was compiled with, 1000 * major + 10 * minor."""
+
+    @property
+    def driver(self) -> int:
+        """The newest CUDA that the driver supports; 0: there is no driver."""
+
+    @property
+    def devices(self) -> list[CudaDevice]: ...
+    @property
+    def cublaslt(self) -> tuple[str, int]:
+        """(path, 10000 * major + 100 * minor + patch); looked for only where GPU 0 can be used."""
+
+def cuda_status() -> CudaStatus: ...
+def cuda_dtype(device: int) -> str:
+    """ "bfloat16", or "float16" on GPUs that have none; DeviceError where the GPU cannot be used."""
+
+def open_cublaslt() -> tuple[str, int]:
+    """Its path and version; DeviceError where there is none that can be used."""
+
+def build_stamp() -> str:
+    """The version and a hash of the native sources; a CUDA backend of another stamp is refused."""

@@ -15,7 +15,7 @@ from pgolf.config import Config
 from pgolf.data.files import atomic_write
 from pgolf.errors import FormatError
 
-VERSION = 1
+VERSION = 2
 KEPT = 2
 _FREE = ("data_path", "tokenizer_path", "train_log_every", "checkpoint_every")  # keys that change no bit of a run
 _NAME = re.compile(r"step-(\d{8})\.npz")
@@ -65,6 +65,8 @@ def load(path: Path) -> tuple[_Arrays, dict[str, Any]]:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file, warnings.catch_warnings():
             warnings.simplefilter("error")  # NumPy warns of an array's header that it did not write, a damaged one
             arrays = {name: file[name] for name in file.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("an entry is no array")
         values = json.loads(arrays.pop("header").tobytes())
         version = values["version"]
         if version == VERSION and list(arrays) != values.pop("arrays"):

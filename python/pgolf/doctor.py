@@ -11,9 +11,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pgolf import __version__
+
+if TYPE_CHECKING:
+    from pgolf._C import CudaStatus
 
 # A run of the base recipe keeps two checkpoints of some 310 MB and writes a third one beside them.
 _RUN_BYTES = 1_000_000_000
@@ -157,9 +160,44 @@ def training_bytes(recipe: str) -> int:
 
 
 def _gpu() -> Check:
-    there = Path("/proc/driver/nvidia/version").exists()
-    driver = "an NVIDIA driver is installed, but" if there else "no NVIDIA driver is installed, and"
-    return Check("GPU", "limited", f"{driver} this build of pgolf has no CUDA backend: training runs on the CPU")
+    try:
+        from pgolf import _C
+    except ImportError:  # of which another check tells
+        return Check("GPU", "limited", "not known without the native core")
+    return _cuda(_C.cuda_status())
+
+
+def _cuda(status: CudaStatus) -> Check:
+    """What the CUDA backend found, or what is missing and the command that brings it."""
+    if status.usable:
+        path, version = status.cublaslt
+        parts = [
+            *(gpu.problem or f"{gpu.name}, {gpu.memory / 2**30:.0f} GiB" for gpu in status.devices),
+            f"driver for CUDA {status.driver // 1000}.{status.driver % 1000 // 10}",
+            f"cuBLASLt {version // 10000}.{version // 100 % 100}.{version % 100}, {path}",
+        ]
+        return Check("GPU", "ok", "; ".join(part.removesuffix(".") for part in parts))
+    if status.missing == "backend" and not _read("/proc/driver/nvidia/version"):
+        found = "no NVIDIA driver is installed, and this build of pgolf has no CUDA backend: training runs on the CPU"
+        return Check("GPU", "limited", found)
+    found = f"{status.problem.removesuffix('.')}: training runs on the CPU"
+    return Check("GPU", "limited", found, _mend_cuda(status.missing))
+
+
+def _mend_cuda(missing: str) -> str | None:
+    settings = {"working backend": "PGOLF_CUDA_LIBRARY", "GPU": "CUDA_VISIBLE_DEVICES", "cuBLASLt": "PGOLF_CUBLASLT"}
+    setting = settings.get(missing)
+    if setting is not None and os.environ.get(setting):
+        return f"unset {setting}"
+    install = "pip install --force-reinstall --no-deps pgolf"
+    compiler = "" if shutil.which("nvcc") else "PGOLF_NVCC=wheels "
+    commands = {
+        "backend": f"{compiler}PGOLF_CUDA=on {install}",
+        "working backend": f"{compiler}PGOLF_CUDA=on {install}",
+        "code for GPU": f"{compiler}PGOLF_CUDA_ARCHITECTURES=native {install}",
+        "cuBLASLt": "pip install 'pgolf[cuda]'",
+    }
+    return commands.get(missing)
 
 
 def _optional(name: str, use: str, mend: str) -> Check:

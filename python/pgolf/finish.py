@@ -84,7 +84,7 @@ def _finish(trainer: Trainer, folder: Path, progress: Progress, code: str | os.P
     averaged = trainer.validation_loss() if trainer.use_average() else None
     progress("export", 0, 1)
     sizes = export_with(model, folder / "model.pgolf", config.export, code)
-    loaded = load(folder / "model.pgolf", device=model.device)
+    loaded = load(folder / "model.pgolf", device=model.device, dtype=model.dtype)
     progress("validate the artifact", 0, 1)
     quantised = trainer.validation_loss(loaded)
     started = time.perf_counter()

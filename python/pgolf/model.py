@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from pgolf import _C
 from pgolf.config import ModelConfig
-from pgolf.errors import DeviceError
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int32]
@@ -30,8 +29,11 @@ class GPT:
         config: the [model] table.
         seed: 0 … 2⁶⁴ − 1; with a tensor's name it determines every initial weight. None leaves them zero, for a state
             dict that replaces them.
-        device: "cpu"; None is the best there is.
-        dtype: of weights and activations, "float32" or (to check gradients) "float64"; None is float32 on CPUs.
+        device: "cpu", "cuda", "cuda:<number>"; None is the best there is.
+        dtype: of activations and of what products read: "bfloat16", "float16", "float32", on CPUs also (to check
+            gradients) "float64". Weights themselves, gradients and losses are float32 (float64). None and "auto" are
+            bfloat16 on GPUs (float16 where the GPU has no bfloat16), float32 on CPUs. A 16-bit dtype on the CPU is
+            float32 arithmetic rounded to it where a GPU would store it: what a GPU's results are compared with.
 
     Raises:
         ValueError: an impossible configuration, seed or dtype.
@@ -46,13 +48,15 @@ class GPT:
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}; it must be from 0 to 2**64 - 1.")
         self.config = config
-        self.device = _resolve_device(device)
-        self.dtype = _resolve_dtype(dtype)
+        self.device, number = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        """The dtype of activations."""
+        self._weight_dtype = "float64" if self.dtype == "float64" else "float32"
         self.train_seq_len: int | None = None
         """The sequence length it was trained at, in tokens; set by Trainer and load."""
         self.provenance: dict[str, int] | None = None
         """Steps, tokens and seed of the training; set by Trainer and load."""
-        self._native = _C.Model(_native_config(config), seed, self.dtype)
+        self._native = _C.Model(_native_config(config), seed, number, self.dtype)
         self._shapes = parameter_shapes(config)
         self._training = threading.Lock()
 
@@ -106,10 +110,12 @@ class GPT:
         if array.shape != self._shapes[name]:
             raise ValueError(f"{name} has shape {array.shape}; expected {self._shapes[name]}.")
         with np.errstate(over="ignore"):  # a float64 value beyond float32 becomes an infinity, refused below
-            ready: FloatArray = np.ascontiguousarray(array, dtype=self.dtype).reshape(array.shape)
+            ready: FloatArray = np.ascontiguousarray(array, dtype=self._weight_dtype).reshape(array.shape)
         bad = np.count_nonzero(~np.isfinite(ready))
         if bad:
-            raise ValueError(f"{name} holds {bad} values that are NaN or infinite in {self.dtype}; expected none.")
+            raise ValueError(
+                f"{name} holds {bad} values that are NaN or infinite in {self._weight_dtype}; expected none."
+            )
         return ready
 
     def logits(self, ids: Any) -> FloatArray:
@@ -169,11 +175,14 @@ class GPT:
         tokens, goals = _token_pair(ids, targets)
         with self._training:
             self._native.begin_step(False)
-            total = sum(
-                self._native.micro_step(tokens[part], goals[part], 1.0 / tokens.size) for part in _parts(tokens.shape)
-            )
+            for part in _parts(tokens.shape):
+                self._native.micro_step(tokens[part], goals[part], 1.0 / tokens.size)
             self._native.end_step()
-            return total / tokens.size, {name: self._native.read_grad(name) for name in self._shapes}
+            gradients = {name: self._native.read_grad(name) for name in self._shapes}
+            scale = self._native.loss_scale()
+            if scale != 1:
+                gradients = {name: gradient / np.float32(scale) for name, gradient in gradients.items()}
+            return self._native.loss_sum() / tokens.size, gradients
 
     def generate(
         self,
@@ -323,17 +332,25 @@ def _native_config(config: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def _resolve_device(device: str | None) -> str:
-    if device is None or device == "cpu":
-        return "cpu"
-    if device == "cuda" or device.startswith("cuda:"):
-        raise DeviceError(f"The device is {device!r}, but this build of pgolf has no CUDA backend; use device='cpu'.")
-    raise ValueError(f"The device is {device!r}; expected 'cpu', 'cuda' or 'cuda:<number>'.")
+def resolve_device(device: str | None) -> tuple[str, int]:
+    """The name of a device and its number for the native code, −1 for the CPU; None is the best there is."""
+    if device is None:
+        device = "cuda" if _C.cuda_status().usable else "cpu"
+    if device == "cpu":
+        return device, -1
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or (number and not number.isdecimal()) or device.endswith(":"):
+        raise ValueError(f"The device is {device!r}; expected 'cpu', 'cuda' or 'cuda:<number>'.")
+    return device, int(number or 0)
 
 
-def _resolve_dtype(dtype: str | None) -> str:
+def resolve_dtype(dtype: str | None, device: str) -> str:
+    """The dtype of weights and activations: None and "auto" are bfloat16 on GPUs, float32 on CPUs."""
     if dtype in (None, "auto"):
-        return "float32"
-    if dtype not in ("float32", "float64"):
-        raise ValueError(f"The dtype is {dtype!r}; a model on the CPU is 'float32' or 'float64'.")
+        return "float32" if device == "cpu" else _C.cuda_dtype(resolve_device(device)[1])
+    known = ("bfloat16", "float16", "float32", "float64")
+    if dtype not in known:
+        raise ValueError(f"The dtype is {dtype!r}; expected one of {', '.join(map(repr, known))}.")
+    if dtype == "float64" and device != "cpu":
+        raise ValueError("The dtype is 'float64', which only the CPU has; a GPU has 'bfloat16', 'float16', 'float32'.")
     return str(dtype)

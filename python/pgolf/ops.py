@@ -22,7 +22,9 @@ argument, what was found and what was expected.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,8 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgolf import _C
-from pgolf.model import FloatArray, as_array, as_tokens
-from pgolf.model import newton_schulz as newton_schulz
+from pgolf.model import FloatArray, as_array, as_tokens, resolve_device, resolve_dtype
 from pgolf.quantize import _integer
 
 GROUPS = ("matrix", "embedding", "scalar", "head")
@@ -100,7 +101,7 @@ class AttentionGrads(NamedTuple):
 
 
 class ProjectResidualGrads(NamedTuple):
-    """w's is added to, and is doutᵀ·a without the scale until `finish_projection`."""
+    """w's is added to, and is doutᵀ·a without the projection's scale until `finish_projection`."""
 
     a: FloatArray
     w: FloatArray
@@ -294,14 +295,13 @@ def attention_backward(saved: Saved, do: Any, *, add_to: Mapping[str, Any] | Non
 # Residual stream and MLP ----------------------------------------------------------------------------------------------
 
 
-def project_residual(residual: Any, a: Any, w: Any, scale: Any) -> tuple[FloatArray, Saved]:
-    """`out = residual + scale⊙(a·wᵀ)`: the last step of attention and MLP (docs/spec.md §2.4).
+def project_residual(residual: Any, a: Any, w: Any) -> tuple[FloatArray, Saved]:
+    """`out = residual + a·wᵀ`: the last step of attention and MLP (docs/spec.md §2.4).
 
     Args:
         residual: a `MixedInput`, computed anew, or an array [B, T, d].
         a: [B, T, c].
-        w: [d, c].
-        scale: [d].
+        w: [d, c], the projection's scale included: `working_copy(w, scale)`.
 
     Returns:
         out [B, T, d], and what `project_residual_backward` needs.
@@ -313,7 +313,6 @@ def project_residual(residual: Any, a: Any, w: Any, scale: Any) -> tuple[FloatAr
         call.add("x", residual, "B", "T", "d")
     call.add("a", a, "B", "T", "c")
     call.add("w", w, "d", "c")
-    call.add("scale", scale, "d")
     saved = _forward("project_residual", call, {"out": ("B", "T", "d")})
     return saved.tensors["out"], saved
 
@@ -329,7 +328,9 @@ def project_residual_backward(
     return ProjectResidualGrads(*call.run(*ProjectResidualGrads._fields))
 
 
-def finish_projection(w: Any, scale: Any, dw: Any, dscale: Any = None) -> ProjectionGrads:
+def finish_projection(
+    w: Any, scale: Any, dw: Any, dscale: Any = None, *, clip: int = 0, factor: float = 1.0
+) -> ProjectionGrads:
     """Ends the gradients that `project_residual_backward` gathered over a step.
 
     The gradient of scale needs no product a·wᵀ: Σₜ dout[t, i]·(a·wᵀ)[t, i] = w[i]·(doutᵀ·a)[i].
@@ -339,9 +340,10 @@ def finish_projection(w: Any, scale: Any, dw: Any, dscale: Any = None) -> Projec
         scale: [d].
         dw: [d, c], doutᵀ·a.
         dscale: [d], added to; None: 0.
+        clip, factor: as `working_copy`.
 
     Returns:
-        scale⊙dw by rows, and dscale + the sums of w⊙dw by rows.
+        factor·scale⊙dw by rows, and dscale + the sums of factor·Q(w)⊙dw by rows.
     """
     call = _Arrays()
     call.add("w", w, "d", "c")
@@ -349,16 +351,17 @@ def finish_projection(w: Any, scale: Any, dw: Any, dscale: Any = None) -> Projec
     results = _Arrays(call.dtype, call.sizes)
     results.add("dw", dw, "d", "c", copy=True)
     results.add("dscale", np.zeros_like(call.arrays["scale"]) if dscale is None else dscale, "d", copy=True)
-    call.native().finish_projection(call.arrays, results.arrays)
+    call.native().finish_projection(call.arrays, results.arrays, _integer(clip, "clip", 0, 127), float(factor))
     return ProjectionGrads(results.arrays["dw"], results.arrays["dscale"])
 
 
-def mlp_up(x: Any, w: Any) -> tuple[FloatArray, Saved]:
-    """`h = relu(rms(x)·wᵀ)²` (docs/spec.md §2.6).
+def mlp_up(x: Any, w: Any, *, h_scale: float = 1.0) -> tuple[FloatArray, Saved]:
+    """`h = h_scale·relu(rms(x)·wᵀ)²` (docs/spec.md §2.6).
 
     Args:
         x: [B, T, d].
         w: [F, d].
+        h_scale: a power of two; below 1 it keeps squares within fp16.
 
     Returns:
         h [B, T, F], and what `mlp_up_backward` needs.
@@ -366,7 +369,7 @@ def mlp_up(x: Any, w: Any) -> tuple[FloatArray, Saved]:
     call = _Arrays()
     call.add("x", x, "B", "T", "d")
     call.add("w", w, "F", "d")
-    saved = _forward("mlp_up", call, {"h": ("B", "T", "F")})
+    saved = _forward("mlp_up", call, {"h": ("B", "T", "F")}, h_scale=float(h_scale))
     return saved.tensors["h"], saved
 
 
@@ -563,20 +566,75 @@ def muon(
     return new_weights, new_momenta
 
 
-def fake_quantize(w: Any, clip: int) -> FloatArray:
-    """Late QAT's working weights, `clamp(round_half_even(w/σ), −clip−1, clip)·σ` a row (docs/spec.md §3).
+def newton_schulz(u: Any, steps: int = 5) -> FloatArray:
+    """Muon's orthogonalisation of a matrix, as `pgolf.newton_schulz`, where and as `on` says.
 
-    σ = max(max|row|/clip, 1e−12). All in float32, also for float64 arrays.
+    Args:
+        u: [rows, cols].
+        steps: iterations, at least 1.
+    """
+    call = _Arrays()
+    call.add("u", u, "rows", "cols")
+    out = call.empty("rows", "cols")
+    call.native().newton_schulz(call.arrays["u"], out, _integer(steps, "steps", 1, 1000))
+    return out
+
+
+def working_copy(w: Any, scale: Any = None, *, clip: int = 0, factor: float = 1.0) -> FloatArray:
+    """What products read in place of a weight matrix: `factor·scale⊙Q(w)`, by rows (docs/spec.md §3).
 
     Args:
         w: [rows, cols].
-        clip: 1 … 127; 15 is int5, 31 int6.
+        scale: [rows]; None: 1.
+        clip: 0: Q is the identity. 1 … 127: late QAT's `clamp(round_half_even(w/σ), −clip−1, clip)·σ` a row with
+            σ = max(max|row|/clip, 1e−12), in float32 also for float64 arrays; 15 is int5, 31 int6.
+        factor: a power of two.
     """
-    limit = _integer(clip, "clip", 1, 127)
+    limit = _integer(clip, "clip", 0, 127)
     call = _Arrays()
     call.add("w", w, "rows", "cols")
+    if scale is not None:
+        call.add("scale", scale, "rows")
     out = call.empty("rows", "cols")
-    call.native().fake_quantize(call.arrays["w"], out, limit)
+    call.native().working_copy(call.arrays, {"out": out}, limit, float(factor))
+    return out
+
+
+def quantize_rows(w: Any, clip: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """Rows to integers and fp16 scales, as `pgolf.quantize_rows(method="amax")`, where `on` says (docs/spec.md §4).
+
+    Args:
+        w: [rows, cols], float32.
+        clip: 1 … 127.
+
+    Returns:
+        q [rows, cols] int8, scale [rows] float16.
+    """
+    limit = _integer(clip, "clip", 1, 127)
+    call = _Arrays(np.dtype(np.float32))
+    matrix = call.add("w", w, "rows", "cols")
+    q = np.zeros(matrix.shape, np.int8)
+    scale = np.zeros(len(matrix), np.uint16)
+    call.native().quantize_rows(matrix, limit, q, scale)
+    return q, scale.view(np.float16)
+
+
+def dequantize_rows(q: Any, scale: Any) -> FloatArray:
+    """`q·scale` by rows, float32, where `on` says: q [rows, cols] int8, scale [rows] float16."""
+    integers, halves = as_array(q, "q"), as_array(scale, "scale")
+    if (
+        integers.dtype != np.int8
+        or integers.ndim != 2
+        or halves.dtype != np.float16
+        or halves.shape != (len(integers),)
+    ):
+        raise ValueError(
+            f"q is {integers.dtype} {integers.shape}, scale {halves.dtype} {halves.shape}; "
+            "expected int8 (rows, cols) and float16 (rows,)."
+        )
+    call = _Arrays(np.dtype(np.float32), {"rows": integers.shape[0], "cols": integers.shape[1]})
+    out = call.empty("rows", "cols")
+    call.native().dequantize_rows(np.ascontiguousarray(integers), np.ascontiguousarray(halves).view(np.uint16), out)
     return out
 
 
@@ -686,9 +744,45 @@ class _Arrays:
         self.sizes.update({side: n for side, n in zip(shape, found, strict=True) if isinstance(side, str)})
 
 
+_place: ContextVar[tuple[int, str] | None] = ContextVar("place", default=None)
+
+
+@contextmanager
+def on(device: str, dtype: str | None = None) -> Iterator[None]:
+    """Where and in which precision the operations of a `with` block run; without it, on the CPU in the arrays' dtype.
+
+    Arrays stay float32 NumPy arrays; those that an operation stores in a 16-bit dtype (activations and the matrices of
+    products; not vectors, gradients of parameters, logits and losses) are rounded to it on their way in.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:<number>".
+        dtype: "bfloat16", "float16", "float32"; None is the device's own, as `pgolf.GPT` chooses it. On the CPU a
+            16-bit dtype means float32 arithmetic, rounded where a GPU would store it.
+
+    Raises:
+        DeviceError: the device cannot be used.
+        ValueError: an unknown device or dtype.
+    """
+    place, number = resolve_device(device)
+    token = _place.set((number, resolve_dtype(dtype, place)))
+    try:
+        yield
+    finally:
+        _place.reset(token)
+
+
 @functools.cache
+def _native_on(device: int, dtype: str) -> Any:
+    return _C.Ops(device, dtype)
+
+
 def _native(dtype: np.dtype[Any]) -> Any:
-    return _C.Ops(dtype)
+    place = _place.get()
+    if place is None:
+        return _native_on(-1, str(dtype))
+    if dtype == np.float64 and place[1] != "float64":
+        raise TypeError(f"The arrays are float64; operations in {place[1]} take float32 arrays.")
+    return _native_on(*place)
 
 
 def _forward(operation: str, call: _Arrays, outputs: Mapping[str, tuple[str, ...]], **numbers: Any) -> Saved:

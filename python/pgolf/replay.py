@@ -40,7 +40,7 @@ class Replay:
         if not self._steps:
             raise FormatError(f"{path} holds no training step to replay.")
 
-    def lr_scale(self, step: int, seconds: float) -> float:
+    def lr_scale(self, step: int, seconds: float, timed_steps: int | None = None) -> float:
         return float(self._steps[step]["lr_scale"])
 
     def momentum(self, step: int) -> float:

@@ -11,12 +11,14 @@ A run is an iterator over its steps:
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,6 +47,14 @@ StrPath = str | os.PathLike[str]
 _MICRO_BATCH_SIZES = (64, 32, 16, 8, 4, 2, 1)
 _MICRO_BATCH_TOKENS = 8_192
 
+# On a GPU the largest that fits in its memory: larger products, fewer launches.
+_GPU_MICRO_BATCH_SIZES = (256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+_GPU_MICRO_BATCH_TOKENS = 131_072
+_GPU_MEMORY_SHARE = 0.85  # of the memory limit; the rest is for validation, libraries and other programs
+
+# Steps that a GPU's host may be ahead of the step whose results it waits for.
+_GPU_STEPS_AHEAD = 2
+
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
@@ -53,7 +63,8 @@ class StepRecord:
     step: finished steps, from 1. tokens: trained so far. loss: the step's mean loss before its update, nats; None in
     record 0. lr_scale, momentum, qat, snapshot: what the schedule decided, exactly. grad_norm: before clipping.
     seconds: training time so far, validation excluded. tokens_per_second: of this step. val_loss, val_bpb: None unless
-    measured after this step.
+    measured after this step. skipped: the step overflowed float16 and changed no weight; grad_norm is None then, and
+    loss where it overflowed itself.
     """
 
     step: int
@@ -68,6 +79,23 @@ class StepRecord:
     tokens_per_second: float | None
     val_loss: float | None = None
     val_bpb: float | None = None
+    skipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was handed to the device and whose results have not been waited for."""
+
+    ticket: int
+    started: float
+    position: int
+    """Of the data stream, before the step."""
+    snapshots: int
+    """Before the step."""
+    lr_scale: float
+    momentum: float
+    qat: bool
+    snapshot: bool
 
 
 class Trainer:
@@ -119,15 +147,17 @@ class Trainer:
         self._optimizer = _C.Optimizer(self._native, train.muon_backend_steps)
         if train.ema_decay > 0:
             self._optimizer.start_ema()
-        self.micro_batch_seqs = train.micro_batch_seqs or _automatic_micro_batch(
-            train.train_batch_tokens // train.train_seq_len, train.train_seq_len
-        )
+        self._ahead = 0 if self.model.device == "cpu" else _GPU_STEPS_AHEAD
+        self.micro_batch_seqs = train.micro_batch_seqs or self._automatic_micro_batch()
         self.step = 0
         """Finished steps."""
         self.seconds = 0.0
         """Training time so far, validation excluded."""
         self.last_validation: StepRecord | None = None
-        self._taken: StepRecord | None = None  # a step that is not validated and logged yet
+        self._taken: list[StepRecord] = []  # finished steps that are not validated and logged yet
+        self._flights: deque[_Flight] = deque()
+        self._clock = 0.0  # when the last finished step ended
+        self._warm = False  # whether the device has run and recorded what a step runs
         self._validated = -1  # the step after which validation was last measured
         self._warned = False  # of a warmdown from the start
 
@@ -159,70 +189,138 @@ class Trainer:
     @property
     def done(self) -> bool:
         """Whether the run has reached its end."""
-        return self.schedule.done(self.step, self.seconds)
+        return not self._flights and self.schedule.done(self.step, self.seconds)
 
     def __iter__(self) -> Iterator[StepRecord]:
         """Trains until the schedule ends the run. An iteration that was left can be taken up by another one."""
-        every = self.config.train.checkpoint_every
         if self.step == 0 and self._validated < 0 and self.schedule.validate(0, self.done):
-            self._taken = StepRecord(0, 0, None, None, None, False, False, None, 0.0, None)
-        while self._taken is not None or not self.done:
-            record = self._taken or self._train_step()
-            if self._validated != self.step and self.schedule.validate(self.step, self.done):
+            self._taken.append(StepRecord(0, 0, None, None, None, False, False, None, 0.0, None))
+        while self._taken or not self.done:
+            if not self._taken:
+                self._taken.append(self._next_step())
+            record = self._taken[0]
+            if self._validated != self.step == record.step and self.schedule.validate(self.step, self.done):
                 record = self._validate(record)
             self._log_taken()  # before the checkpoint: on resume the log is cut back to it
-            if self.step and (self.done or (every and self.step % every == 0)):
+            if record.step == self.step and self._saves_after(self.step):
                 self.save_checkpoint()
             yield record
 
-    def _train_step(self) -> StepRecord:
-        """One optimizer step, whole or not at all: an interrupted one can be taken again."""
-        with self.model._training:  # nobody else's gradients in between
-            return self._take_step()
+    def _saves_after(self, step: int) -> bool:
+        every = self.config.train.checkpoint_every
+        return step > 0 and (self.done or (every > 0 and step % every == 0))
 
-    def _take_step(self) -> StepRecord:
-        train, schedule, step, position = self.config.train, self.schedule, self.step, self._stream.position
+    def _next_step(self) -> StepRecord:
+        """The next finished step. The device is given steps ahead, but none beyond one that is looked at afterwards."""
+        with self.model._training:  # nobody else's gradients in between
+            while len(self._flights) <= self._ahead and not self._rests_after(self.step + len(self._flights)):
+                self._launch()
+            return self._land()
+
+    def _rests_after(self, step: int) -> bool:
+        """Whether the step after `step` waits until that one has been looked at, validated or saved."""
+        if self.schedule.done(step, self.seconds):
+            return True
+        if not self._flights:
+            return False
+        every = self.config.train.checkpoint_every
+        return self.schedule.validate(step, False) or (every > 0 and step % every == 0)
+
+    def _launch(self) -> None:
+        """Gives the device one optimizer step, whole or not at all: an interrupted one can be given again."""
+        train, schedule, position = self.config.train, self.schedule, self._stream.position
+        step = self.step + len(self._flights)
+        self._warn_of_early_warmdown()
+        if not self._warm:
+            self._warm_up()
         started = time.perf_counter()
-        lr_scale, momentum = schedule.lr_scale(step, self.seconds), schedule.momentum(step)
+        lr_scale, momentum = schedule.lr_scale(step, self.seconds, self.step), schedule.momentum(step)
         qat = schedule.qat(step, self.seconds)
         snapshot = schedule.snapshot(step, lr_scale)
-        self._warn_of_early_warmdown()
         try:
             ids, targets = self._stream.next()
             self._native.begin_step(qat)
-            total = 0.0
             for start in range(0, len(ids), self.micro_batch_seqs):
                 part = slice(start, start + self.micro_batch_seqs)
-                total += self._native.micro_step(ids[part], targets[part], 1.0 / ids.size)
+                self._native.micro_step(ids[part], targets[part], 1.0 / ids.size)
             self._native.end_step()
         except BaseException:
             self._stream.position = position
             raise
         with _uninterrupted():
-            grad_norm, finite = self._optimizer.step(self._step_settings(lr_scale, momentum))
-            if not finite:
-                self._stream.position = position
-                raise NonFiniteError(self._describe_non_finite(step + 1))
+            snapshots = self.snapshots
+            ticket = self._optimizer.step(self._step_settings(lr_scale, momentum))
             if train.ema_decay > 0:
                 self._optimizer.update_ema(train.ema_decay)
             if snapshot:
                 self._optimizer.add_snapshot()
-            elapsed = time.perf_counter() - started
-            self.step, self.seconds = step + 1, self.seconds + elapsed
-            self.model.provenance = {"steps": self.step, "tokens": self.tokens, "seed": train.seed}
-            record = self._taken = StepRecord(
+            self._flights.append(_Flight(ticket, started, position, snapshots, lr_scale, momentum, qat, snapshot))
+
+    def _land(self) -> StepRecord:
+        """Waits for the oldest step under way."""
+        with _uninterrupted():
+            flight = self._flights[0]
+            loss_sum, grad_norm, finite = self._optimizer.wait(flight.ticket)
+            now = time.perf_counter()
+            if not finite and self.model.dtype != "float16":
+                self._stop(flight)
+            self._flights.popleft()
+            tokens, elapsed = self.config.train.train_batch_tokens, now - max(flight.started, self._clock)
+            self._clock = now
+            self.step, self.seconds = self.step + 1, self.seconds + elapsed
+            self.model.provenance = {"steps": self.step, "tokens": self.tokens, "seed": self.config.train.seed}
+            loss = loss_sum / tokens
+            return StepRecord(
                 step=self.step,
                 tokens=self.tokens,
-                loss=total / ids.size,
-                lr_scale=lr_scale,
-                momentum=momentum,
-                qat=qat,
-                snapshot=snapshot,
-                grad_norm=grad_norm,
+                loss=loss if math.isfinite(loss) else None,
+                lr_scale=flight.lr_scale,
+                momentum=flight.momentum,
+                qat=flight.qat,
+                snapshot=flight.snapshot,
+                grad_norm=grad_norm if finite else None,
                 seconds=self.seconds,
-                tokens_per_second=ids.size / elapsed,
+                tokens_per_second=tokens / elapsed,
+                skipped=not finite,
             )
-        return record
+
+    def _stop(self, flight: _Flight) -> None:
+        """Ends a run whose gradients are not finite: neither this step nor those after it changed anything."""
+        late = len(self._flights) > 1
+        while self._flights:
+            other = self._flights.popleft()
+            if other is not flight:
+                self._optimizer.wait(other.ticket)
+        self._optimizer.go_on()
+        self._optimizer.snapshots = flight.snapshots
+        self._stream.position = flight.position
+        raise NonFiniteError(self._describe_non_finite(self.step + 1, late))
+
+    def _settle(self) -> None:
+        """Waits for all steps under way; their records are handed out when the iteration goes on."""
+        while self._flights:
+            self._taken.append(self._land())
+
+    def _warm_up(self) -> None:
+        """On a GPU: lets every kernel run once and records the steps' graphs, before time is counted."""
+        train = self.config.train
+        if self._ahead:
+            sequences = train.train_batch_tokens // train.train_seq_len
+            sizes = {min(self.micro_batch_seqs, sequences), sequences % self.micro_batch_seqs} - {0}
+            qat = train.qat_start_frac < 1
+            self._optimizer.warm_up(sorted(sizes), train.train_seq_len, 1.0 / train.train_batch_tokens, qat)
+        self._warm = True
+
+    def _automatic_micro_batch(self) -> int:
+        """Sequences of a micro-batch: from the shapes and the device's total memory, never from what is free now."""
+        train, limit = self.config.train, self._native.memory_limit()
+        length = train.train_seq_len
+        sequences = train.train_batch_tokens // length
+        if not self._ahead or not limit:
+            return _largest(_MICRO_BATCH_SIZES, _MICRO_BATCH_TOKENS, sequences, length)
+        room = _GPU_MEMORY_SHARE * limit - self._optimizer.bytes() - 4 * 4 * self.model.num_parameters
+        sizes = [n for n in _GPU_MICRO_BATCH_SIZES if n == 1 or self._native.training_bytes(n, length) <= room]
+        return _largest(sizes, _GPU_MICRO_BATCH_TOKENS, sequences, length)
 
     def _step_settings(self, lr_scale: float, momentum: float) -> dict[str, Any]:
         """What one optimizer step needs; groups in the order matrix, embedding, scalar, head."""
@@ -254,7 +352,7 @@ class Trainer:
     def _validate(self, record: StepRecord) -> StepRecord:
         loss, bpb = self.validation_loss()
         self._validated = record.step
-        measured = self.last_validation = self._taken = replace(record, val_loss=loss, val_bpb=bpb)
+        measured = self.last_validation = self._taken[0] = replace(record, val_loss=loss, val_bpb=bpb)
         return measured
 
     def finish(self, progress: Progress | None = None, code: StrPath | None = None) -> Report:
@@ -270,7 +368,9 @@ class Trainer:
         Raises:
             NonFiniteError: a weight is NaN or infinite; it is named.
         """
-        self._log_taken()
+        self._settle()
+        while self._taken:
+            self._log_taken()
         return finish_run(self, progress, code)
 
     def use_average(self) -> bool:
@@ -292,17 +392,18 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
         """Everything the next step depends on: arrays by name, and plain values."""
+        self._settle()
         arrays = {f"weight.{name}": value for name, value in self.model.state_dict().items()}
         arrays |= {name: self._optimizer.read(name) for name in self._optimizer.state_names()}
         values = {
             "step": self.step,
             "seconds": self.seconds,
             "position": self._stream.position,
-            "adam_steps": self._optimizer.steps,
+            "counts": list(self._optimizer.counts),
             "snapshots": self.snapshots,
             "validated": self._validated,
             "warned": self._warned,
-            "taken": asdict(self._taken) if self._taken is not None else None,
+            "taken": [asdict(record) for record in self._taken],
             "micro_batch_seqs": self.micro_batch_seqs,
             "dtype": self.model.dtype,
             "config": self.config.to_dict(),
@@ -322,12 +423,13 @@ class Trainer:
                 self._optimizer.write(name, np.zeros_like(self._optimizer.read(name)))
             else:
                 raise FormatError(f"The checkpoint lacks {name}.")
-        self._optimizer.steps = values["adam_steps"]
+        self._optimizer.counts = tuple(values["counts"])
         self.step, self.seconds = values["step"], values["seconds"]
         self._stream.position = values["position"]
         self._validated, self._warned = values["validated"], values["warned"]
-        self._taken = StepRecord(**values["taken"]) if values["taken"] is not None else None
-        self.micro_batch_seqs = values["micro_batch_seqs"]
+        self._taken = [StepRecord(**record) for record in values["taken"]]
+        if self.micro_batch_seqs != values["micro_batch_seqs"]:
+            self.micro_batch_seqs, self._warm = values["micro_batch_seqs"], False
         if self.step:
             self.model.provenance = {"steps": self.step, "tokens": self.tokens, "seed": self.config.train.seed}
 
@@ -352,32 +454,35 @@ class Trainer:
         arrays, values = self.state()
         self._warned = True  # the run itself will warn
         for _ in range(steps):
-            self._train_step()
+            self._next_step()
+        self._settle()
         self.load_state(arrays, values)
-        self.model.provenance = self._taken = None
+        self.model.provenance = None
 
     # ---- Log and warnings
 
     def _log_taken(self) -> None:
-        """Appends the record that waits for it to the run folder's log."""
+        """Appends the first record that waits for it to the run folder's log."""
         with _uninterrupted():
-            if self.run_dir is not None and self._taken is not None:
+            if self.run_dir is not None:
                 path = self.run_dir / "log.jsonl"
                 with naming(path), path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(self._taken)) + "\n")
-            self._taken = None
+                    file.write(json.dumps(asdict(self._taken[0])) + "\n")
+            del self._taken[0]
 
     def _warn_of_early_warmdown(self) -> None:
         """Once: at step 0 or, under a time limit, at the first step that knows a time."""
         last = 1 if self.config.train.max_wallclock_seconds > 0 else 0
         if self._warned or self.step > last or not isinstance(self.schedule, Schedule):
             return
-        message = self.schedule.early_warmdown(self.step, self.seconds)
+        message = self.schedule.early_warmdown(self.step, self.seconds, self.step)
         if message:
             self._warned = True
             warnings.warn(message, stacklevel=3)
 
-    def _describe_non_finite(self, step: int) -> str:
+    def _describe_non_finite(self, step: int, late: bool) -> str:
+        if late:  # the gradients in memory are those of a later step
+            return f"A gradient became NaN or infinite in step {step}; no weight was changed by it or since."
         for name in self.model._shapes:
             if not np.isfinite(self._native.read_grad(name)).all():
                 return f"The gradient of {name} became NaN or infinite in step {step}; no weight was changed by it."
@@ -404,9 +509,9 @@ def _uninterrupted() -> Iterator[None]:
             previous(*received[0])
 
 
-def _automatic_micro_batch(sequences: int, seq_len: int) -> int:
-    """The largest size of the fixed list that holds at most _MICRO_BATCH_TOKENS and no more than the step has."""
-    return next((n for n in _MICRO_BATCH_SIZES if n * seq_len <= _MICRO_BATCH_TOKENS and n <= sequences), 1)
+def _largest(sizes: Sequence[int], most_tokens: int, sequences: int, seq_len: int) -> int:
+    """The first of falling sizes that holds at most `most_tokens` and no more than the step has; else 1."""
+    return next((n for n in sizes if n * seq_len <= most_tokens and n <= sequences), 1)
 
 
 def _open_tokenizer(tokenizer: StrPath | Tokenizer | None) -> Tokenizer | None:

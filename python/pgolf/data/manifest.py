@@ -144,7 +144,9 @@ def _strings(values: Any) -> list[str]:
 
 def _is_file_name(name: str) -> bool:
     """Whether this is the name of a file in the manifest's own folder, on any system."""
-    return name.isprintable() and Path(name).name == name and "\\" not in name and len(name.encode()) <= 255
+    if name in ("", "..") or not name.isprintable():
+        return False
+    return Path(name).name == name and "\\" not in name and len(name.encode()) <= 255
 
 
 # The class of each field's values; tuples without their elements' type, which isinstance does not take.

@@ -1,0 +1,320 @@
+"""How the CUDA backend and cuBLASLt are found, checked and refused. No GPU is needed: the libraries are stand-ins."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pgolf import _C
+
+BACKEND = Path(_C.__file__).with_name("libpgolf_cuda.so")
+COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+compiled = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler for the stand-ins")
+built = pytest.mark.skipif(not BACKEND.exists(), reason="the CUDA backend is not built")
+
+# What cuBLASLt must have, as stand-ins that do nothing.
+CUBLASLT = [
+    *("GetStatusName", "Create", "Destroy", "MatmulDescCreate", "MatmulDescDestroy", "MatmulDescSetAttribute"),
+    *("MatrixLayoutCreate", "MatrixLayoutDestroy", "MatrixLayoutSetAttribute", "MatmulPreferenceCreate"),
+    *("MatmulPreferenceDestroy", "MatmulPreferenceSetAttribute", "MatmulAlgoGetHeuristic"),
+    *("MatmulAlgoConfigGetAttribute", "Matmul"),
+]
+
+
+def stand_in(path: Path, source: str) -> Path:
+    """A shared library of C code."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert COMPILER is not None
+    soname = f"-Wl,-soname,{path.name}"
+    subprocess.run(
+        [COMPILER, "-shared", "-fPIC", soname, "-x", "c", "-", "-o", path], input=source, text=True, check=True
+    )
+    return path
+
+
+def stand_in_cublaslt(path: Path, version: int = 130100, without: str = "") -> Path:
+    functions = [f"int cublasLt{name}(void) {{ return 1; }}" for name in CUBLASLT if name != without]
+    return stand_in(
+        path, f"#include <stddef.h>\nsize_t cublasLtGetVersion(void) {{ return {version}; }}" + "\n".join(functions)
+    )
+
+
+def python(program: str, load: str = "from pgolf import _C", **environment: str | Path) -> str:
+    """What a program prints in a process of its own: a library, once found, stays open."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("PGOLF_") and k != "LD_LIBRARY_PATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{load}\n{program}"],
+        capture_output=True,
+        text=True,
+        env=plain | {name: str(value) for name, value in environment.items()},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def missing(**environment: str | Path) -> tuple[str, str]:
+    """What lacks before a GPU can be used, in a word and as a sentence."""
+    program = "import json; s = _C.cuda_status(); print(json.dumps([s.usable, s.missing, s.problem]))"
+    usable, word, sentence = json.loads(python(program, **environment))
+    assert usable == (word == "") == (sentence == "")
+    return word, sentence
+
+
+def cublaslt(before: str = "", load: str = "from pgolf import _C", **environment: str | Path) -> str:
+    """What `open_cublaslt` returns or raises."""
+    program = f"""{before}
+try:
+    print(*_C.open_cublaslt())
+except RuntimeError as error:
+    assert type(error).__name__ == "DeviceError"
+    print(error)
+"""
+    return python(program, load, **environment)
+
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+# The extension, loaded from a file.
+LOAD = """
+import importlib.util, pgolf.errors
+spec = importlib.util.spec_from_file_location("pgolf._C", {path!r})
+_C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+"""
+
+
+def copy_of_extension(folder: Path) -> Path:
+    """Beside it lies what it needs, but no CUDA backend."""
+    import scipy_openblas32
+
+    (folder / "scipy_openblas32").symlink_to(Path(scipy_openblas32.__file__).parent)
+    (folder / "pgolf").mkdir()
+    return Path(shutil.copy(_C.__file__, folder / "pgolf"))
+
+
+# The library of the CUDA backend
+
+
+def test_importing_opens_nothing() -> None:
+    maps = python("import pgolf.cli, pgolf.model; print(open('/proc/self/maps').read())")
+    assert "scipy_openblas" in maps
+    assert not re.search(r"libcuda|libcublas|libpgolf_cuda", maps)
+
+
+def test_a_build_without_the_backend(tmp_path: Path) -> None:
+    extension = copy_of_extension(tmp_path)
+    program = "s = _C.cuda_status(); print(s.missing, s.problem, sep='\\n')"
+    word, sentence = python(program, LOAD.format(path=str(extension))).splitlines()
+    assert word == "backend"
+    assert sentence.startswith("This build of pgolf has no CUDA backend: there is no file ")
+    assert str(extension.with_name("libpgolf_cuda.so")) in sentence
+
+
+@compiled
+def test_a_backend_from_other_sources(tmp_path: Path) -> None:
+    api = 'struct { const char* stamp; } api = {"0.0.9+c0ffee"}; void* pgolf_cuda_open(void) { return &api; }'
+    library = stand_in(tmp_path / "backend.so", api)
+    assert missing(PGOLF_CUDA_LIBRARY=library) == (
+        "working backend",
+        f"The CUDA backend {library} was built from other sources than this package: its stamp is 0.0.9+c0ffee, the "
+        f"package's {_C.build_stamp()}; install pgolf again.",
+    )
+
+
+@compiled
+def test_a_library_that_is_no_backend(tmp_path: Path) -> None:
+    library = stand_in(tmp_path / "other.so", "int other(void) { return 0; }")
+    assert missing(PGOLF_CUDA_LIBRARY=library) == (
+        "working backend",
+        f"{library} is no CUDA backend of pgolf: it has no function pgolf_cuda_open.",
+    )
+
+
+@compiled
+def test_a_backend_that_lacks_something_itself(tmp_path: Path) -> None:
+    library = stand_in(
+        tmp_path / "needy.so", "int nowhere(void); void* pgolf_cuda_open(void) { return (void*)nowhere; }"
+    )
+    word, sentence = missing(PGOLF_CUDA_LIBRARY=library)
+    assert word == "working backend"
+    assert sentence.startswith(f"The CUDA backend cannot be opened: {library}: undefined symbol: nowhere")
+
+
+def test_a_file_that_is_no_library(tmp_path: Path) -> None:
+    file = tmp_path / "text.so"
+    for content, reason in ((None, "No such file or directory"), ("not a library", "file too short")):
+        if content is not None:
+            file.write_text(content)
+        word, sentence = missing(PGOLF_CUDA_LIBRARY=file)
+        assert word == "working backend"
+        assert sentence.startswith(f"The CUDA backend cannot be opened: {file}: ") and reason in sentence
+
+
+def test_a_model_on_a_gpu_that_is_not_there() -> None:
+    program = """
+import pgolf
+config = pgolf.Config.from_recipe("tiny").model
+try:
+    pgolf.GPT(config, device="cuda")
+except pgolf.DeviceError as error:
+    assert str(error) == _C.cuda_status().problem, (error, _C.cuda_status().problem)
+    print(error)
+print(pgolf.GPT(config).device)
+"""
+    sentence, device = python(program, **NO_GPU).splitlines()
+    assert sentence.endswith(".") and device == "cpu"
+
+
+@built
+def test_the_backend_exports_one_function_and_needs_neither_driver_nor_python() -> None:
+    tools = [shutil.which(tool) for tool in ("nm", "readelf")]
+    if None in tools:
+        pytest.skip("nm and readelf are not installed")
+    nm = subprocess.run(["nm", "-D", "--defined-only", BACKEND], check=True, capture_output=True, text=True)
+    assert [line.split()[-1] for line in nm.stdout.splitlines()] == ["pgolf_cuda_open"]
+    elf = subprocess.run(["readelf", "-d", BACKEND], check=True, capture_output=True, text=True)
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", elf.stdout)
+    system = {
+        "libstdc++",
+        "libgcc_s",
+        "libc",
+        "libm",
+        "libdl",
+        "librt",
+        "libpthread",
+        "ld-linux-x86-64",
+        "ld-linux-aarch64",
+    }
+    assert {name.split(".so")[0] for name in needed} <= system
+
+
+# The driver, whose library the CUDA runtime looks for by name
+
+
+@built
+def test_no_driver() -> None:
+    if int(python("print(_C.cuda_status().driver)")):
+        pytest.skip("this machine has a driver")
+    word, sentence = missing()
+    assert word == "driver"
+    assert re.match(
+        r"No NVIDIA driver is installed; pgolf needs driver 580 or newer|The NVIDIA driver .+ is loaded, but", sentence
+    )
+
+
+@built
+@compiled
+@pytest.mark.parametrize(
+    ("version", "word", "text"),
+    [
+        (12080, "newer driver", "too old: it supports CUDA 12.8, pgolf needs CUDA 13.0, that is driver 580 or newer."),
+        (13000, "GPU", "The NVIDIA driver shows no GPU: there is none, or CUDA_VISIBLE_DEVICES hides it."),
+    ],
+)
+def test_an_old_driver_and_one_without_a_gpu(tmp_path: Path, version: int, word: str, text: str) -> None:
+    no_device = "int cuInit(unsigned flags) { return 100; }"
+    driver = f"int cuDriverGetVersion(int* version) {{ *version = {version}; return 0; }} {no_device}"
+    stand_in(tmp_path / "libcuda.so.1", driver)
+    found, sentence = missing(LD_LIBRARY_PATH=tmp_path)
+    assert found == word and sentence.endswith(text)
+
+
+# cuBLASLt
+
+
+@built
+@compiled
+def test_cublaslt_of_another_version(tmp_path: Path) -> None:
+    for version, text in ((120902, "12.9.2"), (140000, "14.0.0")):
+        library = stand_in_cublaslt(tmp_path / str(version) / "lt.so", version)
+        assert cublaslt(PGOLF_CUBLASLT=library) == f"{library} is cuBLASLt {text}; pgolf needs version 13."
+
+
+@built
+@compiled
+@pytest.mark.parametrize("name", ["Create", "MatmulAlgoGetHeuristic", "Matmul"])
+def test_cublaslt_that_lacks_a_function(tmp_path: Path, name: str) -> None:
+    library = stand_in_cublaslt(tmp_path / "lt.so", without=name)
+    assert cublaslt(PGOLF_CUBLASLT=library) == f"{library} cannot serve as cuBLASLt: it has no function cublasLt{name}."
+
+
+@built
+@compiled
+def test_cublaslt_that_is_something_else(tmp_path: Path) -> None:
+    library = stand_in(tmp_path / "other.so", "int other(void) { return 0; }")
+    found = cublaslt(PGOLF_CUBLASLT=library)
+    assert found == f"{library} cannot serve as cuBLASLt: it has no function cublasLtGetVersion."
+    nowhere = tmp_path / "nowhere.so"
+    found = cublaslt(PGOLF_CUBLASLT=nowhere)
+    assert found.startswith(f'PGOLF_CUBLASLT is "{nowhere}", which cannot be opened: ')
+
+
+@built
+@compiled
+def test_the_order_in_which_cublaslt_is_looked_for(tmp_path: Path) -> None:
+    """A loaded one first, then the variable, the wheel, the system; and one that was found stays."""
+    loaded, wheel, system = (
+        stand_in_cublaslt(tmp_path / folder / "libcublasLt.so.13", version)
+        for folder, version in (("loaded", 130100), ("site/nvidia/cu13/lib", 130300), ("system", 130400))
+    )
+    named = stand_in_cublaslt(tmp_path / "named.so", 130200)
+    load = f"import ctypes; ctypes.CDLL({str(loaded)!r})"
+    paths = {"LD_LIBRARY_PATH": str(system.parent)}
+    assert cublaslt(**paths) in (f"{system} 130400", cublaslt())  # where a wheel is installed, that one
+    paths["PYTHONPATH"] = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    assert cublaslt(**paths) == f"{wheel} 130300"
+    paths["PGOLF_CUBLASLT"] = str(named)
+    assert cublaslt(**paths) == f"{named} 130200"
+    assert cublaslt(load, **paths) == f"{loaded} 130100"
+    again = f"import os; _C.open_cublaslt(); os.environ['PGOLF_CUBLASLT'] = {str(loaded)!r}"
+    assert cublaslt(again, **paths) == f"{named} 130200"
+
+
+@built
+def test_no_cublaslt() -> None:
+    load = LOAD.format(path=_C.__file__).replace("spec =", "import sys; sys.path[:] = []; spec =")
+    found = cublaslt(load=load)
+    if found.endswith(tuple("0123456789")):
+        pytest.skip("the system has cuBLASLt")
+    assert found == (
+        "cuBLASLt 13 (libcublasLt.so.13) is neither in the Python environment nor on the system; "
+        "pip install 'pgolf[cuda]' brings it."
+    )
+
+
+# The build stamp
+
+
+def test_the_stamp_is_that_of_the_native_sources(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("stamp", Path(__file__).parents[1] / "cmake" / "stamp.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def stamp(version: str = "1.2.3", **files: str) -> str:
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, text in {"python/pgolf/__init__.py": f'__version__ = "{version}"\n', **files}.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text)
+        return str(module.stamp(root))
+
+    one = stamp(**{"csrc/a.h": "1", "csrc/cuda/b.cu": "2"})
+    assert re.fullmatch(r"1\.2\.3\+[0-9a-f]{16}", one)
+    assert one == stamp(**{"csrc/cuda/b.cu": "2", "csrc/a.h": "1", "csrc/notes.md": "x", "python/pgolf/c.py": "y"})
+    others = [
+        stamp("1.2.4", **{"csrc/a.h": "1", "csrc/cuda/b.cu": "2"}),
+        stamp(**{"csrc/a.h": "1", "csrc/cuda/b.cu": "3"}),
+        stamp(**{"csrc/a.h": "1", "csrc/cuda/c.cu": "2"}),
+        stamp(**{"csrc/a.h": "12", "csrc/cuda/b.cu": ""}),
+        stamp(**{"csrc/a.h": "1"}),
+    ]
+    assert len({one, *others}) == len(others) + 1
+    assert re.fullmatch(r".+\+[0-9a-f]{16}", _C.build_stamp())

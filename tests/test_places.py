@@ -1,0 +1,376 @@
+"""Every operation in 16-bit storage and on the GPU, against the float64 reference and exactly where that is possible.
+
+Inputs are rounded to the storage dtype first. bfloat16: every output and gradient is within 4e-3 in norm, and every
+element of a stored tensor within 3 units in its last place plus 2 % of the tensor's root mean square, for what cancels
+(8 % in the gradients of attention, where p·(dp − δ) cancels in rows whose probabilities are nearly 0 and 1).
+float16: an eighth of that in norm, but not less than 1e-3. float32: 1e-5 in norm.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pgolf import ops
+from pgolf.quantize import quantize_rows
+from tests.places import GPU_PLACES, ROUNDING_PLACES, Place
+from tests.reference import trainer
+from tests.test_ops import (
+    Case,
+    attention_case,
+    draw,
+    embed_case,
+    head_case,
+    mlp_up_case,
+    project_residual_case,
+    qkv_case,
+    same_bits,
+)
+
+torch.set_num_threads(2)
+
+PLACES = [*ROUNDING_PLACES, *GPU_PLACES]
+IN_NORM = {"bfloat16": 4e-3, "float16": 1e-3, "float32": 1e-5}
+CANCELLED, CANCELLED_IN_ATTENTION = 0.02, 0.08
+
+# Tensors that no dtype but float32 holds: vectors and scalars of parameters, tables, losses (backend.h).
+MASTER = {"gain", "resid_mix", "skip_weight", "smear_gate", "bigram_scale", "cos", "sin", "scale", "reader of m"}
+MASTER_RESULTS = {"losses", "logits", "late losses", "late logits", "objective"}
+
+CASES = [
+    embed_case(2, 130, 97, 32, (53, 6), reset=True),
+    embed_case(1, 1, 2, 64),
+    embed_case(1, 63, 1000, 64, (11, 5)),
+    embed_case(3, 65, 97, 64, (1000, None)),
+    embed_case(2, 513, 1000, 640, (300, 128)),
+    embed_case(1, 2047, 8192, 512, (10240, 128)),
+    qkv_case(2, 65, 64, 2, 1, 32, "other"),
+    qkv_case(1, 1, 64, 2, 2, 32),
+    qkv_case(1, 63, 128, 2, 1, 64, "x"),
+    qkv_case(2, 130, 96, 1, 1, 96, "other"),
+    qkv_case(1, 65, 256, 2, 1, 128),
+    qkv_case(1, 515, 640, 10, 5, 64, "other"),
+    qkv_case(3, 40, 80, 2, 2, 40),
+    attention_case(1, 1, 2, 1, 32),
+    attention_case(2, 63, 4, 2, 32),
+    attention_case(2, 65, 4, 2, 64),
+    attention_case(3, 130, 6, 2, 64),
+    attention_case(1, 200, 3, 1, 40),
+    attention_case(1, 129, 2, 2, 96),
+    attention_case(2, 257, 2, 1, 128),
+    attention_case(1, 2047, 2, 1, 64),
+    attention_case(1, 4096, 2, 2, 64),
+    project_residual_case(2, 65, 64, 48, "other"),
+    project_residual_case(1, 1, 32, 32),
+    project_residual_case(1, 63, 64, 32, "x"),
+    project_residual_case(3, 130, 640, 1920),
+    project_residual_case(1, 65, 64, 97, ""),
+    mlp_up_case(2, 65, 64, 97),
+    mlp_up_case(40, 1, 32, 64),
+    mlp_up_case(1, 40, 32, 1),
+    mlp_up_case(3, 130, 640, 1920),
+    head_case(2, 65, 64, 97, softcap=5.0, loss_scale=0.25),
+    head_case(40, 1, 32, 50),
+    head_case(1, 40, 32, 2),
+    head_case(3, 63, 64, 1000, loss_scale=1 / 6),
+    head_case(1, 2047, 64, 8192, loss_scale=32.0),
+    head_case(1, 65, 640, 20_001),
+]
+
+
+def rounded(case: Case, place: Place) -> Case:
+    inputs = {
+        name: place.round(a) if a.dtype.kind == "f" and name not in MASTER else a for name, a in case.inputs.items()
+    }
+    if "scale" in inputs:  # a projection's weights are rounded together with their scale, by `working_copy`
+        scale = inputs["scale"][:, None]
+        inputs["w"] = place.round(case.inputs["w"] * scale) / scale
+    return Case(case.name, inputs, case.expected, case.run, case.gradients, case.started)
+
+
+def check(case: Case, place: Place) -> None:
+    case = rounded(case, place)
+    rng = case.generator()
+    leaves = {
+        name: torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        if value.dtype.kind == "f"
+        else torch.tensor(value)
+        for name, value in case.inputs.items()
+    }
+    outputs = case.expected(leaves)
+    upstream = {
+        name: np.ones(()) if out.ndim == 0 else place.round(draw(rng, *out.shape)) for name, out in outputs.items()
+    }
+    objective = sum((out * torch.tensor(upstream[name])).sum() for name, out in outputs.items())
+    found = torch.autograd.grad(objective, [leaves[name] for name in case.gradients])
+    gradients = {name: g.numpy() for name, g in zip(case.gradients, found, strict=True)}
+    starts = {name: place.round(start) for name, start in case.starts(gradients).items()}
+    with ops.on(place.device, place.dtype):
+        native_outputs, native_gradients = case.native("float32", upstream, starts)
+    for name, out in native_outputs.items():
+        wanted = outputs[name].detach().numpy()
+        size = float(np.linalg.norm(wanted))
+        if "losses" in name:  # differences of logits
+            size = max(size, rms_of(outputs["logits"].numpy()) * math.sqrt(wanted.size))
+        cancelled = 0.0 if name in MASTER_RESULTS else CANCELLED
+        compare(out, wanted, size, place, f"{case.name}: {name}", cancelled)
+    everything = math.sqrt(sum(float(np.sum(g**2)) for g in gradients.values()))
+    for name, g in native_gradients.items():
+        wanted = gradients[name] + starts.get(name, 0)
+        size = float(np.linalg.norm(wanted))
+        if size <= 1e-9 * everything:  # what is zero by its mathematics has no relative error
+            size = everything
+        stored = name in ("x", "skip", "q", "k", "v", "a")
+        cancelled = (CANCELLED_IN_ATTENTION if "gain" in case.inputs else CANCELLED) if stored else 0.0
+        compare(g, wanted, size, place, f"{case.name}: gradient of {name}", cancelled)
+
+
+def rms_of(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(x**2)))
+
+
+def compare(found: np.ndarray, expected: np.ndarray, scale: float, place: Place, what: str, cancelled: float) -> None:
+    """cancelled: 0 for what is not stored in 16 bits, so that its elements are not looked at singly."""
+    assert found.shape == expected.shape and found.dtype == np.float32, what
+    error = np.abs(found - expected)
+    in_norm = float(np.linalg.norm(error))
+    bound = IN_NORM[place.dtype] * (2 if what.endswith("of gain") else 1)  # a sum of T·D products that cancel
+    assert in_norm <= bound * scale, f"{what}: relative error {in_norm / scale if scale else in_norm:.2e}"
+    if cancelled and place.dtype != "float32":
+        allowed = 3 * place.ulp * np.abs(expected) + cancelled * (place.ulp / 2**-7) * scale / math.sqrt(expected.size)
+        worst = float(np.max(error / allowed))
+        assert worst <= 1, f"{what}: an element is {worst:.2f} times as far away as allowed"
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_and_gradients_are_the_reference_s_up_to_rounding(case: Case, place: Place) -> None:
+    check(case, place)
+
+
+# Exact ----------------------------------------------------------------------------------------------------------------
+
+
+def integers(rng: np.random.Generator, *shape: int, most: int = 2) -> np.ndarray:
+    return rng.integers(-most, most + 1, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize(("N", "d", "c"), [(1, 32, 8), (65, 64, 48), (130, 96, 33), (300, 640, 64)])
+def test_products_of_small_integers_are_exact(N: int, d: int, c: int, place: Place) -> None:
+    """Every partial sum is an integer that the dtype holds: a single wrong index shows."""
+    rng = np.random.default_rng(1)
+    x, a, w = integers(rng, 1, N, d), integers(rng, 1, N, c, most=1), integers(rng, d, c, most=1)
+    dout = integers(rng, 1, N, d, most=1) * (rng.random((1, N, d)) < 64 / d)
+    with ops.on(place.device, place.dtype):
+        out, saved = ops.project_residual(x, a, w)
+        gradients = ops.project_residual_backward(saved, dout)
+    assert np.array_equal(out, x + a @ w.T)
+    assert np.array_equal(gradients.a, dout @ w)
+    assert np.array_equal(gradients.w, np.einsum("btd,btc->dc", dout, a))
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize(("T", "D"), [(1, 64), (63, 32), (65, 64), (130, 40), (257, 128)])
+def test_zero_queries_give_prefix_means(T: int, D: int, place: Place) -> None:
+    """Each key counts once: a missing or a doubled one shows. Prefix lengths that are powers of two are exact."""
+    rng = np.random.default_rng(2)
+    v = integers(rng, 2, T, 1, D, most=1)
+    q, k = np.zeros((2, T, 2, D), np.float32), place.round(draw(rng, 2, T, 1, D)).astype(np.float32)
+    with ops.on(place.device, place.dtype):
+        o, _ = ops.attention(q, k, v, np.full(2, 1.5, np.float32))
+    count = np.arange(1, T + 1, dtype=np.float64)[:, None, None]
+    expected = np.broadcast_to(np.cumsum(v, axis=1, dtype=np.float64) / count, o.shape)
+    np.testing.assert_allclose(o, expected, rtol=place.ulp, atol=0)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize(("H", "K"), [(1, 1), (4, 4), (6, 2), (8, 1)])
+def test_query_heads_read_their_key_value_heads(H: int, K: int, place: Place) -> None:
+    rng = np.random.default_rng(10)
+    v = integers(rng, 3, 1, K, 32, most=9)
+    q, k = (draw(rng, 3, 1, heads, 32).astype(np.float32) for heads in (H, K))
+    with ops.on(place.device, place.dtype):
+        o, _ = ops.attention(q, k, v, np.ones(H, np.float32))
+    np.testing.assert_array_equal(o, v[:, :, [h * K // H for h in range(H)]])
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_embedding_and_smear_gate_are_exact_on_signs(place: Place) -> None:
+    """Rows of ±1 have rms 1, and gates of 0, ½ and 1 keep them exact."""
+    rng = np.random.default_rng(9)
+    table = rng.choice([-1.0, 1.0], (11, 64)).astype(np.float32)
+    ids = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    gate = np.repeat(np.array([-1000.0, 0.0, 1000.0, 0.0], np.float32), 16)
+    share = np.repeat([0.0, 0.5, 1.0, 0.5], 16)
+    previous = np.concatenate([np.zeros((2, 1, 64)), table[ids[:, :-1]]], axis=1)
+    for reset in (False, True):
+        with ops.on(place.device, place.dtype):
+            x0, _ = ops.embed(ids, table, gate, reset_at_bos=reset, bos_id=1)
+        before = np.where((ids == 1)[..., None], 0.0, previous) if reset else previous
+        np.testing.assert_array_equal(x0, (1 - share) * table[ids] + share * before)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_embedding_gradients_gather_every_reader_once(place: Place) -> None:
+    """A row of equal signs passes a gradient that is orthogonal to it unchanged; their sums are integers."""
+    rng = np.random.default_rng(3)
+    ids = rng.integers(0, 7, (3, 130))
+    table = np.ones((7, 64), np.float32)
+    half = integers(rng, 3, 130, 32)
+    dx0 = np.concatenate([half, -half], axis=2)  # orthogonal to a row of ones
+    with ops.on(place.device, place.dtype):
+        _, saved = ops.embed(ids, table, np.full(64, -1000.0, np.float32))
+        found = ops.embed_backward(saved, dx0).tok_emb
+    expected = np.zeros((7, 64))
+    np.add.at(expected, ids, dx0.astype(np.float64))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+# Optimizer ------------------------------------------------------------------------------------------------------------
+
+NS_SHAPES = [(64, 64), (40, 136), (136, 40), (1, 8), (8, 1), (512, 128), (256, 512)]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_newton_schulz_rounds_as_the_storage_does(place: Place) -> None:
+    """Beside the same iteration with the same rounding in PyTorch; and what it is for: singular values near 1."""
+    rng = np.random.default_rng(17)
+    for shape in NS_SHAPES:
+        u = draw(rng, *shape).astype(np.float32)
+        expected = emulated_newton_schulz(u, place)
+        with ops.on(place.device, place.dtype):
+            found = ops.newton_schulz(u)
+        bound = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 2e-5}[place.dtype]
+        assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected), shape
+        values = np.linalg.svd(u, compute_uv=False)
+        reached = np.linalg.svd(found.astype(np.float64), compute_uv=False)
+        if values.min() >= 1e-2 * values.max():
+            assert reached.min() >= 0.6 and reached.max() <= 1.3, shape
+
+
+def emulated_newton_schulz(u: np.ndarray, place: Place) -> np.ndarray:
+    def stored(x: torch.Tensor) -> torch.Tensor:
+        return x.to(place.torch_dtype).to(torch.float32)
+
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = torch.tensor(u)
+    x = x.T if x.shape[0] > x.shape[1] else x
+    x = stored(x / (x.norm() + 1e-7))
+    for _ in range(5):
+        gram = stored(x @ x.T)
+        poly = stored(b * gram + c * (gram @ gram))
+        x = stored(a * x + poly @ x)
+    return (x.T if u.shape[0] > u.shape[1] else x).numpy()
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_steps_of_muon_and_adam(place: Place) -> None:
+    """Three steps of each on several tensors; Adam is float32 everywhere, Muon's direction is that of the storage."""
+    rng = np.random.default_rng(13)
+    shapes = [(64, 64), (136, 40), (40, 136), (64, 64), (1, 7), (130, 2)]
+    weights = [draw(rng, *shape).astype(np.float32) for shape in shapes]
+    zeros = [np.zeros_like(w) for w in weights]
+    muon, adam = [weights, zeros], [weights, zeros, zeros]
+    expected_muon = [(torch.tensor(w).double(), torch.zeros(w.shape, dtype=torch.float64)) for w in weights]
+    expected_adam = [(p.clone(), m.clone(), m.clone()) for p, m in expected_muon]
+    for t in (1, 2, 3):
+        gradients = [draw(rng, *shape).astype(np.float32) for shape in shapes]
+        with ops.on(place.device, place.dtype):
+            muon = [*ops.muon(muon[0], gradients, muon[1], lr=0.02, momentum=0.9, weight_decay=0.04, grad_scale=0.5)]
+            adam = [*ops.adam(*[adam[0], gradients, *adam[1:]], step=t, lr=0.02, weight_decay=0.01, grad_scale=0.5)]
+        for i, g in enumerate(gradients):
+            half = torch.tensor(g).double() * 0.5
+            trainer.muon_update(expected_muon[i][0], half, expected_muon[i][1], 0.02, 0.9, 0.04, 5)
+            trainer.adamw_update(expected_adam[i][0], half, *expected_adam[i][1:], t, 0.02, (0.9, 0.95), 1e-8, 0.01)
+    for i, shape in enumerate(shapes):
+        for state in range(3):
+            assert_near(adam[state][i], expected_adam[i][state].numpy(), 1e-5, shape)
+        assert_near(muon[1][i], expected_muon[i][1].numpy(), 1e-5, shape)
+        moved = expected_muon[i][0].numpy() - weights[i]
+        bound = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-4}[place.dtype]
+        assert_near(muon[0][i] - weights[i], moved, bound, shape)
+
+
+def assert_near(found: np.ndarray, expected: np.ndarray, bound: float, what: object) -> None:
+    assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected), what
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("bad", [None, np.nan, np.inf])
+def test_norm_clip_and_what_is_not_finite(bad: float | None, place: Place) -> None:
+    rng = np.random.default_rng(16)
+    gradients = [draw(rng, *shape).astype(np.float32) for shape in ((300, 70), (5,), (1,), (2, 3, 4), (100_003,))]
+    gradients += [draw(rng, 3).astype(np.float32) for _ in range(300)]
+    if bad is not None:
+        gradients[3][1, 2, 3] = bad
+    with ops.on(place.device, place.dtype):
+        norm = ops.grad_norm(gradients, 0.3)
+        weights = [g + 1 for g in gradients[:2]]
+        settings = {"lr": 0.1, "weight_decay": 0.1, "grad_scale": 0.5, "finite": norm.finite}
+        adam = ops.adam(weights, gradients[:2], weights, weights, step=1, **settings)
+        muon = ops.muon(weights[:1], gradients[:1], weights[:1], **settings)
+    if bad is None:
+        expected = math.sqrt(math.fsum(float(x) ** 2 for g in gradients for x in g.ravel()))
+        assert norm.finite and norm.norm == pytest.approx(expected, rel=1e-13)
+        assert norm.scale == pytest.approx(0.3 / (expected + 1e-6), rel=1e-13)
+        assert not same_bits(adam[0][0], weights[0]) and not same_bits(muon[0][0], weights[0])
+    else:
+        assert not norm.finite
+        assert all(same_bits(a, w) for state in adam for a, w in zip(state, weights, strict=True))
+        assert all(same_bits(state[0], weights[0]) for state in muon)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("clip", [0, 1, 15, 31])
+@pytest.mark.parametrize("cols", [1, 33, 128])
+def test_working_copies_are_the_cpu_s_bits(clip: int, cols: int, place: Place) -> None:
+    rng = np.random.default_rng(18)
+    w = (draw(rng, 70, cols) * np.exp(draw(rng, 70, 1) * 5)).astype(np.float32)
+    w[0] = 0.0
+    w[1] = clip + 0.5  # ties
+    scale = draw(rng, 70).astype(np.float32)
+    for vector in (None, scale):
+        plain = ops.working_copy(w, vector, clip=clip)
+        with ops.on(place.device, place.dtype):
+            found = ops.working_copy(w, vector, clip=clip)
+        assert same_bits(found, place.round(plain).astype(np.float32))
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("clip", [0, 15])
+def test_ends_of_projection_gradients(clip: int, place: Place) -> None:
+    rng = np.random.default_rng(19)
+    w, dw, scale, dscale = (draw(rng, *s).astype(np.float32) for s in ((70, 129), (70, 129), (70,), (70,)))
+    expected = ops.finish_projection(*(a.astype(np.float64) for a in (w, scale, dw, dscale)), clip=clip, factor=4.0)
+    with ops.on(place.device, place.dtype):
+        found = ops.finish_projection(w, scale, dw, dscale, clip=clip, factor=4.0)
+    for a, b in zip(found, expected, strict=True):
+        assert_near(a, b, 1e-5, clip)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_sums_and_averages(place: Place) -> None:
+    rng = np.random.default_rng(20)
+    x, y = (draw(rng, 100_003).astype(np.float32) for _ in range(2))
+    with ops.on(place.device, place.dtype):
+        assert ops.sum(x) == pytest.approx(math.fsum(x.tolist()), rel=1e-10)
+        assert_near(ops.axpby(0.3, x, 0.7, y), 0.3 * x.astype(np.float64) + 0.7 * y, 1e-7, "axpby")
+        assert same_bits(ops.axpby(1.0, x, 0.0, y), x)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize(("clip", "bits"), [(15, 5), (31, 6), (127, 8)])
+def test_quantised_rows_are_the_artifact_s_bits(clip: int, bits: int, place: Place) -> None:
+    rng = np.random.default_rng(21)
+    w = (draw(rng, 300, 130) * np.exp(draw(rng, 300, 1) * 3)).astype(np.float32)
+    w[0], w[1], w[2] = 0.0, 1e-9, np.arange(130) + 0.5
+    expected = quantize_rows(w, bits=bits, clip=clip)
+    with ops.on(place.device, place.dtype):
+        q, scale = ops.quantize_rows(w, clip)
+        back = ops.dequantize_rows(q, scale)
+    assert same_bits(q, expected[0]) and same_bits(scale.view(np.uint16), np.asarray(expected[1]).view(np.uint16))
+    assert same_bits(back, q.astype(np.float32) * scale.astype(np.float32)[:, None])
