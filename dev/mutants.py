@@ -5,8 +5,8 @@
     python dev/mutants.py --check         only whether every mutant still has exactly one place to bend
 
 The tests must pass on the untouched copy first. A mutant's own selection of tests runs first, then, if none of them
-fails, all tests of the mathematics and formats. What was found is kept in build/mutants and is good until a file of
-the sources changes, so an interrupted run goes on where it stopped. The exit status is 1 if a mutant survives.
+fails, all tests of the mathematics and formats. What was found is kept in build/mutants and is good until code or a
+test changes, so an interrupted run goes on where it stopped. The exit status is 1 if a mutant survives.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ WORK = ROOT / "build" / "mutants"
 # Tests of commands, downloads, plots and the installed package take minutes and would notice mathematics by accident.
 OUTSIDE = "cli demo doctor download environment inspect inspect_data interrupt notebook package plot prepare train_gpt"
 ALL_TESTS = " ".join(["tests", *(f"--ignore=tests/test_{name}.py" for name in OUTSIDE.split())])
+CODE = ("CMakeLists.txt", "cmake/", "csrc/", "examples/", "pyproject.toml", "python/", "tests/")  # what results rest on
 TIMEOUT = 1800.0  # seconds of one pytest; no selection takes a tenth of it
 # An editable install puts a finder before PYTHONPATH that imports pgolf from the working tree, where nothing is bent.
 SITE = (
@@ -122,6 +123,17 @@ class Tree:
         (site / "mutant_guard.py").write_text(GUARD, encoding="utf-8")
         path = os.pathsep.join([str(site), str(self.path / "python")])
         self._environment = {**_with_tools(), "PYTHONPATH": path, "MUTANT_TREE": str(self.path), "COLUMNS": "400"}
+        self._link = self._tool(["ninja", "-C", str(self._build), "-t", "commands", "-s", module.name])
+        self._objects = self._objects_that_run()
+
+    def _objects_that_run(self) -> list[str]:
+        """All objects but the kernels of the instruction sets that this processor's tests do not run on."""
+        isa = self._tool([sys.executable, "-c", "from pgolf import _C; print(_C.cpu_isa())"], self._environment).strip()
+        others = {f"pgolf_cpu_{name}{part}.dir" for name in ("plain", "avx2", "avx512") for part in ("", "_backend")}
+        others -= {f"pgolf_cpu_{isa}.dir", f"pgolf_cpu_{isa}_backend.dir"}
+        objects = [Path(word) for word in shlex.split(self._link) if word.endswith(".o")]
+        # The step before linking names some of them again, by their whole paths.
+        return [str(path) for path in objects if not path.is_absolute() and others.isdisjoint(path.parts)]
 
     def _copy(self, names: Sequence[str]) -> None:
         """Copies what differs, so that time stamps of the rest spare their compilation, and removes what is gone."""
@@ -146,19 +158,27 @@ class Tree:
                 *("-G", "Ninja", "-S", str(self.path), "-B", str(self._build)),
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11}",
+                "-DPGOLF_CUDA=off",
             ]
         )
 
     def _compile(self, jobs: int = 1) -> None:
         self._tool(["ninja", "-C", str(self._build), f"-j{jobs}"])
 
-    def _tool(self, command: Sequence[str]) -> None:
+    def _compile_kernels(self) -> None:
+        """A third of a whole build's work: the objects of other instruction sets stay as they were, and are linked."""
+        self._tool(["ninja", "-C", str(self._build), "-j1", *self._objects])
+        self._tool(["sh", "-c", f"cd {shlex.quote(str(self._build))} && {self._link}"])
+
+    def _tool(self, command: Sequence[str], environment: dict[str, str] | None = None) -> str:
+        environment = environment or _with_tools()
         try:
-            done = subprocess.run(command, env=_with_tools(), capture_output=True, text=True)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
         except FileNotFoundError:
             raise Failure(f"There is no {command[0]}; requirements/build.txt names what a build needs.") from None
         if done.returncode:
-            raise Failure(f"{shlex.join(command)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+            raise Failure(f"{shlex.join(command)[:200]} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+        return done.stdout
 
     def _restore_build(self) -> None:
         shutil.rmtree(self._build, ignore_errors=True)
@@ -171,7 +191,9 @@ class Tree:
         native = not mutant.file.endswith(".py")
         try:
             path.write_text(mutant.bend(original), encoding="utf-8")
-            if native:
+            if mutant.file.startswith("csrc/cpu/"):
+                self._compile_kernels()
+            elif native:
                 self._compile()
             return self.failing_test(mutant.name, mutant.tests) or self.failing_test(mutant.name, ALL_TESTS)
         finally:
@@ -221,7 +243,7 @@ class Results:
     def __init__(self, names: Sequence[str]) -> None:
         self._path = WORK / "results.json"
         digest = hashlib.sha256()
-        for name in names:
+        for name in (name for name in names if name.startswith(CODE)):
             digest.update(f"{name}\0{hashlib.sha256((ROOT / name).read_bytes()).hexdigest()}\0".encode())
         self.digest = digest.hexdigest()
         self._found: dict[str, Any] = {}

@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# A GPU machine without compiler, network or this repository's environment runs what is built here.
+#
+#   dev/gpu.sh build              here: extension and CUDA backend for one architecture and one Python, packed into carry/
+#   dev/gpu.sh data BOOKS         here: adds a folder with books.jsonl.zst and its tokenizer to carry/
+#   dev/gpu.sh run [PART …]       there, with this checkout and carry/: tests, sanitize, bench (all three), or one of them
+#
+#   PGOLF_GPU_ARCHITECTURE=90a-real   PGOLF_GPU_PYTHON=python3.12   OUT=DIR   where `run` leaves its files (default carry/out)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+pack=carry
+site=$PWD/$pack/site
+
+build() {
+  local arch=${PGOLF_GPU_ARCHITECTURE:-90a-real} python venv=.venv-gpu folder=build/gpu
+  python=$(command -v "${PGOLF_GPU_PYTHON:-python3.12}") || { echo "There is no ${PGOLF_GPU_PYTHON:-python3.12}: set PGOLF_GPU_PYTHON."; exit 2; }
+  [ -x $venv/bin/python ] || "$python" -m venv $venv
+  $venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/build.txt tomli-w zstandard
+  PATH="$PWD/$venv/bin:$PATH" cmake -S . -B $folder -G Ninja -DCMAKE_BUILD_TYPE=Release -DPGOLF_WERROR=ON -DPGOLF_CUDA=on -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON \
+    -DPGOLF_CUDA_ARCHITECTURES="$arch" -DPython_EXECUTABLE="$PWD/$venv/bin/python" \
+    -Dpybind11_DIR="$($venv/bin/python -m pybind11 --cmakedir)" >$folder.log 2>&1 || { cat $folder.log; exit 1; }
+  PATH="$PWD/$venv/bin:$PATH" cmake --build $folder -- -k 0
+  rm -rf "$site" && mkdir -p "$site"
+  cp -R python/pgolf "$site/" && find "$site" -name __pycache__ -prune -exec rm -rf {} +
+  cp $folder/_C.*.so $folder/libpgolf_cuda.so "$site/pgolf/"
+  local packages
+  packages=$($venv/bin/python -c "import sysconfig; print(sysconfig.get_paths()['platlib'])")
+  cp -R "$packages"/scipy_openblas32 "$packages"/zstandard "$packages"/tomli_w "$site/"
+  rm -rf "$site"/scipy_openblas32/include
+  strip "$site"/zstandard/*.so "$site"/pgolf/*.so
+  du -sh $pack
+}
+
+data() {
+  mkdir -p $pack/books
+  cp "$1"/books.jsonl.zst "$1"/books_1024_bpe.model $pack/books/
+}
+
+# A line of the table that ends a run.
+rows=()
+part() {
+  local name=$1 start=$SECONDS status=0
+  shift
+  echo "== $name"
+  "$@" || status=$?
+  rows+=("$(printf '%-12s %-6s %5d s' "$name" "$([ $status = 0 ] && echo ok || echo FAILED)" $((SECONDS - start)))")
+  return 0
+}
+
+tests() {
+  python3 -m pytest -q -p no:cacheprovider --durations=8 tests/test_places.py tests/test_cuda.py tests/test_ops.py \
+    tests/test_model.py tests/test_trainer.py ${PYTEST_ARGS:-}
+}
+
+# Every planned buffer in a block of its own, full of NaN; one small model in each precision, every kernel. The tools
+# run side by side: they leave a GPU nearly idle.
+sanitize() {
+  local job jobs=(memcheck initcheck synccheck racecheck.float32 racecheck.bfloat16 racecheck.float16) status=0
+  for job in "${jobs[@]}"; do
+    local tool=${job%%.*} dtype=""
+    [ "$tool" = "$job" ] || dtype=${job#*.}
+    # shellcheck disable=SC2086  # no dtype is no argument
+    PGOLF_ARENA=separate PGOLF_CUDA_GRAPHS=0 timeout 170 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      python3 dev/gpu_small.py $dtype >"$OUT/$job.log" 2>&1 &
+  done
+  for job in $(jobs -p); do wait "$job" || status=1; done
+  for job in "${jobs[@]}"; do echo "$job: $(grep -E "ERROR SUMMARY|RACECHECK SUMMARY" "$OUT/$job.log" || echo "did not end")"; done
+  return $status
+}
+
+bench() {
+  python3 benchmarks/train_step.py --out "$OUT/train_step.json" ${BENCH_ARGS:-}
+}
+
+run() {
+  export OUT=${OUT:-$PWD/$pack/out} PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+  mkdir -p "$OUT"
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  local what
+  for what in "${@:-tests sanitize bench}"; do
+    for what in $what; do part "$what" "$what"; done
+  done
+  printf '%s\n' "" "${rows[@]}"
+  ! printf '%s\n' "${rows[@]}" | grep -q FAILED
+}
+
+case "${1:-}" in
+  build) build ;;
+  data) data "${2:?the folder with books.jsonl.zst}" ;;
+  run) shift; run "$@" ;;
+  *) sed -n '2,9p' "$0"; exit 2 ;;
+esac

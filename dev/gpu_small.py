@@ -1,0 +1,73 @@
+"""Runs every kernel of a GPU on small shapes, for compute-sanitizer: two steps, QAT, averaging, validation, quantising.
+
+compute-sanitizer --tool memcheck python3 dev/gpu_small.py, or with dtypes as arguments: racecheck is slow.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+from pgolf import _C, ops
+from pgolf.config import ModelConfig
+from pgolf.model import GPT
+
+SETTINGS = {
+    "lr": [0.02, 0.03, 0.02, 0.008],
+    "weight_decay": [0.04, 0.04, 0.04, 0.0],
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "eps": 1e-8,
+    "momentum": 0.95,
+    "clip": 0.3,
+}
+# d 96, a head width that fills no tile of 16; an untied head; sequences that fill no tile.
+SMALL = {
+    "vocab_size": 97,
+    "num_layers": 3,
+    "model_dim": 96,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "bigram_vocab_size": 33,
+    "bigram_dim": 20,
+}
+VARIANTS = [
+    {},
+    {"tie_embeddings": False, "bigram_dim": 96, "num_heads": 3, "num_kv_heads": 3},
+    {"bigram_vocab_size": 0},
+]
+
+
+def train(dtype: str, changes: dict[str, object]) -> None:
+    config = ModelConfig(**{**SMALL, **changes})
+    model = GPT(config, seed=1, device="cuda", dtype=dtype)
+    optimizer = _C.Optimizer(model._native, 5)
+    rng = np.random.default_rng(0)
+    for step in range(2):
+        model._native.begin_step(step == 1)
+        for batch in (3, 1):
+            ids = rng.integers(0, config.vocab_size, (batch, 71), dtype=np.int32)
+            model._native.micro_step(ids, np.roll(ids, -1, axis=1), 1 / 284)
+        model._native.end_step()
+        loss, norm, finite = optimizer.wait(optimizer.step(SETTINGS))
+        assert finite and np.isfinite([loss, norm]).all()
+        optimizer.add_snapshot()
+    optimizer.use_snapshot_mean()
+    ids = rng.integers(0, config.vocab_size, (2, 65))
+    assert np.isfinite(model.logits(ids)).all()
+    assert np.isfinite(model.window_losses(ids, ids, 40)).all()
+
+
+def main() -> None:
+    for dtype in sys.argv[1:] or ("float32", "bfloat16", "float16"):
+        for changes in VARIANTS:
+            train(dtype, changes)
+    with ops.on("cuda"):
+        q, scale = ops.quantize_rows(np.random.default_rng(1).standard_normal((70, 33)).astype(np.float32), 15)
+        ops.dequantize_rows(q, scale)
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()
