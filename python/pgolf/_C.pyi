@@ -15,8 +15,8 @@ _Arrays = Mapping[str, npt.NDArray[Any]]
 
 @final
 class Model:
-    def __init__(self, config: dict[str, Any], seed: int | None, dtype: str) -> None:
-        """Weights drawn from the seed; None leaves them zero. ``dtype`` is "float32" or "float64"."""
+    def __init__(self, config: dict[str, Any], seed: int | None, device: int, dtype: str) -> None:
+        """Weights drawn from the seed; None leaves them zero. ``device`` −1 is the CPU; ``dtype`` as `pgolf.GPT` has it."""
 
     def description(self) -> str: ...
     def read(self, name: str, /) -> _Floats: ...
@@ -29,10 +29,22 @@ class Model:
         """(B, T) twice -> (B, T - first): the cross-entropies of positions first … T - 1, in nats."""
 
     def begin_step(self, qat: bool) -> None: ...
-    def micro_step(self, ids: npt.NDArray[np.int32], targets: npt.NDArray[np.int32], loss_scale: float) -> float:
-        """Adds loss_scale times the gradients of the summed loss, which it returns in nats."""
+    def micro_step(self, ids: npt.NDArray[np.int32], targets: npt.NDArray[np.int32], loss_scale: float) -> None:
+        """Adds loss_scale times the gradients of the summed loss; does not wait for a GPU."""
 
     def end_step(self) -> None: ...
+    def loss_sum(self) -> float:
+        """The losses of the step's micro-batches so far, in nats."""
+
+    def loss_scale(self) -> float:
+        """What gradients are multiplied by: 1 but for float16."""
+
+    def training_bytes(self, batch_seqs: int, seq_len: int) -> int:
+        """The arena that a micro-batch needs."""
+
+    def memory_limit(self) -> int:
+        """Bytes that the device may be asked for in all; 0: no limit is known."""
+
     @property
     def step_allocations(self) -> int:
         """Native allocations made by the current step's calls so far."""
@@ -44,13 +56,24 @@ class Model:
 @final
 class Optimizer:
     def __init__(self, model: Model, ns_steps: int) -> None: ...
-    def step(self, settings: dict[str, Any]) -> tuple[float, bool]:
-        """One step by the gradients in the model -> (their norm before clipping, whether all were finite)."""
+    def step(self, settings: dict[str, Any]) -> int:
+        """Applies the gradients in the model; returns a ticket for `wait`."""
+
+    def wait(self, ticket: int) -> tuple[float, float, bool]:
+        """Waits for a step: (sum of its losses, gradient norm, whether all gradients were finite)."""
+
+    def go_on(self) -> None:
+        """After a step that was not finite: later ones change weights again."""
+
+    def warm_up(self, batches: Sequence[int], seq_len: int, loss_scale: float, qat: bool) -> None:
+        """Runs and records without effect what a step of micro-batches of these sizes runs."""
 
     @property
-    def steps(self) -> int: ...
-    @steps.setter
-    def steps(self, n: int, /) -> None: ...
+    def counts(self) -> tuple[int, float, int]:
+        """Adam's steps, the loss scale, and the steps since it last changed."""
+
+    @counts.setter
+    def counts(self, counts: tuple[int, float, int], /) -> None: ...
     @property
     def snapshots(self) -> int: ...
     @snapshots.setter
@@ -71,7 +94,7 @@ class Ops:
     backward operations take as the array ``saved``.
     """
 
-    def __init__(self, dtype: np.dtype[Any]) -> None: ...
+    def __init__(self, device: int, dtype: str) -> None: ...
     @property
     def seconds(self) -> float: ...
     def description(self) -> str: ...
@@ -83,7 +106,7 @@ class Ops:
     def attention_backward(self, inputs: _Arrays, outputs: _Arrays, /, **numbers: float) -> None: ...
     def project_residual(self, inputs: _Arrays, outputs: _Arrays, /, **numbers: float) -> npt.NDArray[np.uint8]: ...
     def project_residual_backward(self, inputs: _Arrays, outputs: _Arrays, /, **numbers: float) -> None: ...
-    def finish_projection(self, inputs: _Arrays, outputs: _Arrays, /, **numbers: float) -> None: ...
+    def finish_projection(self, inputs: _Arrays, outputs: _Arrays, clip: int, factor: float, /) -> None: ...
     def mlp_up(self, inputs: _Arrays, outputs: _Arrays, /, **numbers: float) -> npt.NDArray[np.uint8]: ...
     def mlp_up_backward(self, inputs: _Arrays, outputs: _Arrays, /, **numbers: float) -> None: ...
     def head_logits(self, inputs: _Arrays, outputs: _Arrays, /, **numbers: float) -> npt.NDArray[np.uint8]: ...
@@ -110,7 +133,12 @@ class Ops:
         /,
         **numbers: float,
     ) -> None: ...
-    def fake_quantize(self, w: _Floats, out: _Floats, clip: int, /) -> None: ...
+    def newton_schulz(self, u: _Floats, out: _Floats, steps: int, /) -> None: ...
+    def working_copy(self, inputs: _Arrays, outputs: _Arrays, clip: int, factor: float, /) -> None: ...
+    def quantize_rows(
+        self, w: _Floats, clip: int, q: npt.NDArray[np.int8], scale: npt.NDArray[np.uint16], /
+    ) -> None: ...
+    def dequantize_rows(self, q: npt.NDArray[np.int8], scale: npt.NDArray[np.uint16], w: _Floats, /) -> None: ...
     def sum(self, x: _Floats, /) -> float: ...
     def axpby(self, a: float, x: _Floats, b: float, y: _Floats, /) -> None: ...
 
