@@ -2,32 +2,51 @@
 # A GPU machine without compiler, network or this repository's environment runs what is built here.
 #
 #   dev/gpu.sh build              here: extension and CUDA backend for one architecture and one Python, packed into carry/
+#   dev/gpu.sh older              here: after build, the backend for compute capability 7.5 and 8.0 as PTX
 #   dev/gpu.sh data BOOKS         here: adds a folder with books.jsonl.zst and its tokenizer to carry/
-#   dev/gpu.sh run [PART …]       there, with this checkout and carry/: tests, sanitize, bench (all three), or one of them
+#   dev/gpu.sh run [PART …]       there, with this checkout and carry/: tests, sanitize, bench (all three), paths, or some of them
 #
 #   PGOLF_GPU_ARCHITECTURE=90a-real   PGOLF_GPU_PYTHON=python3.12   OUT=DIR   where `run` leaves its files (default carry/out)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 pack=carry
 site=$PWD/$pack/site
+venv=.venv-gpu
+
+# configure FOLDER ARCHITECTURES
+configure() {
+  PATH="$PWD/$venv/bin:$PATH" cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DPGOLF_WERROR=ON -DPGOLF_CUDA=on \
+    -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON -DPGOLF_CUDA_ARCHITECTURES="$2" -DPython_EXECUTABLE="$PWD/$venv/bin/python" \
+    -Dpybind11_DIR="$($venv/bin/python -m pybind11 --cmakedir)" >"$1.log" 2>&1 || { cat "$1.log"; exit 1; }
+}
 
 build() {
-  local arch=${PGOLF_GPU_ARCHITECTURE:-90a-real} python venv=.venv-gpu folder=build/gpu
+  local python packages
   python=$(command -v "${PGOLF_GPU_PYTHON:-python3.12}") || { echo "There is no ${PGOLF_GPU_PYTHON:-python3.12}: set PGOLF_GPU_PYTHON."; exit 2; }
   [ -x $venv/bin/python ] || "$python" -m venv $venv
   $venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/build.txt tomli-w zstandard
-  PATH="$PWD/$venv/bin:$PATH" cmake -S . -B $folder -G Ninja -DCMAKE_BUILD_TYPE=Release -DPGOLF_WERROR=ON -DPGOLF_CUDA=on -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON \
-    -DPGOLF_CUDA_ARCHITECTURES="$arch" -DPython_EXECUTABLE="$PWD/$venv/bin/python" \
-    -Dpybind11_DIR="$($venv/bin/python -m pybind11 --cmakedir)" >$folder.log 2>&1 || { cat $folder.log; exit 1; }
-  PATH="$PWD/$venv/bin:$PATH" cmake --build $folder -- -k 0
+  configure build/gpu "${PGOLF_GPU_ARCHITECTURE:-90a-real}"
+  PATH="$PWD/$venv/bin:$PATH" cmake --build build/gpu
   rm -rf "$site" && mkdir -p "$site"
   cp -R python/pgolf "$site/" && find "$site" -name __pycache__ -prune -exec rm -rf {} +
-  cp $folder/_C.*.so $folder/libpgolf_cuda.so "$site/pgolf/"
-  local packages
+  cp build/gpu/_C.*.so build/gpu/libpgolf_cuda.so "$site/pgolf/"
   packages=$($venv/bin/python -c "import sysconfig; print(sysconfig.get_paths()['platlib'])")
   cp -R "$packages"/scipy_openblas32 "$packages"/zstandard "$packages"/tomli_w "$site/"
   rm -rf "$site"/scipy_openblas32/include
   strip "$site"/zstandard/*.so "$site"/pgolf/*.so
+  du -sh $pack
+}
+
+# The code of older GPUs as PTX, which the driver of whatever GPU there is compiles.
+older() {
+  local generation
+  for generation in 75 80; do
+    configure build/gpu$generation $generation-virtual
+    PATH="$PWD/$venv/bin:$PATH" cmake --build build/gpu$generation --target pgolf_cuda
+    mkdir -p $pack/older
+    cp build/gpu$generation/libpgolf_cuda.so $pack/older/libpgolf_cuda_$generation.so
+    strip $pack/older/libpgolf_cuda_$generation.so
+  done
   du -sh $pack
 }
 
@@ -55,16 +74,30 @@ tests() {
 # Every planned buffer in a block of its own, full of NaN; one small model in each precision, every kernel. The tools
 # run side by side: they leave a GPU nearly idle.
 sanitize() {
-  local job jobs=(memcheck initcheck synccheck racecheck.float32 racecheck.bfloat16 racecheck.float16) status=0
+  local job jobs=(memcheck initcheck synccheck racecheck.float32 racecheck.bfloat16 racecheck.float16) pids=() status=0
   for job in "${jobs[@]}"; do
     local tool=${job%%.*} dtype=""
     [ "$tool" = "$job" ] || dtype=${job#*.}
     # shellcheck disable=SC2086  # no dtype is no argument
     PGOLF_ARENA=separate PGOLF_CUDA_GRAPHS=0 timeout 170 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       python3 dev/gpu_small.py $dtype >"$OUT/$job.log" 2>&1 &
+    pids+=($!)
   done
-  for job in $(jobs -p); do wait "$job" || status=1; done
+  for job in "${!pids[@]}"; do
+    wait "${pids[$job]}" || { echo "${jobs[$job]} ended with status $?"; status=1; }
+  done
   for job in "${jobs[@]}"; do echo "$job: $(grep -E "ERROR SUMMARY|RACECHECK SUMMARY" "$OUT/$job.log" || echo "did not end")"; done
+  return $status
+}
+
+# What Turing and Ampere run, on this GPU.
+paths() {
+  local generation status=0
+  for generation in 75 80; do
+    echo "-- $generation"
+    PGOLF_CUDA_LIBRARY=$PWD/$pack/older/libpgolf_cuda_$generation.so CUDA_FORCE_PTX_JIT=1 PGOLF_CUDA_PATH=$generation \
+      python3 -m pytest -q -p no:cacheprovider tests/test_places.py -k cuda || status=1
+  done
   return $status
 }
 
@@ -85,8 +118,8 @@ run() {
 }
 
 case "${1:-}" in
-  build) build ;;
+  build | older) "$1" ;;
   data) data "${2:?the folder with books.jsonl.zst}" ;;
   run) shift; run "$@" ;;
-  *) sed -n '2,9p' "$0"; exit 2 ;;
+  *) sed -n '2,10p' "$0"; exit 2 ;;
 esac

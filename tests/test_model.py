@@ -207,7 +207,15 @@ def test_gradients_equal_finite_differences(changes: dict[str, Any]) -> None:
     [
         tiny(),
         tiny(tie_embeddings=False, num_layers=1, tied_embed_init_std=0.1),
-        ModelConfig(vocab_size=300, num_layers=2, model_dim=128, num_heads=2, num_kv_heads=1, bigram_vocab_size=50),
+        ModelConfig(
+            vocab_size=300,
+            num_layers=2,
+            model_dim=128,
+            num_heads=2,
+            num_kv_heads=1,
+            bigram_vocab_size=50,
+            bigram_dim=96,
+        ),
     ],
     ids=["uniform", "untied", "orthogonal"],
 )

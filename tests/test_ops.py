@@ -689,8 +689,7 @@ def test_newton_schulz(dtype):
 @pytest.mark.parametrize("clip", [1, 15, 31])
 def test_fake_quantised_weights_are_the_reference_s_bits(clip, dtype):
     rng = np.random.default_rng(18)
-    ties = np.arange(-clip - 1, clip + 1) + 0.5
-    ties[-1] = clip  # σ = 1
+    ties = np.append(np.arange(-clip, clip) + 0.5, clip)  # σ = 1
     w = draw(rng, 300, len(ties)) * np.exp(draw(rng, 300, 1) * 5)
     w[0], w[1], w[2] = 0.0, ties, -ties
     w[3] *= 1e-20

@@ -36,8 +36,7 @@ void check_usable(cudaError_t status, const std::string& gpu) {
   (void)cudaGetLastError();
   switch (status) {
     case cudaErrorDevicesUnavailable:
-      throw DeviceError(sentence(gpu,
-                                 " is not to be had: its compute mode is exclusive and another process has it, or ",
+      throw DeviceError(sentence(gpu, " is taken: its compute mode is exclusive and another process has it, or ",
                                  "the mode is prohibited. `nvidia-smi -c DEFAULT` lets processes share it."));
     case cudaErrorMemoryAllocation:
       throw DeviceError(sentence(gpu, " has no memory left even to be opened; other processes hold it."));

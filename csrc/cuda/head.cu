@@ -52,7 +52,8 @@ constexpr i64 kMaxHeldRow = kMaxTeamRow;  // logits that a block holds in its re
 struct Softcap {
   float cap, inverse;
   explicit Softcap(double c) : cap(static_cast<float>(c)), inverse(static_cast<float>(1.0 / c)) {}
-  __device__ float operator()(float z) const { return cap * tanhf(z * inverse); }
+  // Not contracted with what follows: a logit is the same number wherever it is read.
+  __device__ float operator()(float z) const { return __fmul_rn(cap, tanhf(__fmul_rn(z, inverse))); }
   // Its slope, where it has the value y.
   __device__ float slope(float y) const {
     const float t = y * inverse;

@@ -34,6 +34,7 @@ struct GPT::Plan {
   Backend* recorder = nullptr;         // whose recordings these are, of a micro-step without and with QAT
   int recording[2] = {};
   double recorded_loss_scale = 0;
+  int runs = 0;  // of inference
 
   TensorView ids, targets;
   Embed embed;

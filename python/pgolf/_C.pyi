@@ -16,7 +16,7 @@ _Arrays = Mapping[str, npt.NDArray[Any]]
 @final
 class Model:
     def __init__(self, config: dict[str, Any], seed: int | None, device: int, dtype: str) -> None:
-        """Weights drawn from the seed; None leaves them zero. ``device`` −1 is the CPU; ``dtype`` as `pgolf.GPT` has it."""
+        """Weights drawn from the seed; None leaves them zero. ``device`` −1 is the CPU; ``dtype`` as `pgolf.GPT`."""
 
     def description(self) -> str: ...
     def read(self, name: str, /) -> _Floats: ...

@@ -7,7 +7,9 @@ import math
 import os
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Union
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 METHODS = ("standard", "sliding")
 AUDITS = ("sample", "full")
+
+_BATCHES_AHEAD = 2  # on a GPU: one is computed while the next is gathered
 
 BATCH_TOKENS = 65_536
 """Tokens per batch where batch_seqs is not given: the recipes' 32 windows of 2,048."""
@@ -275,12 +279,8 @@ def _score_windows(
     document_nll = np.zeros(data.starts.size, dtype=np.float64)
     times = np.zeros(data.tokens.size - 1, dtype=np.int32)
     scored = 0
-    for begin, end in _batches(plan, batch_seqs):
-        length, first = int(plan.length[begin]), int(plan.first_scored[begin])
-        positions = plan.start[begin:end, None] + np.arange(length)
-        ids = data.tokens[positions].astype(np.int32)
-        targets = data.tokens[positions + 1].astype(np.int32)
-        raw = np.asarray(model.window_losses(ids, targets, first))
+    for begin, end, positions, first, raw in _losses(model, data, plan, batch_seqs):
+        length = positions.shape[1]
         if raw.shape != (end - begin, length - first):
             raise ValueError(f"window_losses returned shape {raw.shape}; expected {(end - begin, length - first)}.")
         losses = raw.astype(np.float64, order="C")
@@ -295,6 +295,37 @@ def _score_windows(
         if progress is not None:
             progress(end, len(plan), scored)
     return float(window_nll.sum()), document_nll, times
+
+
+def _losses(
+    model: Model, data: ValidationData, plan: Windows, batch_seqs: int | None
+) -> Iterator[tuple[int, int, IntArray, int, npt.NDArray[Any]]]:
+    """(begin, end, positions, first scored position, losses) of every batch of windows, in window order.
+
+    A GPU is given the next batch while the losses of the one before are summed up.
+    """
+
+    def batches() -> Iterator[tuple[int, int, IntArray, int, tuple[npt.NDArray[Any], npt.NDArray[Any], int]]]:
+        for begin, end in _batches(plan, batch_seqs):
+            length, first = int(plan.length[begin]), int(plan.first_scored[begin])
+            positions = plan.start[begin:end, None] + np.arange(length)
+            ids, targets = (data.tokens[at].astype(np.int32) for at in (positions, positions + 1))
+            yield begin, end, positions, first, (ids, targets, first)
+
+    if getattr(model, "device", "cpu") == "cpu":
+        for begin, end, positions, first, arguments in batches():
+            yield begin, end, positions, first, np.asarray(model.window_losses(*arguments))
+        return
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: deque[tuple[int, int, IntArray, int, Future[npt.ArrayLike]]] = deque()
+        for begin, end, positions, first, arguments in batches():
+            waiting.append((begin, end, positions, first, pool.submit(model.window_losses, *arguments)))
+            if len(waiting) > _BATCHES_AHEAD:
+                *where, future = waiting.popleft()
+                yield *where, np.asarray(future.result())  # type: ignore[misc]
+        while waiting:
+            *where, future = waiting.popleft()
+            yield *where, np.asarray(future.result())  # type: ignore[misc]
 
 
 def _batches(plan: Windows, batch_seqs: int | None) -> Iterator[tuple[int, int]]:

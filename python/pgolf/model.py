@@ -18,8 +18,9 @@ FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int32]
 
 # Tokens that one native call takes at most when the caller's batch is larger: bounds memory, and the time until
-# Ctrl-C is noticed.
+# Ctrl-C is noticed. A GPU is filled by more.
 _CALL_TOKENS = 16_384
+_GPU_CALL_TOKENS = 65_536
 
 
 class GPT:
@@ -175,7 +176,7 @@ class GPT:
         tokens, goals = _token_pair(ids, targets)
         with self._training:
             self._native.begin_step(False)
-            for part in _parts(tokens.shape):
+            for part in self._parts(tokens.shape):
                 self._native.micro_step(tokens[part], goals[part], 1.0 / tokens.size)
             self._native.end_step()
             gradients = {name: self._native.read_grad(name) for name in self._shapes}
@@ -217,8 +218,14 @@ class GPT:
         return sample(last_logits, start[0], max_new_tokens, temperature, top_k, top_p, stop, seed)
 
     def _in_parts(self, shape: tuple[int, ...], call: Callable[[slice], FloatArray]) -> FloatArray:
-        parts = _parts(shape)
+        parts = self._parts(shape)
         return call(parts[0]) if len(parts) == 1 else np.concatenate([call(part) for part in parts])
+
+    def _parts(self, shape: tuple[int, ...]) -> list[slice]:
+        """Cuts B sequences of T tokens into native calls."""
+        batch, length = shape
+        step = max(1, (_CALL_TOKENS if self.device == "cpu" else _GPU_CALL_TOKENS) // length)
+        return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
     def __repr__(self) -> str:
         c = self.config
@@ -311,13 +318,6 @@ def _token_pair(ids: Any, targets: Any) -> tuple[IntArray, IntArray]:
     if tokens.shape != goals.shape:
         raise ValueError(f"targets has shape {goals.shape}; expected the shape of ids, {tokens.shape}.")
     return tokens, goals
-
-
-def _parts(shape: tuple[int, ...]) -> list[slice]:
-    """Cuts B sequences of T tokens into calls of at most `_CALL_TOKENS` tokens."""
-    batch, length = shape
-    step = max(1, _CALL_TOKENS // length)
-    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
 
 def _with_suggestion(name: object, known: Iterable[str]) -> str:
