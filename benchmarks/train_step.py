@@ -128,7 +128,7 @@ def measure_pgolf(work: Work, steps: int, dtype: str) -> dict[str, Any]:
     optimizer = _C.Optimizer(model._native, 5)
     ids, targets = batch_of(work)
     scale = 1 / ids.size
-    optimizer.warm_up(sorted({work.micro, work.sequences % work.micro} - {0}), work.length, scale, False)
+    optimizer.warm_up(sorted({work.micro, work.sequences % work.micro} - {0}), work.length, scale, False, True)
 
     def step() -> int:
         model._native.begin_step(False)
@@ -210,7 +210,7 @@ from pgolf.model import GPT
 model = GPT(ModelConfig(num_layers=10, bigram_vocab_size=10240), seed=1, device="cuda", dtype="bfloat16")
 made = time.perf_counter()
 optimizer = _C.Optimizer(model._native, 5)
-optimizer.warm_up([48], 2048, 1e-6, False); warm = time.perf_counter()
+optimizer.warm_up([48], 2048, 1e-6, False, True); warm = time.perf_counter()
 ids = np.zeros((48, 2048), np.int32)
 model._native.begin_step(False); model._native.micro_step(ids, ids, 1e-6); model._native.end_step()
 optimizer.wait(optimizer.step(%r)); stepped = time.perf_counter()

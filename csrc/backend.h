@@ -231,7 +231,7 @@ class Backend {
   // Reads now, in the order of operations, what `wait` hands out later: the host can run ahead. At most kReads reads
   // of at most kReadBytes are under way; tickets are waited for once, in any order.
   static constexpr int kReads = 8;
-  static constexpr std::size_t kReadBytes = 512;
+  static constexpr std::size_t kReadBytes = std::size_t{1} << 20;
   virtual int read_later(const void* from, std::size_t bytes) = 0;  // returns a ticket
   virtual void wait(int ticket, void* to, std::size_t bytes) = 0;
 

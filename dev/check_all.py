@@ -60,7 +60,7 @@ class Log:
             log.seek(start)
             output = log.read().decode(errors="replace")
         if done.returncode:
-            lines = [line for line in output.splitlines() if line.strip()]
+            lines = [line for line in output.splitlines() if re.search("[a-z]", line)]
             last = lines[-1].strip()[:160] if lines else "no output"
             raise Failed(f"{shlex.join(words)[:120]} ended with {done.returncode}: {last}")
         return output
@@ -187,7 +187,7 @@ def install_and_smoke(log: Log, version: str) -> str:
     log.run([pgolf, "train", "--recipe", "tiny", *run], away)
     log.run([pgolf, "inspect", "run/model.pgolf"], away)
     log.run([pgolf, "generate", "run", "--prompt", "The ", "--max-new-tokens", "20"], away)
-    log.run([pgolf, "plot", "run"], away)
+    log.run([pgolf, "plot", "run", "--out", "loss.png"], away)
     score = log.run([pgolf, "eval", "run", "--method", "standard", "--json"], away)
     found = re.findall(r'"bpb": ([\d.]+)', score)
     if not found:

@@ -135,6 +135,30 @@ void bind_model(py::module_& m) {
           },
           py::arg("ids"), py::arg("targets"), py::arg("first"))
       .def(
+          "losses_later",
+          [](NativeModel& self, const Int32Array& ids, const Int32Array& targets, std::int64_t first) {
+            const auto B = ids.shape(0), T = ids.shape(1);
+            const auto *in = ids.data(), *goal = targets.data();
+            py::gil_scoped_release release;
+            std::lock_guard lock(self.mutex);
+            return self.gpt->losses_later(in, goal, B, T, first);
+          },
+          py::arg("ids"), py::arg("targets"), py::arg("first"))
+      .def(
+          "wait_losses",
+          [](NativeModel& self, int ticket, std::int64_t B, std::int64_t count) {
+            py::array out = empty(self.gpt->backend().master_dtype(), {B, count});
+            void* to = out.mutable_data();
+            const auto bytes = static_cast<std::size_t>(out.nbytes());
+            {
+              py::gil_scoped_release release;
+              std::lock_guard lock(self.mutex);
+              self.gpt->backend().wait(ticket, to, bytes);
+            }
+            return out;
+          },
+          py::arg("ticket"), py::arg("batch_seqs"), py::arg("count"))
+      .def(
           "begin_step",
           [](NativeModel& self, bool qat) {
             py::gil_scoped_release release;

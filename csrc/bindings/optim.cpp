@@ -71,8 +71,9 @@ void bind_optim(py::module_& m) {
       .def(
           "warm_up",
           [](NativeOptimizer& self, const std::vector<std::int64_t>& batches, std::int64_t T, double loss_scale,
-             bool qat) { locked(self, [&] { self.optimizer.warm_up(batches, T, loss_scale, qat); }); },
-          py::arg("batches"), py::arg("seq_len"), py::arg("loss_scale"), py::arg("qat"))
+             bool qat,
+             bool averaging) { locked(self, [&] { self.optimizer.warm_up(batches, T, loss_scale, qat, averaging); }); },
+          py::arg("batches"), py::arg("seq_len"), py::arg("loss_scale"), py::arg("qat"), py::arg("averaging"))
       .def_property(
           "counts",
           [](NativeOptimizer& self) {

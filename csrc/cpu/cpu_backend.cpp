@@ -44,16 +44,29 @@ void CpuBackend<T>::copy(const TensorView& to, const TensorView& from) {
   std::memcpy(to.data, from.data, from.bytes());
 }
 template <class T>
+CpuBackend<T>::~CpuBackend() {
+  for (Read& read : reads_)
+    if (read.large) free_aligned(read.large);
+}
+
+template <class T>
 int CpuBackend<T>::read_later(const void* from, std::size_t bytes) {
   const int ticket = next_read_;
   next_read_ = (next_read_ + 1) % kReads;
-  std::memcpy(reads_[ticket], from, bytes);
+  Read& read = reads_[ticket];
+  if (bytes > sizeof read.small && bytes > read.room) {
+    if (read.large) free_aligned(read.large);
+    read.large = static_cast<unsigned char*>(allocate_aligned(bytes));
+    read.room = bytes;
+  }
+  std::memcpy(bytes > sizeof read.small ? read.large : read.small, from, bytes);
   return ticket;
 }
 
 template <class T>
 void CpuBackend<T>::wait(int ticket, void* to, std::size_t bytes) {
-  std::memcpy(to, reads_[ticket], bytes);
+  const Read& read = reads_[ticket];
+  std::memcpy(to, bytes > sizeof read.small ? read.large : read.small, bytes);
 }
 
 template <class T>

@@ -12,6 +12,7 @@ template <class T>
 class CpuBackend final : public Backend {
  public:
   explicit CpuBackend(Rounding rounding) : rounding_(rounding) {}
+  ~CpuBackend() override;
 
   DType dtype() const override { return sizeof(T) == 8 ? DType::f64 : DType::f32; }
   DType master_dtype() const override { return dtype(); }
@@ -79,7 +80,12 @@ class CpuBackend final : public Backend {
 
   Rounding rounding_;
   int next_read_ = 0;
-  unsigned char reads_[kReads][kReadBytes];
+  // A step's values fit in place; more is allocated when it is first read.
+  struct Read {
+    unsigned char small[512];
+    unsigned char* large = nullptr;
+    std::size_t room = 0;
+  } reads_[kReads];
 };
 
 PGOLF_CPU_END

@@ -161,7 +161,7 @@ __device__ __forceinline__ Unit<kUnit> load_unit(const S* from) {
   using Piece = std::conditional_t<kUnit * sizeof(S) == 8, uint2, uint4>;
   alignas(16) S raw[kUnit];
 #pragma unroll
-  for (int i = 0; i < int(sizeof(raw) / sizeof(Piece)); ++i)
+  for (int i = 0; i < int(sizeof(S) * kUnit / sizeof(Piece)); ++i)
     reinterpret_cast<Piece*>(raw)[i] = reinterpret_cast<const Piece*>(from)[i];
   Unit<kUnit> u;
 #pragma unroll
@@ -175,7 +175,7 @@ __device__ __forceinline__ void store_unit(S* to, const Unit<kUnit>& u) {
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) raw[i] = from_float<S>(u.x[i]);
 #pragma unroll
-  for (int i = 0; i < int(sizeof(raw) / sizeof(Piece)); ++i)
+  for (int i = 0; i < int(sizeof(S) * kUnit / sizeof(Piece)); ++i)
     reinterpret_cast<Piece*>(to)[i] = reinterpret_cast<const Piece*>(raw)[i];
 }
 

@@ -26,7 +26,8 @@ template <class S>
 __device__ __forceinline__ Packed8<S> load_packed(const S* from) {
   Packed8<S> p;
 #pragma unroll
-  for (int i = 0; i < int(sizeof(p.piece) / sizeof(uint4)); ++i) p.piece[i] = reinterpret_cast<const uint4*>(from)[i];
+  for (int i = 0; i < int(kVector * sizeof(S) / sizeof(uint4)); ++i)
+    p.piece[i] = reinterpret_cast<const uint4*>(from)[i];
   return p;
 }
 template <class S>

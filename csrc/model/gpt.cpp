@@ -310,9 +310,8 @@ void GPT::logits(const std::int32_t* ids, std::int64_t B, std::int64_t T, std::i
   backend_->download(out, plan.head.logits.data, plan.head.logits.bytes());
 }
 
-void GPT::losses(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
-                 std::int64_t first, void* out) {
-  NativeCall call;
+GPT::Plan& GPT::run_losses(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
+                           std::int64_t first) {
   Plan& plan = plan_for(Mode::losses, B, T, first);
   check_ids("ids", ids, B, T);
   check_ids("targets", targets, B, T);
@@ -329,7 +328,21 @@ void GPT::losses(const std::int32_t* ids, const std::int32_t* targets, std::int6
     plan.recorder = backend_.get();
     plan.recording[0] = backend_->capture(plan.recording[0], std::cref(work));
   }
-  backend_->download(out, plan.head.losses.data, plan.head.losses.bytes());
+  return plan;
+}
+
+void GPT::losses(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
+                 std::int64_t first, void* out) {
+  NativeCall call;
+  const TensorView losses = run_losses(ids, targets, B, T, first).head.losses;
+  backend_->download(out, losses.data, losses.bytes());
+}
+
+int GPT::losses_later(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
+                      std::int64_t first) {
+  NativeCall call;
+  const TensorView losses = run_losses(ids, targets, B, T, first).head.losses;
+  return backend_->read_later(losses.data, losses.bytes());
 }
 
 void GPT::begin_step(bool qat) {

@@ -86,6 +86,10 @@ class GPT {
   void losses(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T, std::int64_t first,
               void* out);
 
+  // The same without waiting: returns a ticket for backend().wait, of at most Backend::kReadBytes.
+  int losses_later(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
+                   std::int64_t first);
+
   // A training step: begin_step, micro_step for each part of the batch, end_step; then the gradients stand in
   // grads(), times values()->loss_scale, and the sum of the losses in values()->loss_sum. loss_scale is 1/(tokens of
   // the step) for a mean. Nothing is allocated from the second step of a shape on, and no call waits for the backend.
@@ -105,6 +109,8 @@ class GPT {
   struct Plan;
 
   Plan& plan_for(Mode mode, std::int64_t B, std::int64_t T, std::int64_t first);
+  Plan& run_losses(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
+                   std::int64_t first);
   void bind_parameters(Plan& plan, bool qat) const;
   // What products read in a parameter's place.
   enum class Reads { itself, working, quantized };

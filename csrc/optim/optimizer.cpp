@@ -93,7 +93,8 @@ void Optimizer::set_counts(const StepCounts& counts) {
   model_->backend().upload(model_->values(), &values, sizeof values);
 }
 
-void Optimizer::warm_up(const std::vector<std::int64_t>& batches, std::int64_t T, double loss_scale, bool qat) {
+void Optimizer::warm_up(const std::vector<std::int64_t>& batches, std::int64_t T, double loss_scale, bool qat,
+                        bool averaging) {
   const StepValues before = read_values();
   StepValues idle = before;
   idle.stopped = 1;  // no weight or moment changes
@@ -106,6 +107,10 @@ void Optimizer::warm_up(const std::vector<std::int64_t>& batches, std::int64_t T
     }
     model_->end_step();
     wait(step(before));
+  }
+  if (averaging) {
+    average_.allocate(model_->backend(), model_->table(), model_->backend().master_dtype());
+    model_->backend().axpby(1.0, model_->weights().all(), 1.0, average_.all(), model_->values());
   }
   model_->backend().upload(model_->values(), &before, sizeof before);
 }

@@ -40,9 +40,10 @@ class Optimizer {
   StepCounts counts() const;  // waits for the backend
   void set_counts(const StepCounts& counts);
 
-  // Records everything a training step runs, for micro-batches of these sizes, by running it once without effect: no
-  // later step compiles, allocates or chooses anything. Call before the first step.
-  void warm_up(const std::vector<std::int64_t>& batches, std::int64_t T, double loss_scale, bool qat);
+  // Records everything a training step runs, for micro-batches of these sizes, by running it once without effect, and
+  // with `averaging` makes room for the average: no later step compiles, allocates or chooses anything. Call before the
+  // first step.
+  void warm_up(const std::vector<std::int64_t>& batches, std::int64_t T, double loss_scale, bool qat, bool averaging);
 
   // Averaging. A snapshot adds the weights to a running sum; the mean replaces the weights at the end.
   void add_snapshot();

@@ -28,6 +28,10 @@ class Model:
     def losses(self, ids: npt.NDArray[np.int32], targets: npt.NDArray[np.int32], first: int) -> _Floats:
         """(B, T) twice -> (B, T - first): the cross-entropies of positions first … T - 1, in nats."""
 
+    def losses_later(self, ids: npt.NDArray[np.int32], targets: npt.NDArray[np.int32], first: int) -> int:
+        """`losses` without waiting for a GPU; returns a ticket for `wait_losses`. At most a MiB of losses."""
+
+    def wait_losses(self, ticket: int, batch_seqs: int, count: int) -> _Floats: ...
     def begin_step(self, qat: bool) -> None: ...
     def micro_step(self, ids: npt.NDArray[np.int32], targets: npt.NDArray[np.int32], loss_scale: float) -> None:
         """Adds loss_scale times the gradients of the summed loss; does not wait for a GPU."""
@@ -65,8 +69,8 @@ class Optimizer:
     def go_on(self) -> None:
         """After a step that was not finite: later ones change weights again."""
 
-    def warm_up(self, batches: Sequence[int], seq_len: int, loss_scale: float, qat: bool) -> None:
-        """Runs and records without effect what a step of micro-batches of these sizes runs."""
+    def warm_up(self, batches: Sequence[int], seq_len: int, loss_scale: float, qat: bool, averaging: bool) -> None:
+        """Runs and records without effect what a step of micro-batches of these sizes runs; makes room for averages."""
 
     @property
     def counts(self) -> tuple[int, float, int]:

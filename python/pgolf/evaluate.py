@@ -9,7 +9,6 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Union
 
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 METHODS = ("standard", "sliding")
 AUDITS = ("sample", "full")
 
-_BATCHES_AHEAD = 2  # on a GPU: one is computed while the next is gathered
+_BATCHES_AHEAD = 1  # one is computed while the next is gathered
 
 BATCH_TOKENS = 65_536
 """Tokens per batch where batch_seqs is not given: the recipes' 32 windows of 2,048."""
@@ -302,30 +301,23 @@ def _losses(
 ) -> Iterator[tuple[int, int, IntArray, int, npt.NDArray[Any]]]:
     """(begin, end, positions, first scored position, losses) of every batch of windows, in window order.
 
-    A GPU is given the next batch while the losses of the one before are summed up.
+    A pgolf.GPT on a GPU is given the next batches while the losses of the one before are summed up.
     """
-
-    def batches() -> Iterator[tuple[int, int, IntArray, int, tuple[npt.NDArray[Any], npt.NDArray[Any], int]]]:
-        for begin, end in _batches(plan, batch_seqs):
-            length, first = int(plan.length[begin]), int(plan.first_scored[begin])
-            positions = plan.start[begin:end, None] + np.arange(length)
-            ids, targets = (data.tokens[at].astype(np.int32) for at in (positions, positions + 1))
-            yield begin, end, positions, first, (ids, targets, first)
-
-    if getattr(model, "device", "cpu") == "cpu":
-        for begin, end, positions, first, arguments in batches():
-            yield begin, end, positions, first, np.asarray(model.window_losses(*arguments))
-        return
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: deque[tuple[int, int, IntArray, int, Future[npt.ArrayLike]]] = deque()
-        for begin, end, positions, first, arguments in batches():
-            waiting.append((begin, end, positions, first, pool.submit(model.window_losses, *arguments)))
-            if len(waiting) > _BATCHES_AHEAD:
-                *where, future = waiting.popleft()
-                yield *where, np.asarray(future.result())  # type: ignore[misc]
-        while waiting:
-            *where, future = waiting.popleft()
-            yield *where, np.asarray(future.result())  # type: ignore[misc]
+    later = getattr(model, "window_losses_later", None)
+    waiting: deque[tuple[int, int, IntArray, int, Callable[[], npt.ArrayLike]]] = deque()
+    for begin, end in _batches(plan, batch_seqs):
+        length, first = int(plan.length[begin]), int(plan.first_scored[begin])
+        positions = plan.start[begin:end, None] + np.arange(length)
+        ids, targets = (data.tokens[at].astype(np.int32) for at in (positions, positions + 1))
+        if later is None:
+            yield begin, end, positions, first, np.asarray(model.window_losses(ids, targets, first))
+            continue
+        waiting.append((begin, end, positions, first, later(ids, targets, first)))
+        if len(waiting) > _BATCHES_AHEAD:
+            *where, losses = waiting.popleft()
+            yield *where, np.asarray(losses())  # type: ignore[misc]
+    for *where, losses in waiting:
+        yield *where, np.asarray(losses())  # type: ignore[misc]
 
 
 def _batches(plan: Windows, batch_seqs: int | None) -> Iterator[tuple[int, int]]:

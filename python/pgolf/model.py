@@ -21,6 +21,7 @@ IntArray = npt.NDArray[np.int32]
 # Ctrl-C is noticed. A GPU is filled by more.
 _CALL_TOKENS = 16_384
 _GPU_CALL_TOKENS = 65_536
+_READ_BYTES = 2**20  # of losses that can be read while the GPU goes on
 
 
 class GPT:
@@ -157,6 +158,16 @@ class GPT:
         """
         tokens, goals = _token_pair(ids, targets)
         return self._in_parts(tokens.shape, lambda part: self._native.losses(tokens[part], goals[part], first))
+
+    def window_losses_later(self, ids: Any, targets: Any, first: int) -> Callable[[], FloatArray]:
+        """`window_losses` without waiting for a GPU: call the result to have them. At most two may be under way."""
+        tokens, goals = _token_pair(ids, targets)
+        batch, count = tokens.shape[0], tokens.shape[1] - first
+        if self.device == "cpu" or len(self._parts(tokens.shape)) > 1 or 4 * batch * count > _READ_BYTES:
+            losses = self.window_losses(tokens, goals, first)
+            return lambda: losses
+        ticket = self._native.losses_later(tokens, goals, first)
+        return lambda: self._native.wait_losses(ticket, batch, count)
 
     def loss(self, ids: Any, targets: Any) -> float:
         """The mean of `token_losses`, summed in float64."""

@@ -308,7 +308,8 @@ class Trainer:
             sequences = train.train_batch_tokens // train.train_seq_len
             sizes = {min(self.micro_batch_seqs, sequences), sequences % self.micro_batch_seqs} - {0}
             qat = train.qat_start_frac < 1
-            self._optimizer.warm_up(sorted(sizes), train.train_seq_len, 1.0 / train.train_batch_tokens, qat)
+            averaging = train.swa_enabled or train.ema_decay > 0
+            self._optimizer.warm_up(sorted(sizes), train.train_seq_len, 1.0 / train.train_batch_tokens, qat, averaging)
         self._warm = True
 
     def _automatic_micro_batch(self) -> int:

@@ -165,8 +165,8 @@ StepSettings settings() {
   return s;
 }
 
-void training_learns_a_batch(DType dtype) {
-  const auto model = std::make_shared<GPT>(small(), backend(dtype), 1);
+void training_learns_a_batch(DType master, DType rounding) {
+  const auto model = std::make_shared<GPT>(small(), make_cpu_backend(master, rounding), 1);
   Optimizer optimizer(model, 5);
   const Batch batch;
   const double before = gradients(*model, batch);
@@ -200,8 +200,10 @@ void impossible_models_are_refused() {
 void test_model() {
   gradients_equal_differences();
   same_bits_for_any_number_of_threads();
-  training_learns_a_batch(DType::f32);
-  training_learns_a_batch(DType::f64);
+  training_learns_a_batch(DType::f64, DType::f64);
+  training_learns_a_batch(DType::f32, DType::f32);
+  training_learns_a_batch(DType::f32, DType::bf16);
+  training_learns_a_batch(DType::f32, DType::f16);
   impossible_models_are_refused();
 }
 
