@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pgolf import _C
+from pgolf.errors import DeviceError
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,18 @@ class Place:
 
 
 GPU = bool(_C.cuda_status().usable)
-GPU_DTYPES = [
-    dtype for dtype in ("float32", "bfloat16", "float16") if GPU and (dtype != "bfloat16" or _C.cuda_dtype(0) == dtype)
-]
+
+
+def _has(dtype: str) -> bool:
+    """bfloat16 needs compute capability 8.0, in the GPU and in the code that PGOLF_CUDA_PATH allows."""
+    try:
+        _C.Ops(0, dtype)
+    except DeviceError:
+        return False
+    return True
+
+
+GPU_DTYPES = [dtype for dtype in ("float32", "bfloat16", "float16") if GPU and _has(dtype)]
 GPU_PLACES = [Place("cuda", dtype) for dtype in GPU_DTYPES]
 ROUNDING_PLACES = [Place("cpu", "bfloat16"), Place("cpu", "float16")]
 """What a GPU of that dtype computes, up to the order of its sums."""

@@ -332,6 +332,8 @@ def test_working_copies_are_the_cpu_s_bits(clip: int, cols: int, place: Place) -
     w = (draw(rng, 70, cols) * np.exp(draw(rng, 70, 1) * 5)).astype(np.float32)
     w[0] = 0.0
     w[1] = clip + 0.5  # ties
+    w[2] = 1 + (np.arange(cols) + 0.5) * 2.0**-7  # between neighbours in bfloat16, and in float16
+    w[3] = 1 + (np.arange(cols) + 0.5) * 2.0**-10
     scale = draw(rng, 70).astype(np.float32)
     for vector in (None, scale):
         plain = ops.working_copy(w, vector, clip=clip)

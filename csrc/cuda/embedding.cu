@@ -37,7 +37,7 @@ i64 table_blocks(i64 numbers) { return std::min<i64>(blocks_for(numbers, kThread
 
 int bits_of(i64 rows) {  // of a row's number
   int bits = 1;
-  while (rows - 1 >> bits) ++bits;
+  while ((rows - 1) >> bits) ++bits;
   return bits;
 }
 
