@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -268,8 +269,9 @@ def main() -> None:
 
 
 def commit() -> str:
+    """What was built; dev/gpu.sh knows it where there is no repository."""
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip()
+    return os.environ.get("PGOLF_COMMIT") or found.stdout.strip()
 
 
 if __name__ == "__main__":

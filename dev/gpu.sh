@@ -34,6 +34,7 @@ build() {
   cp -R "$packages"/scipy_openblas32 "$packages"/zstandard "$packages"/tomli_w "$site/"
   rm -rf "$site"/scipy_openblas32/include
   strip "$site"/zstandard/*.so "$site"/pgolf/*.so
+  git rev-parse --short HEAD >$pack/commit
   du -sh $pack
 }
 
@@ -107,6 +108,8 @@ bench() {
 run() {
   export OUT=${OUT:-$PWD/$pack/out} PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
   mkdir -p "$OUT"
+  PGOLF_COMMIT=$(cat $pack/commit)
+  export PGOLF_COMMIT
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   local what
   for what in "${@:-tests sanitize bench}"; do

@@ -74,8 +74,8 @@ void CpuBackend<T>::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
       const T f = factor[first + i];
       PGOLF_SIMD
       for (i64 j = 0; j < s.d; ++j) normed[j] = x[j] * f;
-      round(normed, s.d);
       rms_row_backward<true>(normed, f, dnormed + i * s.d, s.d, grads.dx.as<T>() + (first + i) * s.d);
+      round(normed, s.d);
     }
     round(grads.dx.as<T>() + first * s.d, count * s.d);
   });

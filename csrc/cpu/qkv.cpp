@@ -149,8 +149,8 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
       const T factor = saved.input[row];
       input.read(row, normed);
       for (i64 j = 0; j < d; ++j) normed[j] *= factor;
-      round(normed, d);
       rms_row_backward<true>(normed, factor, dnormed + (row - first) * d, d, g);
+      round(normed, d);
       // g is now the whole gradient at the mixed input.
       const T *x = input.x + row * d, *x0 = input.x0 + row * d;
       if (dskip) {
