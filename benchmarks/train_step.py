@@ -151,7 +151,7 @@ def measure_pgolf(work: Work, steps: int, dtype: str) -> dict[str, Any]:
         if last is not None:
             times.append((now - last) * 1e3)
         last = now
-    loss, _, finite = optimizer.wait(tickets.pop())
+    loss, _, finite, _ = optimizer.wait(tickets.pop())
     assert finite
     return {"ms": statistics.median(times), "least": min(times), "mib": used_mib() - before, "loss": loss * scale}
 

@@ -125,6 +125,8 @@ struct MlpUp {
   TensorView w;          // [F, d]
   TensorView h;          // out [B, T, F]
   double h_scale = 1.0;  // a power of two below 1 keeps squares within fp16; the projection's working copy undoes it
+  // Where S is f16, h beyond its largest number becomes that number and is counted here, in the backend's memory.
+  std::int64_t* saturated = nullptr;
   TensorView saved, scratch;
 };
 struct MlpUpGrads {
@@ -176,6 +178,7 @@ struct StepValues : StepSettings {
   double loss_scale;        // what gradients were multiplied by; 1 unless `scaling`
   std::int64_t adam_steps;  // t: steps that changed weights
   double loss_sum;          // Σ losses of the step's micro-batches
+  std::int64_t saturated;   // hidden values of the step that fp16 could not hold
 };
 
 // out = round(factor·scale⊙Q(w)): what products read in place of w. Q is the identity, or for clip > 0 late QAT's

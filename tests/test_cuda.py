@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import pgolf
-from pgolf import ops
+from pgolf import _C, ops
 from pgolf.config import Config, ModelConfig
 from pgolf.errors import DeviceError, NonFiniteError
 from pgolf.model import GPT
@@ -362,6 +362,22 @@ def test_float16_skips_what_overflows(small_corpus: Path) -> None:
     adam_steps, scale, _ = trainer._optimizer.counts
     assert adam_steps == 12 - len(skipped) and scale == 2.0 ** (24 - len(skipped))
     assert records[-1].loss < records[0].loss
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_float16_counts_what_saturates(device: str) -> None:
+    """Hidden values beyond 65,504·16 are cut off, in both places as often; nothing becomes infinite."""
+    config, state, ids, targets = model_of("five layers")
+    state = {name: w * 60 if name.endswith("mlp.fc.weight") else w for name, w in state.items()}
+    model = made(config, state, device, "float16")
+    optimizer = _C.Optimizer(model._native, 5)
+    model._native.begin_step(False)
+    model._native.micro_step(ids.astype(np.int32), targets.astype(np.int32), 1.0 / ids.size)
+    model._native.end_step()
+    assert math.isfinite(model._native.loss_sum())
+    settings = {"lr": [0.0] * 4, "weight_decay": [0.0] * 4, "momentum": 0.9, "clip": 0.0}
+    saturated = optimizer.wait(optimizer.step({**settings, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}))[3]
+    assert 0 < saturated < 5 * ids.size * config.mlp_hidden
 
 
 def test_nothing_is_allocated_while_training(small_corpus: Path) -> None:

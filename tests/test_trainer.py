@@ -372,6 +372,24 @@ def test_an_interruption_waits_for_the_whole_step(small_corpus: Path, tmp_path: 
     assert_same_state(plain, trainer)
 
 
+def test_a_lost_device_leaves_the_last_checkpoint(small_corpus: Path, tmp_path: Path) -> None:
+    """As a GPU that fails in the middle of a run: the error shows, and the run goes on from what was saved."""
+    config = tiny(checkpoint_every=2)
+    plain, _ = run(config, small_corpus)
+    trainer = Trainer(config, small_corpus, run_dir=tmp_path)
+
+    def lost() -> None:
+        raise pgolf.DeviceError("The GPU was lost.")
+
+    trainer._optimizer = Native(trainer._optimizer, "wait", 5, lost)
+    with pytest.raises(pgolf.DeviceError, match="lost"):
+        list(trainer)
+    resumed = Trainer(config, small_corpus, run_dir=tmp_path, resume=True)
+    assert resumed.step == 4
+    list(resumed)
+    assert_same_state(plain, resumed)
+
+
 def test_a_loop_that_was_left_can_be_taken_up(small_corpus: Path) -> None:
     plain, _ = run(tiny(val_loss_every=2), small_corpus)
     trainer = Trainer(tiny(val_loss_every=2), small_corpus)

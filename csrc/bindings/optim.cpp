@@ -64,9 +64,9 @@ void bind_optim(py::module_& m) {
           "wait",
           [](NativeOptimizer& self, int ticket) {
             const StepResult r = locked(self, [&] { return self.optimizer.wait(ticket); });
-            return py::make_tuple(r.loss_sum, r.grad_norm, r.finite);
+            return py::make_tuple(r.loss_sum, r.grad_norm, r.finite, r.saturated);
           },
-          py::arg("ticket"), "Waits for a step: (sum of its losses, gradient norm, finite).")
+          py::arg("ticket"), "Waits for a step: (sum of its losses, gradient norm, finite, saturated values).")
       .def("go_on", [](NativeOptimizer& self) { locked(self, [&] { self.optimizer.go_on(); }); })
       .def(
           "warm_up",

@@ -1,4 +1,6 @@
 // Norm, the first MLP product and ReLU². Its slope 2·relu(u) is 2·√(h/h_scale): u itself is not kept.
+#include <atomic>
+
 #include "cpu/cpu_backend.h"
 #include "cpu/rows.h"
 
@@ -9,6 +11,19 @@ struct Dims {
   i64 N, d, F;
   explicit Dims(const MlpUp& op) : N(op.x.shape[0] * op.x.shape[1]), d(op.x.shape[2]), F(op.w.shape[0]) {}
 };
+
+// What fp16 cannot hold becomes its largest number; counts how many.
+template <class T>
+void saturate_f16(T* h, i64 count, std::int64_t* saturated) {
+  constexpr T kLargest = T(65504);
+  std::int64_t found = 0;
+  for (i64 i = 0; i < count; ++i) {
+    if (!(h[i] > kLargest)) continue;
+    h[i] = kLargest;
+    ++found;
+  }
+  if (found && saturated) std::atomic_ref<std::int64_t>(*saturated).fetch_add(found, std::memory_order_relaxed);
+}
 
 template <class T>
 struct BackwardScratch {
@@ -48,6 +63,7 @@ void CpuBackend<T>::mlp_up_forward(const MlpUp& op) {
       const T u = h[i] > 0 ? h[i] : T(0);
       h[i] = h_scale * (u * u);
     }
+    if (rounding_ == Rounding::f16) saturate_f16(h, count * s.F, op.saturated);
     round(h, count * s.F);
   });
 }

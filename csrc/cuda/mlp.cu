@@ -43,11 +43,18 @@ __device__ __forceinline__ void for_each_number(S* to, const Also* also, i64 cou
 
 // h = h_scale·relu(u)². Memory-bound: 1 write, and 1 read of what the cache holds. A NaN stays one.
 template <class S>
-__global__ void __launch_bounds__(kThreads) square_relu(const float* u, S* h, i64 count, float h_scale) {
-  for_each_number<S>(h, u, count, [=](float, float at) {
+__global__ void __launch_bounds__(kThreads)
+    square_relu(const float* u, S* h, i64 count, float h_scale, std::int64_t* saturated) {
+  unsigned found = 0;
+  for_each_number<S>(h, u, count, [=, &found](float, float at) {
     const float relu = at < 0 ? 0.0f : at, square = h_scale * (relu * relu);
-    return std::is_same_v<S, half> && square > kHalfMax ? kHalfMax : square;
+    if (!std::is_same_v<S, half> || !(square > kHalfMax)) return square;
+    ++found;
+    return kHalfMax;
   });
+  // Whole numbers: their order does not matter.
+  if (std::is_same_v<S, half> && found && saturated)
+    atomicAdd(reinterpret_cast<unsigned long long*>(saturated), static_cast<unsigned long long>(found));
 }
 
 // dh → du = dh·h_scale·2·relu(u), where relu(u) = √(h/h_scale). Memory-bound: 2 reads, 1 write.
@@ -84,7 +91,7 @@ void CudaBackend::mlp_up_forward(const MlpUp& op) {
       const i64 rows = std::min(rows_at_once(s), s.N - row);
       gemm(Linear{storage_, rows, s.d, s.F}.forward(normed + row * s.d, op.w.data, u, DType::f32));
       square_relu<S><<<blocks_for(rows * s.F, kThreads * kVector), kThreads, 0, stream()>>>(
-          u, op.h.as<S>() + row * s.F, rows * s.F, static_cast<float>(op.h_scale));
+          u, op.h.as<S>() + row * s.F, rows * s.F, static_cast<float>(op.h_scale), op.saturated);
       PGOLF_LAUNCHED("square_relu");
     }
   });

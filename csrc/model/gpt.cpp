@@ -349,10 +349,12 @@ void GPT::begin_step(bool qat) {
   NativeCall call;
   grads_.allocate(*backend_, table_, backend_->master_dtype());
   const TensorView sum(DType::f64, {1}, &values()->loss_sum);
+  const TensorView saturated(DType::f64, {1}, &values()->saturated);  // eight bytes of zero, whatever they mean
   qat_ = qat;
   const auto work = [&] {
     backend_->zero(grads_.all());
     backend_->zero(sum);
+    backend_->zero(saturated);
     make_copies(qat);
   };
   begin_recording_[qat] = backend_->capture(begin_recording_[qat], std::cref(work));
@@ -370,7 +372,10 @@ void GPT::micro_step(const std::int32_t* ids, const std::int32_t* targets, std::
   backend_->upload(plan.targets.data, targets, plan.targets.bytes());
   if (plan.recorded_loss_scale != loss_scale) plan.forget_recordings();
   plan.recorded_loss_scale = plan.head_grads.loss_scale = loss_scale;
-  plan.head_grads.multiplier = backend_->precision() == DType::f16 ? &values()->loss_scale : nullptr;
+  if (backend_->precision() == DType::f16) {
+    plan.head_grads.multiplier = &values()->loss_scale;
+    for (LayerOps& layer : plan.layers) layer.mlp_up.saturated = &values()->saturated;
+  }
   plan.recorder = backend_.get();
   const auto work = [&] {
     forward(plan);

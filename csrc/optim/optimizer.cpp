@@ -61,7 +61,7 @@ StepResult Optimizer::wait(int ticket) {
   static_assert(sizeof(StepValues) <= Backend::kReadBytes);
   StepValues values;
   model_->backend().wait(ticket, &values, sizeof values);
-  return {values.loss_sum, values.grad_norm, values.finite != 0};
+  return {values.loss_sum, values.grad_norm, values.finite != 0, values.saturated};
 }
 
 void Optimizer::go_on() {

@@ -13,7 +13,8 @@ namespace pgolf {
 struct StepResult {
   double loss_sum;  // of the step's micro-batches
   double grad_norm;
-  bool finite;  // else the step changed nothing
+  bool finite;             // else the step changed nothing
+  std::int64_t saturated;  // hidden values that fp16 could not hold
 };
 
 // What the optimizer keeps from step to step besides its moments.

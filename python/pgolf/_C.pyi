@@ -63,8 +63,8 @@ class Optimizer:
     def step(self, settings: dict[str, Any]) -> int:
         """Applies the gradients in the model; returns a ticket for `wait`."""
 
-    def wait(self, ticket: int) -> tuple[float, float, bool]:
-        """Waits for a step: (sum of its losses, gradient norm, whether all gradients were finite)."""
+    def wait(self, ticket: int) -> tuple[float, float, bool, int]:
+        """Waits for a step: (sum of losses, gradient norm, whether all was finite, values that float16 cut off)."""
 
     def go_on(self) -> None:
         """After a step that was not finite: later ones change weights again."""

@@ -64,7 +64,7 @@ class StepRecord:
     record 0. lr_scale, momentum, qat, snapshot: what the schedule decided, exactly. grad_norm: before clipping.
     seconds: training time so far, validation excluded. tokens_per_second: of this step. val_loss, val_bpb: None unless
     measured after this step. skipped: the step overflowed float16 and changed no weight; grad_norm is None then, and
-    loss where it overflowed itself.
+    loss where it overflowed itself. saturated: hidden values of the MLPs that float16 could not hold and cut off.
     """
 
     step: int
@@ -80,6 +80,7 @@ class StepRecord:
     val_loss: float | None = None
     val_bpb: float | None = None
     skipped: bool = False
+    saturated: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +261,7 @@ class Trainer:
         """Waits for the oldest step under way."""
         with _uninterrupted():
             flight = self._flights[0]
-            loss_sum, grad_norm, finite = self._optimizer.wait(flight.ticket)
+            loss_sum, grad_norm, finite, saturated = self._optimizer.wait(flight.ticket)
             now = time.perf_counter()
             if not finite and self.model.dtype != "float16":
                 self._stop(flight)
@@ -282,6 +283,7 @@ class Trainer:
                 seconds=self.seconds,
                 tokens_per_second=tokens / elapsed,
                 skipped=not finite,
+                saturated=saturated,
             )
 
     def _stop(self, flight: _Flight) -> None:

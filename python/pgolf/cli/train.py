@@ -85,6 +85,7 @@ def train_command(
         trainer = Trainer(config, run_dir=run_dir, device=device, resume=resume)
     console = console_for(as_json)
     console.print(f"{trainer.model!r}, data {trainer.data.path}", soft_wrap=True)
+    console.print(_memory_line(trainer), soft_wrap=True)
     with watched_interrupts(console):
         try:
             report = run_with_progress(trainer, console, code)
@@ -99,6 +100,13 @@ def train_command(
         console.print(f"The run is in {run_dir}.", soft_wrap=True)
     if as_json:
         print_json({"run_dir": None if run_dir is None else str(run_dir), **report.to_dict()})
+
+
+def _memory_line(trainer: Trainer) -> str:
+    """What the run keeps in memory, largest first; what shares an arena over time is not told apart."""
+    rows = sorted((row for row in trainer.memory_table() if not row[0].startswith(" ")), key=lambda row: -row[1])
+    parts = ", ".join(f"{what} {size:,.0f}" for what, size in rows)
+    return f"memory: {sum(size for _, size in rows):,.0f} MiB ({parts}), micro-batches of {trainer.micro_batch_seqs}"
 
 
 def _configuration(recipe: str | None, path: Path | None, resumed: Path | None, overrides: dict[str, object]) -> Config:
