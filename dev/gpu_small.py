@@ -1,6 +1,7 @@
 """Runs every kernel of a GPU on small shapes, for compute-sanitizer: two steps, QAT, averaging, validation, quantising.
 
 compute-sanitizer --tool memcheck python3 dev/gpu_small.py, or with dtypes as arguments: racecheck is slow.
+"own" before the dtypes runs what needs no library.
 """
 
 from __future__ import annotations
@@ -59,7 +60,35 @@ def train(dtype: str, changes: dict[str, object]) -> None:
     assert np.isfinite(model.window_losses(ids, ids, 40)).all()
 
 
+def own_kernels(dtype: str) -> None:
+    """What needs no product of cuBLASLt: under its Hopper kernels racecheck ends in a fault of its own."""
+    rng = np.random.default_rng(2)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    with ops.on("cuda", dtype):
+        for T, H, K, D in ((130, 4, 2, 64), (70, 2, 1, 40), (65, 2, 2, 128), (33, 3, 1, 96)):
+            _, saved = ops.attention(draw(1, T, H, D), draw(1, T, K, D), draw(1, T, K, D), draw(H))
+            ops.attention_backward(saved, draw(1, T, H, D))
+        ids = rng.integers(0, 50, (3, 130))
+        _, saved = ops.embed(ids, draw(50, 96), draw(96), draw(33, 96), None, np.float32(0.1))
+        ops.embed_backward(saved, draw(3, 130, 96))
+        w = [draw(130, 40), draw(7)]
+        ops.grad_norm(w, 0.3)
+        ops.adam(w, w, w, [a * a for a in w], step=1, lr=0.1)
+        ops.working_copy(w[0], draw(130), clip=15)
+        ops.finish_projection(w[0], draw(130), w[0])
+        ops.axpby(0.5, w[0], 0.5, w[0])
+        ops.sum(w[0])
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["own"]:
+        for dtype in sys.argv[2:]:
+            own_kernels(dtype)
+        print("every kernel of our own ran")
+        return
     for dtype in sys.argv[1:] or ("float32", "bfloat16", "float16"):
         for changes in VARIANTS:
             train(dtype, changes)
