@@ -205,6 +205,32 @@ def test_repeats_beside_other_work_give_the_same_bits(case: Any, place: Place) -
     torch.cuda.synchronize()
 
 
+@pytest.mark.parametrize("place", GPU_PLACES, ids=str)
+def test_repeats_of_the_optimizer_give_the_same_bits(place: Place) -> None:
+    """A hundred of each of its operations, and of those on weights, beside the same other work."""
+    rng = np.random.default_rng(22)
+    shapes = [(136, 40), (40, 136), (65, 33), (1, 7), (512, 129)]
+    w, g, m, v = ([rng.standard_normal(shape).astype(np.float32) for shape in shapes] for _ in range(4))
+    row = rng.standard_normal(512).astype(np.float32)
+
+    def results() -> list[bytes]:
+        with ops.on(place.device, place.dtype):
+            found: list[Any] = [*ops.muon(w, g, m, lr=0.02), *ops.adam(w, g, m, [a * a for a in v], step=2, lr=0.1)]
+            found.append(
+                [ops.newton_schulz(w[0]), ops.working_copy(w[4], row, clip=31), ops.axpby(0.3, w[4], 0.7, g[4])]
+            )
+            found.append([*ops.finish_projection(w[4], row, g[4], row, clip=15), *ops.quantize_rows(w[4], 15)])
+            found.append([np.array([*ops.grad_norm(g, 0.3)[:2], ops.sum(w[4])])])
+        return [array.tobytes() for arrays in found for array in arrays]
+
+    first, noise, stream = results(), torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+    for _ in range(100):
+        with torch.cuda.stream(stream):
+            noise @ noise
+        assert results() == first
+    torch.cuda.synchronize()
+
+
 TINY = {
     "model.vocab_size": CORPUS_VOCAB,
     "model.num_layers": 3,
