@@ -6,7 +6,7 @@
 #   dev/gpu.sh data BOOKS         here: adds a folder with books.jsonl.zst and its tokenizer to carry/
 #   dev/gpu.sh run [PART …]       there, with this checkout and carry/: tests, sanitize, bench (all three), paths, or some of them
 #
-#   PGOLF_GPU_ARCHITECTURE=90a-real   PGOLF_GPU_PYTHON=python3.12   OUT=DIR   where `run` leaves its files (default carry/out)
+#   PGOLF_GPU_ARCHITECTURE=90a-real   PGOLF_GPU_PYTHON=python3.12   PGOLF_GPU_OUT=DIR: where `run` leaves its files (carry/out)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 pack=carry
@@ -81,13 +81,13 @@ sanitize() {
     [ "$tool" = "$job" ] || words=${job#*.}
     # shellcheck disable=SC2086  # each word is an argument
     PGOLF_ARENA=separate PGOLF_CUDA_GRAPHS=0 timeout 170 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      python3 dev/gpu_small.py ${words//./ } >"$OUT/$job.log" 2>&1 &
+      python3 dev/gpu_small.py ${words//./ } >"$out/$job.log" 2>&1 &
     pids+=($!)
   done
   for job in "${!pids[@]}"; do
     wait "${pids[$job]}" || { echo "${jobs[$job]} ended with status $?"; status=1; }
   done
-  for job in "${jobs[@]}"; do echo "$job: $(grep -E "ERROR SUMMARY|RACECHECK SUMMARY" "$OUT/$job.log" || echo "did not end")"; done
+  for job in "${jobs[@]}"; do echo "$job: $(grep -E "ERROR SUMMARY|RACECHECK SUMMARY" "$out/$job.log" || echo "did not end")"; done
   return $status
 }
 
@@ -103,12 +103,13 @@ paths() {
 }
 
 bench() {
-  python3 benchmarks/train_step.py --out "$OUT/train_step.json" ${BENCH_ARGS:-}
+  python3 benchmarks/train_step.py --out "$out/train_step.json" ${BENCH_ARGS:-}
 }
 
 run() {
-  export OUT=${OUT:-$PWD/$pack/out} PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
-  mkdir -p "$OUT"
+  out=${PGOLF_GPU_OUT:-$PWD/$pack/out}
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+  mkdir -p "$out"
   PGOLF_COMMIT=$(cat $pack/commit)
   export PGOLF_COMMIT
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
