@@ -47,7 +47,7 @@ class Run:
     def step(self) -> tuple[float, bool]:
         """The gradient norm, and whether all gradients were finite."""
         self.gradients()
-        _, norm, finite = self.optimizer.wait(self.optimizer.step(SETTINGS))
+        _, norm, finite, _ = self.optimizer.wait(self.optimizer.step(SETTINGS))
         return norm, finite
 
     def overflow(self) -> None:
