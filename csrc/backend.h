@@ -70,11 +70,12 @@ struct MixedInput {
 
 // n = rms(m); q = rope(rms(n·wqᵀ)), k = rope(rms(n·wkᵀ)) per head, v = n·wvᵀ                   §2.5
 //   rope on the pair (j, j + D/2): (a, b) → (a·cos + b·sin, −a·sin + b·cos). The query gain is the attention's.
+//   Forward alone may make queries of the last T' ≤ T positions only: the block computes what comes after them alone.
 struct Qkv {
   MixedInput in;
   TensorView wq, wk, wv;  // [H·D, d], [K·D, d], [K·D, d]
   TensorView cos, sin;    // [≥ T, D/2]
-  TensorView q, k, v;     // out [B, T, H, D], [B, T, K, D], [B, T, K, D]
+  TensorView q, k, v;     // out [B, T', H, D], [B, T, K, D], [B, T, K, D]
   TensorView saved, scratch;
 };
 struct QkvGrads {
@@ -89,10 +90,11 @@ struct QkvGrads {
 };
 
 // o = softmax(gain[h]·q·kᵀ/√D over keys ≤ t)·v, query head h reading key/value head ⌊h·K/H⌋        §2.5
+//   q and o hold the last T' positions; the backward needs T' = T.
 struct Attention {
-  TensorView q, k, v;  // [B, T, H, D], [B, T, K, D], [B, T, K, D]
+  TensorView q, k, v;  // [B, T', H, D], [B, T, K, D], [B, T, K, D]
   TensorView gain;     // [H]
-  TensorView o;        // out [B, T, H, D]
+  TensorView o;        // out [B, T', H, D]
   TensorView saved, scratch;
 };
 struct AttentionGrads {
@@ -105,11 +107,11 @@ struct AttentionGrads {
 // out = residual + a·wᵀ; the residual is `mixed` if present, else `x`. The scale of the projection (attn_scale,
 // mlp_scale) is part of w, whose working copy is scale⊙w.
 struct ProjectResidual {
-  TensorView a;      // [B, T, c]
+  TensorView a;      // [B, T', c]
   TensorView w;      // [d, c]
-  MixedInput mixed;  // attention out: the block's mixed input
-  TensorView x;      // MLP out: [B, T, d]
-  TensorView out;    // out [B, T, d]; may be x
+  MixedInput mixed;  // attention out: the block's mixed input, of whose T positions the last T' are read
+  TensorView x;      // MLP out: [B, T', d]
+  TensorView out;    // out [B, T', d]; may be x
   TensorView saved, scratch;
 };
 struct ProjectResidualGrads {

@@ -431,7 +431,12 @@ def test_the_whole_job(small_corpus: Path, tmp_path: Path, dtype: str) -> None:
     assert "cuda" in report.device and report.fits
     artifact = (tmp_path / "run" / "model.pgolf").read_bytes()
     scores = [
-        pgolf.evaluate(pgolf.load(tmp_path / "run" / "model.pgolf", device=device, dtype=d), small_corpus, stride=8)
+        pgolf.evaluate(
+            pgolf.load(tmp_path / "run" / "model.pgolf", device=device, dtype=d),
+            small_corpus,
+            stride=8,
+            batch_seqs=config.eval.eval_batch_seqs,
+        )
         for device, d in (("cuda", dtype), ("cuda", "float32"), ("cpu", "float32"))
     ]
     assert scores[0].bpb == pytest.approx(report.score_bpb, abs=1e-12)

@@ -149,6 +149,27 @@ def test_a_batch_holds_only_windows_of_one_shape(tokens):
     assert {length - first for _, length, first in model.shapes[1:]} == {10}
 
 
+class LaterModel(TableModel):
+    """A model whose losses come later, as those of one on a GPU."""
+
+    device = "cuda"
+
+    def window_losses_later(self, ids, targets, first):
+        losses = self.window_losses(ids, targets, first)
+        return lambda: losses
+
+
+def test_on_a_gpu_the_last_batch_is_filled_up_to_the_size_of_the_others(tokens):
+    plain, later = TableModel(), LaterModel()
+    expected, score = (evaluate(m, tokens, stride=7, batch_seqs=4) for m in (plain, later))
+    assert (score.loss, score.tokens, score.windows) == (expected.loss, expected.tokens, expected.windows)
+    assert np.array_equal(score.documents.nll, expected.documents.nll)
+    for first in {first for *_, first in plain.shapes}:
+        batches = [batch for batch, _, at in plain.shapes if at == first]
+        assert [batch for batch, _, at in later.shapes if at == first] == [batches[0]] * len(batches)
+    assert plain.shapes != later.shapes
+
+
 def test_the_default_batch_holds_about_as_many_tokens_whatever_the_windows_length(tokens, monkeypatch):
     monkeypatch.setattr(evaluation, "BATCH_TOKENS", 3 * SEQ_LEN + 1)
     model = TableModel()

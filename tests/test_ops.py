@@ -173,6 +173,7 @@ def mixed_native(inputs: Arrays, skip: str) -> ops.MixedInput:
 def qkv_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "") -> Case:
     """skip: "" for none, "x" for x itself, "other"."""
     rng = np.random.default_rng(2)
+    first = T // 3
     cos, sin = (table.numpy() for table in reference.rope_tables(T + 3, D, 10000.0, "exact", torch.float64))
     inputs = {
         **mixed_inputs(rng, B, T, d, skip),
@@ -189,11 +190,14 @@ def qkv_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "") -> 
         q, k, v = reference.queries_keys_values(
             reference.rms(m), t["wq"], t["wk"], t["wv"], ones, t["cos"][:T], t["sin"][:T]
         )
-        return {"q": q, "k": k, "v": v, "reader of m": m, "reader of x": t["x"]}
+        late = {"late q": q[:, first:], "late k": k, "late v": v}
+        return {"q": q, "k": k, "v": v, "reader of m": m, "reader of x": t["x"], **detached(late)}
 
     def run(inputs, upstream, starts):
         mixed = mixed_native(inputs, skip)
-        (q, k, v), saved = ops.qkv(mixed, *(inputs[name] for name in ("wq", "wk", "wv", "cos", "sin")))
+        arguments = [inputs[name] for name in ("wq", "wk", "wv", "cos", "sin")]
+        late, _ = ops.qkv(mixed, *arguments, first=first)
+        (q, k, v), saved = ops.qkv(mixed, *arguments)
         gradients = ops.qkv_backward(
             saved,
             upstream["q"],
@@ -203,7 +207,7 @@ def qkv_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "") -> 
             pending=upstream["reader of x"],
             add_to=starts,
         )
-        return {"q": q, "k": k, "v": v}, named(gradients)
+        return {"q": q, "k": k, "v": v} | dict(zip(("late q", "late k", "late v"), late, strict=True)), named(gradients)
 
     gradients = [name for name in inputs if name not in ("cos", "sin")]
     started = [name for name in gradients if name not in ("x", "skip")]
@@ -212,15 +216,18 @@ def qkv_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "") -> 
 
 def attention_case(B: int, T: int, H: int, K: int, D: int) -> Case:
     rng = np.random.default_rng(3)
+    first = T // 3
     shapes = {"q": (B, T, H, D), "k": (B, T, K, D), "v": (B, T, K, D), "gain": (H,)}
     inputs = {name: draw(rng, *shape) for name, shape in shapes.items()}
 
     def expected(t):
-        return {"o": reference.causal_attention(t["q"] * t["gain"][:, None], t["k"], t["v"])}
+        o = reference.causal_attention(t["q"] * t["gain"][:, None], t["k"], t["v"])
+        return {"o": o, **detached({"late o": o[:, first:]})}
 
     def run(inputs, upstream, starts):
+        late, _ = ops.attention(**{**inputs, "q": inputs["q"][:, first:]})
         o, saved = ops.attention(**inputs)
-        return {"o": o}, named(ops.attention_backward(saved, upstream["o"], add_to=starts))
+        return {"o": o, "late o": late}, named(ops.attention_backward(saved, upstream["o"], add_to=starts))
 
     return Case(f"attention {B}x{T} H{H} K{K} D{D}", inputs, expected, run, list(inputs), ["gain"])
 
@@ -228,19 +235,24 @@ def attention_case(B: int, T: int, H: int, K: int, D: int) -> Case:
 def project_residual_case(B: int, T: int, d: int, c: int, skip: str | None = None) -> Case:
     """skip: as in qkv_case; None: the residual is an array."""
     rng = np.random.default_rng(4)
+    first = T // 3
     inputs = {"x": draw(rng, B, T, d)} if skip is None else mixed_inputs(rng, B, T, d, skip)
     inputs |= {"a": draw(rng, B, T, c), "w": draw(rng, d, c), "scale": draw(rng, d)}
 
     def expected(t):
         residual = t["x"] if skip is None else mixed_reference(t)
-        return {"out": residual + t["scale"] * (t["a"] @ t["w"].T)}
+        out = residual + t["scale"] * (t["a"] @ t["w"].T)
+        return {"out": out, **detached({"late out": out[:, first:]})}
 
     def run(inputs, upstream, starts):
         residual = inputs["x"] if skip is None else mixed_native(inputs, skip)
-        out, saved = ops.project_residual(residual, inputs["a"], ops.working_copy(inputs["w"], inputs["scale"]))
+        w = ops.working_copy(inputs["w"], inputs["scale"])
+        late_residual = residual if isinstance(residual, ops.MixedInput) else residual[:, first:]
+        late, _ = ops.project_residual(late_residual, inputs["a"][:, first:], w)
+        out, saved = ops.project_residual(residual, inputs["a"], w)
         da, dw = ops.project_residual_backward(saved, upstream["out"])
         dw, dscale = ops.finish_projection(inputs["w"], inputs["scale"], dw, starts["scale"])
-        return {"out": out}, {"a": da, "w": dw, "scale": dscale}
+        return {"out": out, "late out": late}, {"a": da, "w": dw, "scale": dscale}
 
     return Case(f"project {B}x{T} d{d} c{c} skip {skip!r}", inputs, expected, run, ["a", "w", "scale"], ["scale"])
 
@@ -269,7 +281,7 @@ def head_case(B: int, T: int, d: int, V: int, softcap: float = 30.0, loss_scale:
         losses = reference.cross_entropy(logits, t["targets"])
         # Only the sum of all losses has a gradient.
         parts = {"logits": logits, "losses": losses, "late logits": logits[:, first:], "late losses": losses[:, first:]}
-        return {name: part.detach() for name, part in parts.items()} | {"objective": loss_scale * losses.sum()}
+        return detached(parts) | {"objective": loss_scale * losses.sum()}
 
     def run(inputs, upstream, starts):
         x, w, targets = inputs.values()
@@ -283,6 +295,11 @@ def head_case(B: int, T: int, d: int, V: int, softcap: float = 30.0, loss_scale:
         }, named(gradients)
 
     return Case(f"head {B}x{T} d{d} V{V} cap {softcap}", inputs, expected, run, ["x", "w"], ["w"])
+
+
+def detached(outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Results that nobody takes gradients of."""
+    return {name: out.detach() for name, out in outputs.items()}
 
 
 def named(gradients: Any) -> Arrays:
@@ -723,7 +740,7 @@ def saved_attention() -> ops.Saved:
         (
             lambda: ops.attention(Q, Q[:1], Q, GATE),
             ValueError,
-            r"k has shape \(1, 3, 4, 2\); expected \(B, T, K, D\) = \(2, 3, K",
+            r"k has shape \(1, 3, 4, 2\); expected \(B, T, K, D\) = \(2, T, K, 2\)",
         ),
         (
             lambda: ops.attention(Q, Q[:, :, :3], Q[:, :, :3], GATE),
@@ -739,6 +756,26 @@ def saved_attention() -> ops.Saved:
             lambda: ops.attention(Q, Q, Q.astype("f4"), GATE),
             TypeError,
             "v has dtype float32; expected float64, the dtype",
+        ),
+        (
+            lambda: ops.attention(Q, Q[:, :2], Q[:, :2], GATE),
+            ValueError,
+            "q has 3 positions; expected at most 2, those that there are",
+        ),
+        (
+            lambda: ops.project_residual(MIXED, np.ones((2, 4, 5)), np.ones((4, 5))),
+            ValueError,
+            "a has 4 positions; expected at most 3, those that there are",
+        ),
+        (
+            lambda: ops.qkv(MIXED, W[:4], W[:4], W[:4], TABLE, TABLE, first=3),
+            ValueError,
+            "first is 3; 0 … 2 was expected",
+        ),
+        (
+            lambda: ops.attention_backward(ops.attention(Q[:, 1:], Q, Q, GATE)[1], Q),
+            ValueError,
+            "saved comes from a call with the queries of 2 positions; the backward needs all 3",
         ),
         (lambda: ops.attention(Q.astype(int), Q, Q, GATE), TypeError, "q has dtype int64; expected float32 or float64"),
         (lambda: ops.attention(Q.astype("f2"), Q, Q, GATE), TypeError, "q has dtype float16; expected float32 or"),

@@ -14,15 +14,18 @@ inline constexpr i64 kQueryBlock = 64;
 template <class T>
 struct Dims {
   i64 B, L, H, K, D;  // L: sequence length
+  i64 first;          // position that has a query
   T root;             // 1/√D
   explicit Dims(const Attention& op)
       : B(op.q.shape[0]),
-        L(op.q.shape[1]),
+        L(op.k.shape[1]),
         H(op.q.shape[2]),
         K(op.k.shape[2]),
         D(op.q.shape[3]),
+        first(L - op.q.shape[1]),
         root(T(1) / std::sqrt(T(D))) {}
-  i64 blocks() const { return chunks_of(L, kQueryBlock); }
+  i64 queries() const { return L - first; }
+  i64 blocks() const { return chunks_of(queries(), kQueryBlock); }
 };
 
 template <class T>
@@ -41,7 +44,7 @@ struct BackwardScratch {
         dgain(layout.take<T>(s.B * s.H)) {}
 };
 
-// scores[r][0 … keys) = q·kᵀ for the queries [q0, q0 + rows), keys = q0 + rows
+// scores[r][0 … keys) = q·kᵀ for `rows` queries, the last of which is that of position keys − 1
 template <class T>
 void raw_scores(const Dims<T>& s, const T* q, const T* k, i64 rows, i64 keys, T* scores) {
   gemm<T>(kPlain, kTransposed, rows, keys, s.D, T(1), q, s.H * s.D, k, s.K * s.D, T(0), scores, keys);
@@ -53,7 +56,7 @@ template <class T>
 OpBytes CpuBackend<T>::bytes(const Attention& op) const {
   const Dims<T> s(op);
   Layout saved, forward, backward;
-  saved.take<T>(s.B * s.H * s.L);  // log-sum-exp of the scaled scores
+  saved.take<T>(s.B * s.H * s.queries());  // log-sum-exp of the scaled scores
   ForwardScratch<T>(forward, concurrency(), s);
   BackwardScratch<T>(backward, concurrency(), s);
   return {saved.used(), forward.used(), backward.used()};
@@ -70,11 +73,12 @@ void CpuBackend<T>::attention_forward(const Attention& op) {
   // The last blocks of a sequence are the longest: they go first.
   parallel_for(s.B * s.H * s.blocks(), [&](i64 task) {
     const i64 block = s.blocks() - 1 - task / (s.B * s.H), b = task % (s.B * s.H) / s.H, h = task % s.H;
-    const i64 q0 = block * kQueryBlock, rows = s.L - q0 < kQueryBlock ? s.L - q0 : kQueryBlock, keys = q0 + rows;
+    const i64 q0 = block * kQueryBlock, left = s.queries() - q0, rows = left < kQueryBlock ? left : kQueryBlock;
+    const i64 keys = s.first + q0 + rows;
     const i64 kv = h * s.K / s.H;
     const T* k = op.k.as<T>() + (b * s.L * s.K + kv) * s.D;
     const T* v = op.v.as<T>() + (b * s.L * s.K + kv) * s.D;
-    const i64 at = ((b * s.L + q0) * s.H + h) * s.D;
+    const i64 at = ((b * s.queries() + q0) * s.H + h) * s.D;
     T* scores = scratch.scores.of(worker_index());
     raw_scores(s, op.q.as<T>() + at, k, rows, keys, scores);
 
@@ -82,7 +86,7 @@ void CpuBackend<T>::attention_forward(const Attention& op) {
     const T scale = gain[h] * s.root;
     for (i64 r = 0; r < rows; ++r) {
       T* row = scores + r * keys;
-      const i64 visible = q0 + r + 1;
+      const i64 visible = s.first + q0 + r + 1;
       T top = -std::numeric_limits<T>::infinity();
       PGOLF_SIMD_MAX(top)
       for (i64 j = 0; j < visible; ++j) {
@@ -98,7 +102,7 @@ void CpuBackend<T>::attention_forward(const Attention& op) {
       for (i64 j = visible; j < keys; ++j) row[j] = 0;
       round(row, visible);
       inverse_sum[r] = T(1) / sum;
-      lse[(b * s.H + h) * s.L + q0 + r] = top + std::log(sum);
+      lse[(b * s.H + h) * s.queries() + q0 + r] = top + std::log(sum);
     }
     T* o = op.o.as<T>() + at;
     gemm<T>(kPlain, kPlain, rows, s.D, keys, T(1), scores, keys, v, s.K * s.D, T(0), o, s.H * s.D);

@@ -20,6 +20,7 @@ void CpuBackend<T>::project_residual_forward(const ProjectResidual& op) {
   };
   if (op.mixed.x) {
     const MixedRows<T> residual(op.mixed);
+    const i64 length = op.out.shape[1], before = op.mixed.x.shape[1] - length;  // positions that out has, and lacks
     Layout layout(op.scratch.data);
     const PerWorker<T> row_of(layout, concurrency(), d);
     for_row_chunks(N, [&](i64 first, i64 count, int worker) {
@@ -27,7 +28,7 @@ void CpuBackend<T>::project_residual_forward(const ProjectResidual& op) {
       T *out = op.out.as<T>() + first * d, *row = row_of.of(worker);
       round(out, count * d);
       for (i64 i = 0; i < count; ++i) {
-        residual.read(first + i, row);
+        residual.read(first + i + ((first + i) / length + 1) * before, row);
         PGOLF_SIMD
         for (i64 j = 0; j < d; ++j) out[i * d + j] += row[j];
       }

@@ -7,20 +7,23 @@ namespace {
 
 struct Dims {
   i64 N, T, d, H, K, D;
+  i64 first;  // position that has a query
   explicit Dims(const Qkv& op)
-      : N(op.q.shape[0] * op.q.shape[1]),
-        T(op.q.shape[1]),
+      : N(op.k.shape[0] * op.k.shape[1]),
+        T(op.k.shape[1]),
         d(op.in.x.shape[2]),
         H(op.q.shape[2]),
         K(op.k.shape[2]),
-        D(op.q.shape[3]) {}
+        D(op.q.shape[3]),
+        first(T - op.q.shape[1]) {}
+  i64 query_rows() const { return N / T * (T - first); }
 };
 
 template <class T>
 struct Saved {  // rms factors
   T *input, *q, *k;
   Saved(Layout& layout, const Dims& s)
-      : input(layout.take<T>(s.N)), q(layout.take<T>(s.N * s.H)), k(layout.take<T>(s.N * s.K)) {}
+      : input(layout.take<T>(s.N)), q(layout.take<T>(s.query_rows() * s.H)), k(layout.take<T>(s.N * s.K)) {}
 };
 
 template <class T>
@@ -31,6 +34,18 @@ struct BackwardScratch {
   BackwardScratch(Layout& layout, int workers, const Dims& s)
       : normed(layout.take<T>(s.N * s.d)), dnormed(layout, workers, kRowChunk * s.d), vectors(layout, s.N, 3 * s.d) {}
 };
+
+// body(token, rows, to) for the runs of tokens in [first, first + count) that have queries, which are rows `to` … of q.
+template <class F>
+PGOLF_INLINE void for_query_runs(const Dims& s, i64 first, i64 count, F&& body) {
+  if (s.first == 0) return body(first, count, first);
+  for (i64 token = first; token < first + count;) {
+    const i64 sequence = token / s.T, next = (sequence + 1) * s.T, end = next < first + count ? next : first + count;
+    const i64 least = sequence * s.T + s.first, from = token < least ? least : token;
+    if (from < end) body(from, end - from, from - (sequence + 1) * s.first);
+    token = end;
+  }
+}
 
 // Head rows [heads, D] of one token: norm, then rotate, in place.
 template <class T>
@@ -95,21 +110,28 @@ void CpuBackend<T>::qkv_forward(const Qkv& op) {
       saved.input[first + i] = rms_row(normed + i * s.d, s.d, normed + i * s.d);
     }
     round(normed, count * s.d);
-    const auto project = [&](const TensorView& w, const TensorView& out, i64 width) {
-      gemm<T>(kPlain, kTransposed, count, width, s.d, T(1), normed, s.d, w.as<T>(), s.d, T(0),
-              out.as<T>() + first * width, width);
-      round(out.as<T>() + first * width, count * width);
+    // out [rows, width] = the rows of normed from that of `token` on · wᵀ
+    const auto project = [&](i64 token, i64 rows, const TensorView& w, T* out, i64 width) {
+      gemm<T>(kPlain, kTransposed, rows, width, s.d, T(1), normed + (token - first) * s.d, s.d, w.as<T>(), s.d, T(0),
+              out, width);
+      round(out, rows * width);
     };
-    project(op.wq, op.q, s.H * s.D);
-    project(op.wk, op.k, s.K * s.D);
-    project(op.wv, op.v, s.K * s.D);
-    for (i64 row = first; row < first + count; ++row) {
-      const i64 angle = row % s.T * (s.D / 2);
-      norm_rotate(op.q.as<T>() + row * s.H * s.D, s.H, s.D, cos + angle, sin + angle, saved.q + row * s.H);
-      norm_rotate(op.k.as<T>() + row * s.K * s.D, s.K, s.D, cos + angle, sin + angle, saved.k + row * s.K);
-    }
-    round(op.q.as<T>() + first * s.H * s.D, count * s.H * s.D);
-    round(op.k.as<T>() + first * s.K * s.D, count * s.K * s.D);
+    const auto rotate = [&](i64 token, i64 rows, T* x, i64 heads, T* factors) {
+      for (i64 i = 0; i < rows; ++i) {
+        const i64 angle = (token + i) % s.T * (s.D / 2);
+        norm_rotate(x + i * heads * s.D, heads, s.D, cos + angle, sin + angle, factors + i * heads);
+      }
+      round(x, rows * heads * s.D);
+    };
+    T *k = op.k.as<T>() + first * s.K * s.D, *v = op.v.as<T>() + first * s.K * s.D;
+    project(first, count, op.wk, k, s.K * s.D);
+    project(first, count, op.wv, v, s.K * s.D);
+    rotate(first, count, k, s.K, saved.k + first * s.K);
+    for_query_runs(s, first, count, [&](i64 token, i64 rows, i64 to) {
+      T* q = op.q.as<T>() + to * s.H * s.D;
+      project(token, rows, op.wq, q, s.H * s.D);
+      rotate(token, rows, q, s.H, saved.q + to * s.H);
+    });
   });
 }
 

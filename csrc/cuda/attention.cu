@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "cuda/attention.cuh"
+#include "cuda/sm90/attention_forward.cuh"
 
 namespace pgolf::cuda {
 namespace {
@@ -21,8 +22,19 @@ AttentionArgs<S> arguments(const Attention& op) {
   const auto size = [&](const TensorView& t, int axis) { return static_cast<int>(t.shape[axis]); };
   const int D = size(op.q, 3);
   const float root = 1.0f / std::sqrt(static_cast<float>(D));
-  return {size(op.q, 0), size(op.q, 1),       size(op.q, 2), size(op.k, 2),       D, root, op.q.as<S>(), op.k.as<S>(),
-          op.v.as<S>(),  op.gain.as<float>(), op.o.as<S>(),  op.saved.as<float>()};
+  return {.batch = size(op.q, 0),
+          .T = size(op.k, 1),
+          .H = size(op.q, 2),
+          .K = size(op.k, 2),
+          .D = D,
+          .queries = size(op.q, 1),
+          .root = root,
+          .q = op.q.as<S>(),
+          .k = op.k.as<S>(),
+          .v = op.v.as<S>(),
+          .gain = op.gain.as<float>(),
+          .o = op.o.as<S>(),
+          .lse = op.saved.as<float>()};
 }
 
 struct BackwardScratch {
@@ -38,7 +50,7 @@ struct BackwardScratch {
 }  // namespace
 
 OpBytes CudaBackend::bytes(const Attention& op) const {
-  const i64 D = op.q.shape[3], sequence = op.q.shape[1] * op.q.shape[2] * D;
+  const i64 D = op.q.shape[3], sequence = op.k.shape[1] * op.q.shape[2] * D;
   require(D >= kLeastHeadWidth && D <= kMostHeadWidth && D % kHeadWidthStep == 0, "Attention heads are ", D,
           " wide; on a GPU the width of a head must be a multiple of ", kHeadWidthStep, " from ", kLeastHeadWidth,
           " to ", kMostHeadWidth, ".");
@@ -47,7 +59,7 @@ OpBytes CudaBackend::bytes(const Attention& op) const {
   return with_storage(dtype(), [&](auto storage) -> OpBytes {
     const auto a = arguments<decltype(storage)>(op);
     Layout saved, backward;
-    saved.take<float>(static_cast<i64>(a.batch) * a.H * a.T);
+    saved.take<float>(static_cast<i64>(a.batch) * a.H * a.queries);
     BackwardScratch(backward, a);
     return {saved.used(), 0, backward.used()};
   });
@@ -56,7 +68,10 @@ OpBytes CudaBackend::bytes(const Attention& op) const {
 void CudaBackend::attention_forward(const Attention& op) {
   with_storage(dtype(), [&](auto storage) {
     using S = decltype(storage);
-    AttentionKernels<S>::forward(arguments<S>(op), stream());
+    const AttentionArgs<S> a = arguments<S>(op);
+    if constexpr (sizeof(S) == 2)
+      if (path_ >= Path::sm90 && a.D == sm90::ForwardTiles::kWidth) return sm90::launch_attention_forward(*this, a);
+    AttentionKernels<S>::forward(a, stream());
   });
 }
 

@@ -23,17 +23,20 @@ inline constexpr std::size_t kSharedEverywhere = 64 * 1024, kSharedUnasked = 48 
 template <class S>
 struct AttentionArgs {
   int batch, T, H, K, D;
-  float root;          // 1/√D
-  const S *q, *k, *v;  // [batch, T, H or K, D]
-  const float* gain;   // [H]
+  int queries;        // the last of T positions: fewer than T in forward alone
+  float root;         // 1/√D
+  const S* q;         // [batch, queries, H, D]
+  const S *k, *v;     // [batch, T, K, D]
+  const float* gain;  // [H]
   S* o;
-  float* lse;  // [batch, H, T] log-sum-exp of a row's scores, to the base 2 (float32: e)
+  float* lse;  // [batch, H, queries] log-sum-exp of a row's scores, to the base 2 (float32: e)
 
-  __host__ __device__ int group() const { return H / K; }  // query heads of a key/value head
+  __host__ __device__ int group() const { return H / K; }        // query heads of a key/value head
+  __host__ __device__ int first() const { return T - queries; }  // the first query's position
   // Row t of a head lies t·H·D, of a key/value head t·K·D elements behind its first.
-  __device__ i64 head_at(int b, int h) const { return (static_cast<i64>(b) * T * H + h) * D; }
+  __device__ i64 head_at(int b, int h) const { return (static_cast<i64>(b) * queries * H + h) * D; }
   __device__ i64 kv_head_at(int b, int kv) const { return (static_cast<i64>(b) * T * K + kv) * D; }
-  __device__ i64 row_at(int b, int h) const { return (static_cast<i64>(b) * H + h) * T; }
+  __device__ i64 row_at(int b, int h) const { return (static_cast<i64>(b) * H + h) * queries; }
 };
 
 template <class S>

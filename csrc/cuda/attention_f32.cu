@@ -86,13 +86,13 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const AttentionArg
   const int first_query = (order.tiles - 1 - place.rank) * kRows, warp_query = first_query + warp_row;
   const i64 head = a.head_at(b, h), kv_head = a.kv_head_at(b, h / a.group());
   const float scale = a.gain[h] * a.root;
-  load_rows(rows, a.q + head, a.H * a.D, first_query, kRows, a.T, a.D);
+  load_rows(rows, a.q + head, a.H * a.D, first_query, kRows, a.queries, a.D);
 
   Sums o = {};
   float top[kWarpRows], sum[kWarpRows] = {};
 #pragma unroll
   for (float& x : top) x = -INFINITY;
-  for (int first_key = 0; first_key < min(first_query + kRows, a.T); first_key += kTile) {
+  for (int first_key = 0; first_key < min(a.first() + first_query + kRows, a.T); first_key += kTile) {
     __syncthreads();
     load_rows(keys, a.k + kv_head, a.K * a.D, first_key, kTile, a.T, a.D);
     load_rows(values, a.v + kv_head, a.K * a.D, first_key, kTile, a.T, a.D);
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const AttentionArg
     multiply_transposed(p, rows + warp_row * stride, keys, a.D);
 #pragma unroll
     for (int r = 0; r < kWarpRows; ++r) {
-      const float score = first_key + lane <= warp_query + r ? scale * p[r] : -INFINITY;
+      const float score = first_key + lane <= a.first() + warp_query + r ? scale * p[r] : -INFINITY;
       const float best = fmaxf(top[r], warp_max(score)), shrink = expf(top[r] - best);
       p[r] = expf(score - best);
       sum[r] = sum[r] * shrink + warp_sum(p[r]);
@@ -115,9 +115,9 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const AttentionArg
   for (int r = 0; r < kWarpRows; ++r) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) o[r][c] /= sum[r];
-    if (lane == 0 && warp_query + r < a.T) a.lse[a.row_at(b, h) + warp_query + r] = top[r] + logf(sum[r]);
+    if (lane == 0 && warp_query + r < a.queries) a.lse[a.row_at(b, h) + warp_query + r] = top[r] + logf(sum[r]);
   }
-  store_rows(a.o + head, o, a.H * a.D, warp_query, a.T, a.D);
+  store_rows(a.o + head, o, a.H * a.D, warp_query, a.queries, a.D);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -242,7 +242,7 @@ int AttentionKernels<float>::dq_rows(int) {
 template <>
 void AttentionKernels<float>::forward(const AttentionArgs<float>& a, cudaStream_t stream) {
   const i64 head_bytes = static_cast<i64>(a.T) * a.D * 2 * sizeof(float);
-  const BlockOrder order(a.batch * a.H, blocks_for(a.T, kRows), a.group(), head_bytes);
+  const BlockOrder order(a.batch * a.H, blocks_for(a.queries, kRows), a.group(), head_bytes);
   launch("attention_forward", attention_forward, order.blocks(), kThreads, forward_bytes(a.D), stream, a, order);
 }
 

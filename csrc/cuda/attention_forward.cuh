@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(ForwardTiles<kWidth>::kThreads, ForwardTiles<k
   const int b = place.head / a.H, h = place.head % a.H, kv = h / a.group();
   const int first_query = (order.tiles - 1 - place.rank) * Tiles::kQueries;
   const int warp_row = threadIdx.x / kWarp * Tiles::kWarpRows, warp_query = first_query + warp_row;
+  const int position = first_query + a.first(), warp_position = warp_query + a.first();  // of the first query
   const int q_stride = a.H * a.D, kv_stride = a.K * a.D;
   const S *keys = a.k + a.kv_head_at(b, kv), *values = a.v + a.kv_head_at(b, kv);
   const auto load = [&](int tile) {
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(ForwardTiles<kWidth>::kThreads, ForwardTiles<k
   };
   load(0);
   load_tile<S, kWidth, Tiles::kQueries, Tiles::kThreads>(slots + Tiles::kSlotBytes, a.q + a.head_at(b, h), q_stride,
-                                                         first_query, a.T, a.D);
+                                                         first_query, a.queries, a.D);
 
   // A negative scale goes into the queries' signs, so that the greatest product is the greatest score.
   const float signed_scale = exponent_scale(a.gain[h], a.root), scale = fabsf(signed_scale);
@@ -59,18 +60,18 @@ __global__ void __launch_bounds__(ForwardTiles<kWidth>::kThreads, ForwardTiles<k
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) top[r][0] = top[r][1] = -INFINITY;
 
-  const int tiles = (min(first_query + Tiles::kQueries, a.T) + kKeys - 1) / kKeys;
+  const int tiles = (min(position + Tiles::kQueries, a.T) + kKeys - 1) / kKeys;
   for (int tile = 0; tile < tiles; ++tile) {
     copies_landed();
     __syncthreads();
     if (tile + 1 < tiles) load(tile + 1);
     const int first_key = tile * kKeys;
-    if (first_key >= warp_query + Tiles::kWarpRows) continue;  // no row of this warp sees them
+    if (first_key >= warp_position + Tiles::kWarpRows) continue;  // no row of this warp sees them
     const unsigned slot = slots + tile % 2 * Tiles::kSlotBytes;
 
     Scores<kRowTiles, kKeys> s;
     multiply_transposed<S, kWidth, kRowTiles, kKeys>(s, q, slot);
-    hide_later_keys<false, kRowTiles, kKeys>(s, warp_query, first_key, -INFINITY);
+    hide_later_keys<false, kRowTiles, kKeys>(s, warp_position, first_key, -INFINITY);
 
     // What was summed so far is brought to the new maximum. That soon stays what it is: then nothing is multiplied
     // by 1.
@@ -129,12 +130,12 @@ __global__ void __launch_bounds__(ForwardTiles<kWidth>::kThreads, ForwardTiles<k
           o[r][n][i] = fmaf(fmaf(-quotient, total, o[r][n][i]), inverse, quotient);
         }
       const int query = warp_query + 16 * r + lane_row(2 * half_row);
-      if (lane_column(0) == 0 && query < a.T)
+      if (lane_column(0) == 0 && query < a.queries)
         a.lse[a.row_at(b, h) + query] = fmaf(top[r][half_row], scale, log2f(total));
     }
   __syncthreads();  // no warp reads keys or values any more
   store_rows<S, kWidth, kRowTiles>(shared + SharedTile<kWidth>::bytes(warp_row), o, a.o + a.head_at(b, h), q_stride,
-                                   warp_query, a.T, a.D);
+                                   warp_query, a.queries, a.D);
 }
 
 template <class S>
@@ -142,7 +143,7 @@ void AttentionKernels<S>::forward(const AttentionArgs<S>& a, cudaStream_t stream
   with_width(a.D, [&](auto width) {
     using Tiles = ForwardTiles<width()>;
     const i64 key_bytes = static_cast<i64>(a.T) * a.D * 2 * sizeof(S);
-    const BlockOrder order(a.batch * a.H, blocks_for(a.T, Tiles::kQueries), a.group(), key_bytes);
+    const BlockOrder order(a.batch * a.H, blocks_for(a.queries, Tiles::kQueries), a.group(), key_bytes);
     launch("attention_forward", attention_forward<S, width()>, order.blocks(), Tiles::kThreads, Tiles::kSharedBytes,
            stream, a, order);
   });

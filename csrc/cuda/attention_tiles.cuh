@@ -9,33 +9,11 @@
 
 #include "cuda/attention.cuh"
 #include "cuda/mma.cuh"
+#include "cuda/tiles.cuh"
 
 namespace pgolf::cuda {
 
 inline constexpr unsigned kSignBits = 0x80008000u;  // of a pair of 16-bit numbers
-
-// Rows of 16-byte chunks, permuted within a row so that eight rows of one column of chunks lie in different banks.
-template <int kWidth>
-struct SharedTile {
-  static_assert(kWidth % 16 == 0);
-  static constexpr int kChunks = kWidth / kVector;
-  static constexpr int kRowBytes = kChunks * 16;
-  static constexpr int kSpread = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;  // gcd(kChunks, 8)
-  static constexpr int bytes(int rows) { return rows * kRowBytes; }
-  static __host__ __device__ constexpr int permutation(int row) { return row / (8 / kSpread) % kSpread; }
-  static __host__ __device__ constexpr int offset(int row, int chunk) {
-    return row * kRowBytes + (chunk ^ permutation(row)) * 16;
-  }
-};
-
-template <int kRowTiles, int kColumns>
-using Scores = float[kRowTiles][kColumns / 8][4];
-template <int kRowTiles, int kWidth>
-using Fragments = unsigned[kRowTiles][kWidth / 16][4];
-
-// Where a lane's numbers of a 16×8 result lie.
-__device__ __forceinline__ int lane_row(int element) { return threadIdx.x % kWarp / 4 + element / 2 * 8; }
-__device__ __forceinline__ int lane_column(int element) { return threadIdx.x % 4 * 2 + element % 2; }
 
 // A score's factor before exp2, never 0, so that it leaves −∞ what it is.
 __device__ __forceinline__ float exponent_scale(float gain, float root) {
@@ -144,31 +122,6 @@ __device__ __forceinline__ void multiply_accumulate(Scores<kRowTiles, kWidth>& s
         multiply_add<S>(sum[r][2 * n + 1], a[r], b[2], b[3]);
       }
     }
-  }
-}
-
-// Rounds a warp's rows and writes them to rows [first, first + kRowTiles·16) of a head, by way of `tile`: shared memory
-// for these rows that no other warp uses.
-template <class S, int kWidth, int kRowTiles>
-__device__ __forceinline__ void store_rows(unsigned char* tile, const Scores<kRowTiles, kWidth>& x, S* head, int stride,
-                                           int first, int T, int D) {
-  using Tile = SharedTile<kWidth>;
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r)
-#pragma unroll
-    for (int n = 0; n < kWidth / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; i += 2)
-        *reinterpret_cast<unsigned*>(tile + Tile::offset(16 * r + lane_row(i), n) + lane_column(i) * sizeof(S)) =
-            pack<S>(x[r][n][i], x[r][n][i + 1]);
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < kRowTiles * 16 * Tile::kChunks / kWarp; ++i) {
-    const unsigned index = i * kWarp + threadIdx.x % kWarp;
-    const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
-    if (first + row < T && chunk * kVector < D)
-      *reinterpret_cast<uint4*>(head + ((first + row) * stride + chunk * kVector)) =
-          *reinterpret_cast<const uint4*>(tile + Tile::offset(row, chunk));
   }
 }
 

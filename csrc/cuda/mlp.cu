@@ -5,6 +5,7 @@
 // it is rounded.
 #include "cuda/linear.h"
 #include "cuda/rows.cuh"
+#include "cuda/sm90/resident_product.cuh"
 
 namespace pgolf::cuda {
 namespace {
@@ -41,21 +42,54 @@ __device__ __forceinline__ void for_each_number(S* to, const Also* also, i64 cou
   }
 }
 
-// h = h_scale·relu(u)². Memory-bound: 1 write, and 1 read of what the cache holds. A NaN stays one.
+// h_scale·relu(u)² for numbers of one thread, and how many of them f16 cannot hold. A NaN stays one.
+template <class S>
+class SquareRelu {
+ public:
+  __device__ explicit SquareRelu(float h_scale) : h_scale_(h_scale) {}
+  __device__ float operator()(float u) {
+    const float relu = u < 0 ? 0.0f : u, square = h_scale_ * (relu * relu);
+    if (!std::is_same_v<S, half> || !(square > kHalfMax)) return square;
+    ++found_;
+    return kHalfMax;
+  }
+  __device__ void count_in(std::int64_t* saturated) const {  // whole numbers: their order does not matter
+    if (std::is_same_v<S, half> && found_ && saturated)
+      atomicAdd(reinterpret_cast<unsigned long long*>(saturated), static_cast<unsigned long long>(found_));
+  }
+
+ private:
+  float h_scale_;
+  unsigned found_ = 0;
+};
+
+// h from u. Memory-bound: 1 write, and 1 read of what the cache holds.
 template <class S>
 __global__ void __launch_bounds__(kThreads)
     square_relu(const float* u, S* h, i64 count, float h_scale, std::int64_t* saturated) {
-  unsigned found = 0;
-  for_each_number<S>(h, u, count, [=, &found](float, float at) {
-    const float relu = at < 0 ? 0.0f : at, square = h_scale * (relu * relu);
-    if (!std::is_same_v<S, half> || !(square > kHalfMax)) return square;
-    ++found;
-    return kHalfMax;
-  });
-  // Whole numbers: their order does not matter.
-  if (std::is_same_v<S, half> && found && saturated)
-    atomicAdd(reinterpret_cast<unsigned long long*>(saturated), static_cast<unsigned long long>(found));
+  SquareRelu<S> square(h_scale);
+  for_each_number<S>(h, u, count, [&](float, float at) { return square(at); });
+  square.count_in(saturated);
 }
+
+// h from u while it is in registers.
+template <class S>
+struct StoreHidden {
+  S* h;  // [rows, F]
+  i64 rows, F;
+  float h_scale;
+  std::int64_t* saturated;
+
+  __device__ void operator()(unsigned char* tile, sm90::WarpRows& u, i64 row, int column) const {
+    SquareRelu<S> square(h_scale);
+#pragma unroll
+    for (int n = 0; n < 16; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) u[0][n][i] = square(u[0][n][i]);
+    square.count_in(saturated);
+    store_rows<S, 128, 1>(tile, u, h + row * F + column, static_cast<int>(F), 0, static_cast<int>(rows - row), 128);
+  }
+};
 
 // dh → du = dh·h_scale·2·relu(u), where relu(u) = √(h/h_scale). Memory-bound: 2 reads, 1 write.
 template <class S>
@@ -68,10 +102,10 @@ __global__ void __launch_bounds__(kThreads) square_relu_backward(S* dh_to_du, co
 OpBytes CudaBackend::bytes(const MlpUp& op) const {
   const Dims s(op);
   Layout saved, forward, backward;
-  saved.take<float>(s.N);                      // rms factors
-  forward.take(storage_, s.N * s.d);           // normed
-  forward.take<float>(rows_at_once(s) * s.F);  // u
-  backward.take(storage_, s.N * s.d);          // dnormed, then normed
+  saved.take<float>(s.N);                                                              // rms factors
+  forward.take(storage_, s.N * s.d);                                                   // normed
+  forward.take<float>(sm90::takes(*this, s.N, s.F, s.d) ? 0 : rows_at_once(s) * s.F);  // u
+  backward.take(storage_, s.N * s.d);                                                  // dnormed, then normed
   return {saved.used(), forward.used(), backward.used()};
 }
 
@@ -81,17 +115,22 @@ void CudaBackend::mlp_up_forward(const MlpUp& op) {
     using S = decltype(type);
     Layout scratch(op.scratch.data);
     S* const normed = scratch.take<S>(s.N * s.d);
-    float* const u = scratch.take<float>(rows_at_once(s) * s.F);
     with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
       norm_rows<S, vectors><<<row_blocks(s.N, warps), kRowThreads, 0, stream()>>>(
           op.x.as<S>(), Positions{}, s.N, static_cast<int>(s.d), warps, normed, op.saved.as<float>());
       PGOLF_LAUNCHED("norm_rows");
     });
+    const float h_scale = static_cast<float>(op.h_scale);
+    if constexpr (sizeof(S) == 2)
+      if (sm90::takes(*this, s.N, s.F, s.d))
+        return sm90::launch_resident_product<S>(*this, "mlp_up", normed, op.w.data, s.N, s.F, s.d,
+                                                StoreHidden<S>{op.h.as<S>(), s.N, s.F, h_scale, op.saturated});
+    float* const u = scratch.take<float>(rows_at_once(s) * s.F);
     for (i64 row = 0; row < s.N; row += rows_at_once(s)) {
       const i64 rows = std::min(rows_at_once(s), s.N - row);
       gemm(Linear{storage_, rows, s.d, s.F}.forward(normed + row * s.d, op.w.data, u, DType::f32));
       square_relu<S><<<blocks_for(rows * s.F, kThreads * kVector), kThreads, 0, stream()>>>(
-          u, op.h.as<S>() + row * s.F, rows * s.F, static_cast<float>(op.h_scale), op.saturated);
+          u, op.h.as<S>() + row * s.F, rows * s.F, h_scale, op.saturated);
       PGOLF_LAUNCHED("square_relu");
     }
   });

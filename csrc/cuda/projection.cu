@@ -1,9 +1,10 @@
 // Projections back into the residual stream. Their scale is part of w, so that all is plain products onto the residual.
 //
 // Rounded to S. Forward onto x: out. Forward onto the mixed input: first the product a·wᵀ, which is small against the
-// residual, then out. Backward: da.
+// residual, then out, of the positions that it has. Backward: da.
 #include "cuda/linear.h"
 #include "cuda/rows.cuh"
+#include "cuda/sm90/resident_product.cuh"
 
 namespace pgolf::cuda {
 namespace {
@@ -16,20 +17,78 @@ struct Dims {
 
 constexpr int kThreads = 256;
 
+// Adds the mixed input to what is to become eight columns of a row of out.
+template <class S>
+struct AddMixed {
+  Mixed<S> in;
+  Positions positions;  // of the rows of out
+  i64 rows;
+  int d;
+  S* out;
+
+  __device__ void operator()(i64 row, int column, Vector8 sum) const {
+    const i64 at = positions.token(row) * d + column;
+    const Vector8 x0 = load8(in.x0 + at);
+    Vector8 m = load8(in.x + at);
+    if (in.skip) m = in.skipped(m, load8(in.skip + at), column);
+    m = in.mix(m, x0, column);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) sum.x[j] += m.x[j];
+    store8(out + row * d + column, sum);
+  }
+};
+
+// The same while the products are in registers. Few warps wait for memory here: each has the loads of kAtOnce vectors
+// under way.
+template <class S>
+struct AddMixedToProduct {
+  static constexpr int kAtOnce = 4;
+  AddMixed<S> add;
+
+  __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, i64 first_row, int first_column) const {
+    using Tile = SharedTile<128>;
+    constexpr int kPassRows = kWarp / Tile::kChunks;
+    round_rows<S, 128, 1>(tile, product);
+    const Mixed<S>& in = add.in;
+    const int lane_row = threadIdx.x % kWarp / Tile::kChunks, chunk = threadIdx.x % Tile::kChunks;
+    const int column = first_column + chunk * kVector;
+    const Vector8 mix0 = load8(in.mix0 + column), mix1 = load8(in.mix1 + column);
+    const Vector8 weight = in.skip ? load8(in.weight + column) : Vector8{};
+#pragma unroll
+    for (int begin = 0; begin < 16; begin += kAtOnce * kPassRows) {
+      Packed8<S> x[kAtOnce], x0[kAtOnce], skip[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const i64 own = first_row + begin + i * kPassRows + lane_row;
+        const i64 at = add.positions.token(own < add.rows ? own : add.rows - 1) * add.d + column;
+        x[i] = load_packed(in.x + at);
+        x0[i] = load_packed(in.x0 + at);
+        if (in.skip) skip[i] = load_packed(in.skip + at);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int tile_row = begin + i * kPassRows + lane_row;
+        Vector8 m = unpack(x[i]);
+        Vector8 sum = unpack(Packed8<S>{*reinterpret_cast<const uint4*>(tile + Tile::offset(tile_row, chunk))});
+        if (in.skip) m = in.skipped(m, unpack(skip[i]), weight);
+        m = in.mix(m, unpack(x0[i]), mix0, mix1);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) sum.x[j] += m.x[j];
+        if (first_row + tile_row < add.rows) store8(add.out + (first_row + tile_row) * add.d + column, sum);
+      }
+    }
+  }
+};
+
 // out += the mixed input. Memory-bound: 3 or 4 reads, 1 write.
 template <class S>
-__global__ void __launch_bounds__(kThreads) add_mixed(Mixed<S> in, i64 count, int d, S* out) {
-  const i64 at = (i64{blockIdx.x} * kThreads + threadIdx.x) * kVector;
-  if (at >= count) return;
-  const int column =
-      static_cast<int>(static_cast<unsigned>(at / kVector) % static_cast<unsigned>(d / kVector)) * kVector;
-  const Vector8 x0 = load8(in.x0 + at);
-  Vector8 sum = load8<S>(out + at), m = load8(in.x + at);
-  if (in.skip) m = in.skipped(m, load8(in.skip + at), column);
-  m = in.mix(m, x0, column);
-#pragma unroll
-  for (int j = 0; j < kVector; ++j) sum.x[j] += m.x[j];
-  store8(out + at, sum);
+__global__ void __launch_bounds__(kThreads) add_mixed(AddMixed<S> add) {
+  const i64 index = i64{blockIdx.x} * kThreads + threadIdx.x;
+  const unsigned vectors = static_cast<unsigned>(add.d / kVector);
+  if (index >= add.rows * vectors) return;
+  const unsigned row = static_cast<unsigned>(index) / vectors;
+  const int column = static_cast<int>(static_cast<unsigned>(index) % vectors) * kVector;
+  add(row, column, load8<S>(add.out + i64{row} * add.d + column));
 }
 
 }  // namespace
@@ -45,11 +104,17 @@ void CudaBackend::project_residual_forward(const ProjectResidual& op) {
     return gemm(product);
   }
   require(s.d % kVector == 0, "A row has ", s.d, " numbers; the CUDA backend needs a multiple of ", kVector, ".");
-  gemm(product);
+  const i64 T = op.mixed.x.shape[1];
+  const Positions positions{0, static_cast<unsigned>(T), static_cast<unsigned>(T - op.out.shape[1])};
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
-    add_mixed<S><<<blocks_for(s.N * s.d, kThreads * kVector), kThreads, 0, stream()>>>(
-        Mixed<S>(op.mixed), s.N * s.d, static_cast<int>(s.d), op.out.as<S>());
+    const AddMixed<S> add{Mixed<S>(op.mixed), positions, s.N, static_cast<int>(s.d), op.out.as<S>()};
+    if constexpr (sizeof(S) == 2)
+      if (sm90::takes(*this, s.N, s.d, s.c))
+        return sm90::launch_resident_product<S>(*this, "attention_out", op.a.data, op.w.data, s.N, s.d, s.c,
+                                                AddMixedToProduct<S>{add});
+    gemm(product);
+    add_mixed<S><<<blocks_for(s.N * s.d, kThreads * kVector), kThreads, 0, stream()>>>(add);
     PGOLF_LAUNCHED("add_mixed");
   });
 }

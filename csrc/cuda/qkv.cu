@@ -6,36 +6,52 @@
 // dskip is added as rounded.
 #include "cuda/columns.cuh"
 #include "cuda/linear.h"
+#include "cuda/sm90/resident_product.cuh"
 
 namespace pgolf::cuda {
 namespace {
 
 struct Dims {
   i64 N, T, d, H, K, D;
-  i64 heads, width;  // of q, k and v side by side
+  i64 width;    // of q, k and v side by side
+  i64 queries;  // of a sequence: the last of its T positions
   explicit Dims(const Qkv& op)
-      : N(op.q.shape[0] * op.q.shape[1]),
-        T(op.q.shape[1]),
+      : N(op.k.shape[0] * op.k.shape[1]),
+        T(op.k.shape[1]),
         d(op.in.x.shape[2]),
         H(op.q.shape[2]),
         K(op.k.shape[2]),
         D(op.q.shape[3]),
-        heads(H + 2 * K),
-        width(heads * D) {}
+        width((H + 2 * K) * D),
+        queries(op.q.shape[1]) {}
+  i64 query_rows() const { return N / T * queries; }
   Linear linear(DType S) const { return {S, N, d, width}; }
+};
+
+// What of q, k and v a product makes, of which positions.
+struct Part {
+  i64 rows, T, first;  // tokens; of a sequence; the first one's position
+  i64 H, K;            // heads of q, and of k and v
 };
 
 struct Saved {  // rms factors
   float *input, *q, *k;
   Saved(Layout& layout, const Dims& s)
-      : input(layout.take<float>(s.N)), q(layout.take<float>(s.N * s.H)), k(layout.take<float>(s.N * s.K)) {}
+      : input(layout.take<float>(s.N)), q(layout.take<float>(s.query_rows() * s.H)), k(layout.take<float>(s.N * s.K)) {}
 };
 
+// Whether heads are normed and rotated before a product leaves the registers.
+bool fuses(const CudaBackend& backend, const Dims& s) {
+  using Tiles = sm90::ResidentTiles;
+  const bool whole_heads = s.H * s.D % Tiles::kColumns == 0 && s.K * s.D % Tiles::kColumns == 0;
+  return whole_heads && (s.D == 64 || s.D == 128) && sm90::takes(backend, s.N, s.width, s.d);
+}
+
 struct ForwardScratch {
-  void *normed, *packed, *weights;  // [N, d]; [N, width] q, k, v of a token side by side; [width, d]
-  ForwardScratch(Layout& layout, DType S, const Dims& s)
+  void *normed, *packed, *weights;  // [N, d]; [N, width] q, k, v of a token side by side, unless fused; [width, d]
+  ForwardScratch(Layout& layout, const CudaBackend& backend, DType S, const Dims& s)
       : normed(layout.take(S, s.N * s.d)),
-        packed(layout.take(S, s.N * s.width)),
+        packed(layout.take(S, fuses(backend, s) ? 0 : s.N * s.width)),
         weights(layout.take(S, s.width * s.d)) {}
 };
 
@@ -67,9 +83,10 @@ const void* packed_weights(cudaStream_t stream, const Qkv& op, void* room) {
 // normed = rms(m). Memory-bound: 2 or 3 reads, 1 write.
 template <class S, int kVectors>
 __global__ void __launch_bounds__(kRowThreads, 2)
-    norm_mixed(Mixed<S> in, i64 rows, int d, int warps, S* __restrict__ normed, float* __restrict__ factors) {
+    norm_mixed(Mixed<S> in, Positions positions, i64 rows, int d, int warps, S* __restrict__ normed,
+               float* __restrict__ factors) {
   const Team team(warps);
-  const i64 own = team_row(team), row = own < rows ? own : rows - 1;
+  const i64 own = team_row(team), row = positions.token(own < rows ? own : rows - 1);
   Packed8<S> raw[kVectors], raw0[kVectors], raw_skip[kVectors];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -99,18 +116,26 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     if (team.column(v) >= d) break;
 #pragma unroll
     for (int j = 0; j < kVector; ++j) m[v].x[j] *= factor;
-    store8(normed + row * d + team.column(v), m[v]);
+    store8(normed + own * d + team.column(v), m[v]);
   }
 }
 
 // How lanes share the heads of tokens: a group of lanes does one head, each lane `kUnit` pairs (j, j + D/2).
 struct Heads {
   i64 N;
-  int T, H, K, D;
+  int T, first, H, K, D;
   int group;   // lanes: the power of two from D/2/kUnit on
   int center;  // D/2
 
-  Heads(const Dims& s, int unit) : N(s.N), T(int(s.T)), H(int(s.H)), K(int(s.K)), D(int(s.D)), group(1), center(D / 2) {
+  Heads(const Part& part, i64 width, int unit)
+      : N(part.rows),
+        T(int(part.T)),
+        first(int(part.first)),
+        H(int(part.H)),
+        K(int(part.K)),
+        D(int(width)),
+        group(1),
+        center(D / 2) {
     while (group * unit < center) group *= 2;
   }
   unsigned blocks() const { return blocks_for(N * (H + 2 * K), kRowThreads / group); }
@@ -142,7 +167,7 @@ struct HeadLane {
     const int own_head = head < s.H ? head : (head - s.H) % s.K;
     at_factor = token * own_heads + own_head;
     at_own = at_factor * s.D + pair;
-    at_angle = static_cast<int>(static_cast<unsigned>(token) % s.T) * s.center + pair;
+    at_angle = (s.first + static_cast<int>(static_cast<unsigned>(token) % s.T)) * s.center + pair;
   }
 };
 
@@ -214,6 +239,70 @@ __global__ void __launch_bounds__(kRowThreads)
   store_unit<kUnit>(out + lane.at_own, a);
   store_unit<kUnit>(out + lane.at_own + s.center, b);
 }
+
+// The same while the products are in registers, for heads of kWidth numbers; a tile of 128 columns has heads of one
+// tensor. The products are rounded as if they had been in memory.
+template <class S, int kWidth>
+struct NormRotate {
+  static constexpr int kHeads = 128 / kWidth, kColumnTiles = kWidth / 8;
+  i64 rows;
+  int T, first, H, K;
+  const float *cos, *sin;
+  S *q, *k, *v;
+  float *q_factors, *k_factors;
+
+  __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, i64 row, int column) const {
+    auto& x = product[0];
+#pragma unroll
+    for (int n = 0; n < 16; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[n][i] = to_float(from_float<S>(x[n][i]));
+    const int head = column / kWidth, heads = head < H ? H : K, own_head = head < H ? head : (head - H) % K;
+    const bool query = head < H, rotates = head < H + K;
+    if (rotates) {
+      float2 cosines[2][kColumnTiles / 2], sines[2][kColumnTiles / 2];
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row) {
+        const i64 own = row + lane_row(2 * half_row), token = own < rows ? own : rows - 1;
+        const int position = first + static_cast<int>(static_cast<unsigned>(token) % static_cast<unsigned>(T));
+        const i64 angle = i64{position} * (kWidth / 2) + lane_column(0);
+#pragma unroll
+        for (int n = 0; n < kColumnTiles / 2; ++n) {
+          cosines[half_row][n] = *reinterpret_cast<const float2*>(cos + angle + n * 8);
+          sines[half_row][n] = *reinterpret_cast<const float2*>(sin + angle + n * 8);
+        }
+      }
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row)
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) {
+          float squares = 0;
+#pragma unroll
+          for (int n = h * kColumnTiles; n < (h + 1) * kColumnTiles; ++n)
+#pragma unroll
+            for (int i = 2 * half_row; i < 2 * half_row + 2; ++i) squares = fmaf(x[n][i], x[n][i], squares);
+          squares += __shfl_xor_sync(0xffffffffu, squares, 1);
+          squares += __shfl_xor_sync(0xffffffffu, squares, 2);
+          const float factor = rms_factor(squares, kWidth);
+          const i64 own = row + lane_row(2 * half_row);
+          if (lane_column(0) == 0 && own < rows) (query ? q_factors : k_factors)[own * heads + own_head + h] = factor;
+#pragma unroll
+          for (int n = 0; n < kColumnTiles / 2; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              float& a = x[h * kColumnTiles + n][2 * half_row + i];
+              float& b = x[h * kColumnTiles + n + kColumnTiles / 2][2 * half_row + i];
+              const float2 c = cosines[half_row][n], s = sines[half_row][n];
+              const float u = a * factor, w = b * factor, cosine = i ? c.y : c.x, sine = i ? s.y : s.x;
+              a = u * cosine + w * sine;
+              b = w * cosine - u * sine;
+            }
+        }
+    }
+    S* out = (query ? q : rotates ? k : v) + (row * heads + own_head) * kWidth;
+    store_rows<S, 128, 1>(tile, product, out, heads * kWidth, 0, static_cast<int>(rows - row), 128);
+  }
+};
 
 // The gradients of q, k, v → those of their products, side by side. q and k hold rotated values, whose product with
 // the gradient is that of the norm's output and its gradient; the output itself is q rotated back, over cos² + sin²,
@@ -379,7 +468,7 @@ OpBytes CudaBackend::bytes(const Qkv& op) const {
           " numbers; the CUDA backend needs a multiple of 8, and at most 256.");
   Layout saved, forward, backward;
   Saved(saved, s);
-  ForwardScratch(forward, storage_, s);
+  ForwardScratch(forward, *this, storage_, s);
   BackwardScratch(backward, storage_, s);
   return {saved.used(), forward.used(), backward.used()};
 }
@@ -388,23 +477,48 @@ void CudaBackend::qkv_forward(const Qkv& op) {
   const Dims s(op);
   Layout saved_layout(op.saved.data), scratch_layout(op.scratch.data);
   const Saved saved(saved_layout, s);
-  const ForwardScratch scratch(scratch_layout, storage_, s);
+  const ForwardScratch scratch(scratch_layout, *this, storage_, s);
+  const char* weights = static_cast<const char*>(packed_weights(stream(), op, scratch.weights));
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
-    with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
-      norm_mixed<S, vectors><<<row_blocks(s.N, warps), kRowThreads, 0, stream()>>>(
-          Mixed<S>(op.in), s.N, static_cast<int>(s.d), warps, static_cast<S*>(scratch.normed), saved.input);
-      PGOLF_LAUNCHED("norm_mixed");
-    });
-    gemm(s.linear(storage_).forward(scratch.normed, packed_weights(stream(), op, scratch.weights), scratch.packed,
-                                    storage_));
-    with_unit(s.D, [&](auto unit) {
-      const Heads heads(s, unit);
-      norm_rotate<S, unit><<<heads.blocks(), kRowThreads, 0, stream()>>>(
-          heads, static_cast<const S*>(scratch.packed), op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(),
-          op.k.as<S>(), op.v.as<S>(), saved.q, saved.k);
-      PGOLF_LAUNCHED("norm_rotate");
-    });
+    const auto norm = [&](i64 rows, i64 first) {
+      with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
+        norm_mixed<S, vectors><<<row_blocks(rows, warps), kRowThreads, 0, stream()>>>(
+            Mixed<S>(op.in), Positions{0, static_cast<unsigned>(s.T), static_cast<unsigned>(first)}, rows,
+            static_cast<int>(s.d), warps, static_cast<S*>(scratch.normed), saved.input);
+        PGOLF_LAUNCHED("norm_mixed");
+      });
+    };
+    // Heads from the product of normed with the rows of the packed weights from `weight_row` on.
+    const auto project = [&](const Part& part, i64 weight_row) {
+      const void* w = weights + static_cast<std::size_t>(weight_row * s.d) * sizeof(S);
+      const i64 width = (part.H + 2 * part.K) * s.D;
+      if constexpr (sizeof(S) == 2) {
+        const auto fused = [&](auto head_width) {
+          constexpr int kWidth = head_width;
+          sm90::launch_resident_product<S>(
+              *this, "qkv", scratch.normed, w, part.rows, width, s.d,
+              NormRotate<S, kWidth>{part.rows, int(part.T), int(part.first), int(part.H), int(part.K),
+                                    op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(), op.k.as<S>(), op.v.as<S>(),
+                                    saved.q, saved.k});
+        };
+        if (fuses(*this, s) && s.D == 64) return fused(std::integral_constant<int, 64>{});
+        if (fuses(*this, s)) return fused(std::integral_constant<int, 128>{});
+      }
+      gemm(Linear{storage_, part.rows, s.d, width}.forward(scratch.normed, w, scratch.packed, storage_));
+      with_unit(s.D, [&](auto unit) {
+        const Heads heads(part, s.D, unit);
+        norm_rotate<S, unit><<<heads.blocks(), kRowThreads, 0, stream()>>>(
+            heads, static_cast<const S*>(scratch.packed), op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(),
+            op.k.as<S>(), op.v.as<S>(), saved.q, saved.k);
+        PGOLF_LAUNCHED("norm_rotate");
+      });
+    };
+    norm(s.N, 0);
+    if (s.queries == s.T) return project({s.N, s.T, 0, s.H, s.K}, 0);
+    project({s.N, s.T, 0, 0, s.K}, s.H * s.D);
+    norm(s.query_rows(), s.T - s.queries);
+    project({s.query_rows(), s.queries, s.T - s.queries, s.H, 0}, 0);
   });
 }
 
@@ -416,7 +530,7 @@ void CudaBackend::qkv_backward(const Qkv& op, const QkvGrads& grads) {
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
     with_unit(s.D, [&](auto unit) {
-      const Heads heads(s, unit);
+      const Heads heads({s.N, s.T, 0, s.H, s.K}, s.D, unit);
       norm_rotate_backward<S, unit><<<heads.blocks(), kRowThreads, 0, stream()>>>(
           heads, op.q.as<S>(), op.k.as<S>(), grads.dq.as<S>(), grads.dk.as<S>(), grads.dv.as<S>(), op.cos.as<float>(),
           op.sin.as<float>(), saved.q, saved.k, static_cast<S*>(scratch.packed));

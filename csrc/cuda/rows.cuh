@@ -207,13 +207,18 @@ struct Mixed {
 
   // The sum with the skip of eight columns.
   __device__ __forceinline__ Vector8 skipped(Vector8 at_x, const Vector8& at_skip, int column) const {
-    const Vector8 w = load8(weight + column);
+    return skipped(at_x, at_skip, load8(weight + column));
+  }
+  static __device__ __forceinline__ Vector8 skipped(Vector8 at_x, const Vector8& at_skip, const Vector8& w) {
 #pragma unroll
     for (int j = 0; j < kVector; ++j) at_x.x[j] = fmaf(w.x[j], at_skip.x[j], at_x.x[j]);
     return at_x;
   }
   __device__ __forceinline__ Vector8 mix(Vector8 at_sum, const Vector8& at_x0, int column) const {
-    const Vector8 a = load8(mix0 + column), b = load8(mix1 + column);
+    return mix(at_sum, at_x0, load8(mix0 + column), load8(mix1 + column));
+  }
+  static __device__ __forceinline__ Vector8 mix(Vector8 at_sum, const Vector8& at_x0, const Vector8& a,
+                                                const Vector8& b) {
 #pragma unroll
     for (int j = 0; j < kVector; ++j) at_sum.x[j] = fmaf(b.x[j], at_x0.x[j], __fmul_rn(a.x[j], at_sum.x[j]));
     return at_sum;

@@ -317,7 +317,13 @@ GPT::Plan& GPT::run_losses(const std::int32_t* ids, const std::int32_t* targets,
   check_ids("targets", targets, B, T);
   ensure_copies(false);
   backend_->upload(plan.ids.data, ids, plan.ids.bytes());
-  backend_->upload(plan.targets.data, targets, plan.targets.bytes());
+  if (first == 0) {
+    backend_->upload(plan.targets.data, targets, plan.targets.bytes());
+  } else {
+    std::vector<std::int32_t> scored;
+    for (std::int64_t b = 0; b < B; ++b) scored.insert(scored.end(), targets + b * T + first, targets + (b + 1) * T);
+    backend_->upload(plan.targets.data, scored.data(), plan.targets.bytes());
+  }
   const auto work = [&] {
     forward(plan);
     backend_->head_loss(plan.head);

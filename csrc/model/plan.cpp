@@ -88,8 +88,10 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
   const DType real = backend.dtype(), master = backend.master_dtype();
   const std::int64_t d = c.model_dim, H = c.num_heads, K = c.num_kv_heads, D = c.head_dim(), L = c.num_layers;
   const std::int64_t encoders = c.encoder_layers();
-  const TensorView wide(real, {B, T, d}), queries(real, {B, T, H, D}), keys(real, {B, T, K, D});
-  const TensorView hidden(real, {B, T, c.mlp_hidden}), tokens(DType::i32, {B, T}), angles(master, {T, D / 2});
+  const TensorView wide(real, {B, T, d}), keys(real, {B, T, K, D});
+  const TensorView tokens(DType::i32, {B, T}), angles(master, {T, D / 2});
+  // Of the last block, only keys and values are needed at positions before `first`.
+  const auto rows = [&](std::int64_t layer) { return layer == L - 1 ? T - first : T; };
   const bool train = mode == Mode::train;
   const Clock clock{1 + kOps * static_cast<int>(L), train};
   concurrency = backend.concurrency();
@@ -109,7 +111,7 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
   };
   std::vector<Layer> t(static_cast<std::size_t>(L) + 1);
   const int id_tensor = placer.declare("token ids", 0, clock.end(), tokens);
-  const int target_tensor = placer.declare("targets", 0, clock.end(), tokens);
+  const int target_tensor = placer.declare("targets", 0, clock.end(), TensorView(DType::i32, {B, T - first}));
   const int cos = placer.declare("rope tables", 0, clock.end(), angles);
   const int sin = placer.declare("rope tables", 0, clock.end(), angles);
   for (std::int64_t i = 0; i <= L; ++i) {
@@ -117,17 +119,20 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
     const int last = i == 0   ? clock.end()
                      : i == L ? clock.head
                               : clock.until(clock.at(popper_of(i), kAttentionOut), clock.at(i, kQkv));
-    t[static_cast<std::size_t>(i)].x = placer.declare("block inputs", made, last, wide);
+    t[static_cast<std::size_t>(i)].x =
+        placer.declare("block inputs", made, last, i == 0 ? wide : TensorView(real, {B, rows(i - 1), d}));
   }
   for (std::int64_t i = 0; i < L; ++i) {
     Layer& l = t[static_cast<std::size_t>(i)];
     const int qkv = clock.at(i, kQkv), attention = clock.at(i, kAttention), attention_out = clock.at(i, kAttentionOut);
     const int mlp_up = clock.at(i, kMlpUp), mlp_out = clock.at(i, kMlpOut);
+    const TensorView queries(real, {B, rows(i), H, D}), hidden(real, {B, rows(i), c.mlp_hidden});
     l.q = placer.declare("q", qkv, clock.until(attention, qkv), queries);
     l.k = placer.declare("k", qkv, clock.until(attention, qkv), keys);
     l.v = placer.declare("v", qkv, clock.until(attention, attention), keys);
     l.o = placer.declare("attention outputs", attention, clock.until(attention_out, attention), queries);
-    l.x_mid = placer.declare("x between attention and mlp", attention_out, clock.until(mlp_out, mlp_up), wide);
+    l.x_mid = placer.declare("x between attention and mlp", attention_out, clock.until(mlp_out, mlp_up),
+                             TensorView(real, {B, rows(i), d}));
     l.h = placer.declare("mlp hidden", mlp_up, clock.until(mlp_out, mlp_up), hidden);
     if (!train) continue;
     l.dh = placer.declare("gradients, mlp", clock.back(mlp_out), clock.back(mlp_up), hidden);
@@ -188,7 +193,6 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
     }
     head.x = view(t[static_cast<std::size_t>(L)].x);
     (mode == Mode::logits ? head.logits : head.losses) = view(result);
-    head.first = first;
     head_grads.dx = embed_grads.dx0 = view(dx);
   };
   wire();

@@ -301,33 +301,44 @@ def _losses(
 ) -> Iterator[tuple[int, int, IntArray, int, npt.NDArray[Any]]]:
     """(begin, end, positions, first scored position, losses) of every batch of windows, in window order.
 
-    A pgolf.GPT on a GPU is given the next batches while the losses of the one before are summed up.
+    A pgolf.GPT on a GPU is given the next batches while the losses of the one before are summed up, and all batches of
+    one kind in one size, the last one filled up with its last window: one recording serves them, and how a window is
+    computed does not depend on how many are left.
     """
-    later = getattr(model, "window_losses_later", None)
+    later = None if getattr(model, "device", "cpu") == "cpu" else getattr(model, "window_losses_later", None)
     waiting: deque[tuple[int, int, IntArray, int, Callable[[], npt.ArrayLike]]] = deque()
-    for begin, end in _batches(plan, batch_seqs):
+    for begin, end, size in _batches(plan, batch_seqs):
         length, first = int(plan.length[begin]), int(plan.first_scored[begin])
-        positions = plan.start[begin:end, None] + np.arange(length)
+        rows = np.arange(begin, end if later is None else begin + size).clip(max=end - 1)
+        positions = plan.start[rows, None] + np.arange(length)
         ids, targets = (data.tokens[at].astype(np.int32) for at in (positions, positions + 1))
         if later is None:
             yield begin, end, positions, first, np.asarray(model.window_losses(ids, targets, first))
             continue
-        waiting.append((begin, end, positions, first, later(ids, targets, first)))
+        waiting.append((begin, end, positions[: end - begin], first, later(ids, targets, first)))
         if len(waiting) > _BATCHES_AHEAD:
-            *where, losses = waiting.popleft()
-            yield *where, np.asarray(losses())  # type: ignore[misc]
-    for *where, losses in waiting:
-        yield *where, np.asarray(losses())  # type: ignore[misc]
+            yield _landed(*waiting.popleft())
+    for batch in waiting:
+        yield _landed(*batch)
 
 
-def _batches(plan: Windows, batch_seqs: int | None) -> Iterator[tuple[int, int]]:
-    """Ranges of consecutive windows with one length and one first scored position, in window order."""
+def _landed(
+    begin: int, end: int, positions: IntArray, first: int, losses: Callable[[], npt.ArrayLike]
+) -> tuple[int, int, IntArray, int, npt.NDArray[Any]]:
+    return begin, end, positions, first, np.asarray(losses())[: end - begin]
+
+
+def _batches(plan: Windows, batch_seqs: int | None) -> Iterator[tuple[int, int, int]]:
+    """Ranges of consecutive windows with one length and one first scored position, in window order.
+
+    Also the number of windows in the first range of each kind, which the last may not reach.
+    """
     differs = (np.diff(plan.length) != 0) | (np.diff(plan.first_scored) != 0)
     bounds = [0, *(np.flatnonzero(differs) + 1).tolist(), len(plan)]
     for begin, end in itertools.pairwise(bounds):
         step = batch_seqs or max(1, BATCH_TOKENS // int(plan.length[begin]))
         for start in range(begin, end, step):
-            yield start, min(start + step, end)
+            yield start, min(start + step, end), min(step, end - begin)
 
 
 def _check_finite(losses: npt.NDArray[np.float64], targets: IntArray) -> None:

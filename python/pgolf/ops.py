@@ -197,7 +197,7 @@ def embed_backward(saved: Saved, dx0: Any, *, add_to: Mapping[str, Any] | None =
 
 
 def qkv(
-    mixed: MixedInput, wq: Any, wk: Any, wv: Any, cos: Any, sin: Any
+    mixed: MixedInput, wq: Any, wk: Any, wv: Any, cos: Any, sin: Any, *, first: int = 0
 ) -> tuple[tuple[FloatArray, FloatArray, FloatArray], Saved]:
     """`n = rms(m)`; per head `q = rope(rms(n·wqᵀ))`, `k = rope(rms(n·wkᵀ))`, `v = n·wvᵀ` (docs/spec.md §2.4–2.5).
 
@@ -208,9 +208,10 @@ def qkv(
         wq: [H·D, d].
         wk, wv: [K·D, d].
         cos, sin: [R, D/2] with R ≥ T; row t is for position t of every sequence.
+        first: 0 … T−1; only positions from there on get queries. `qkv_backward` needs those of all.
 
     Returns:
-        q [B, T, H, D], k and v [B, T, K, D]; and what `qkv_backward` needs.
+        q [B, T − first, H, D], k and v [B, T, K, D]; and what `qkv_backward` needs.
     """
     call = _Arrays()
     call.add_mixed(mixed)
@@ -225,7 +226,8 @@ def qkv(
         sizes[heads], rest = divmod(sizes[rows], sizes["D"])
         if rest:
             raise ValueError(f"{name} has {sizes[rows]} rows; expected a multiple of the head width {sizes['D']}.")
-    outputs = {"q": ("B", "T", "H", "D"), "k": ("B", "T", "K", "D"), "v": ("B", "T", "K", "D")}
+    sizes["T'"] = sizes["T"] - _integer(first, "first", 0, sizes["T"] - 1)
+    outputs = {"q": ("B", "T'", "H", "D"), "k": ("B", "T", "K", "D"), "v": ("B", "T", "K", "D")}
     saved = _forward("qkv", call, outputs)
     return (saved.tensors["q"], saved.tensors["k"], saved.tensors["v"]), saved
 
@@ -252,6 +254,7 @@ def qkv_backward(
         The gradients of both readers together. Where skip is x itself, its share stands apart, in the field skip.
     """
     call = _Backward("qkv", saved)
+    call.needs_all("q", "x")
     call.upstream(dq=dq, dk=dk, dv=dv)
     if pending is not None:
         call.inputs["pending"] = call.like("x", "pending", pending)
@@ -265,27 +268,29 @@ def attention(q: Any, k: Any, v: Any, gain: Any) -> tuple[FloatArray, Saved]:
     """`o = softmax(gain[h]·q·kᵀ/√D over keys ≤ t)·v` (docs/spec.md §2.5).
 
     Args:
-        q: [B, T, H, D].
+        q: [B, T', H, D], the queries of the last T' ≤ T positions; `attention_backward` needs those of all.
         k, v: [B, T, K, D], H a multiple of K; query head h reads head ⌊h·K/H⌋.
         gain: [H].
 
     Returns:
-        o [B, T, H, D], and what `attention_backward` needs.
+        o [B, T', H, D], and what `attention_backward` needs.
     """
     call = _Arrays()
-    call.add("q", q, "B", "T", "H", "D")
+    call.add("q", q, "B", "T'", "H", "D")
     call.add("k", k, "B", "T", "K", "D")
     call.add("v", v, "B", "T", "K", "D")
+    call.at_most("q", "T'", "T")
     call.add("gain", gain, "H")
     if call.sizes["H"] % call.sizes["K"]:
         raise ValueError(f"q has {call.sizes['H']} heads; expected a multiple of k's {call.sizes['K']}.")
-    saved = _forward("attention", call, {"o": ("B", "T", "H", "D")})
+    saved = _forward("attention", call, {"o": ("B", "T'", "H", "D")})
     return saved.tensors["o"], saved
 
 
 def attention_backward(saved: Saved, do: Any, *, add_to: Mapping[str, Any] | None = None) -> AttentionGrads:
     """The gradients of `attention` from do [B, T, H, D]; `add_to` may hold gain."""
     call = _Backward("attention", saved)
+    call.needs_all("q", "k")
     call.upstream(do=do)
     call.written("q", "k", "v")
     call.added(add_to, "gain")
@@ -299,21 +304,23 @@ def project_residual(residual: Any, a: Any, w: Any) -> tuple[FloatArray, Saved]:
     """`out = residual + a·wᵀ`: the last step of attention and MLP (docs/spec.md §2.4).
 
     Args:
-        residual: a `MixedInput`, computed anew, or an array [B, T, d].
-        a: [B, T, c].
+        residual: a `MixedInput` [B, T, d], of whose positions the last T' ≤ T are computed anew, or an array [B, T', d].
+        a: [B, T', c].
         w: [d, c], the projection's scale included: `working_copy(w, scale)`.
 
     Returns:
-        out [B, T, d], and what `project_residual_backward` needs.
+        out [B, T', d], and what `project_residual_backward` needs.
     """
     call = _Arrays()
     if isinstance(residual, MixedInput):
         call.add_mixed(residual)
     else:
-        call.add("x", residual, "B", "T", "d")
-    call.add("a", a, "B", "T", "c")
+        call.add("x", residual, "B", "T'", "d")
+    call.add("a", a, "B", "T'", "c")
     call.add("w", w, "d", "c")
-    saved = _forward("project_residual", call, {"out": ("B", "T", "d")})
+    if isinstance(residual, MixedInput):
+        call.at_most("a", "T'", "T")
+    saved = _forward("project_residual", call, {"out": ("B", "T'", "d")})
     return saved.tensors["out"], saved
 
 
@@ -716,6 +723,12 @@ class _Arrays:
         self.sizes["T'"] = self.sizes["T"] - start
         return {"softcap": float(softcap), "first": start}
 
+    def at_most(self, name: str, side: str, limit: str) -> None:
+        if self.sizes[side] > self.sizes[limit]:
+            raise ValueError(
+                f"{name} has {self.sizes[side]} positions; expected at most {self.sizes[limit]}, those that there are."
+            )
+
     def add_list(
         self, name: str, values: Sequence[Any], like: Sequence[FloatArray] | None = None, copy: bool = False
     ) -> list[FloatArray]:
@@ -809,6 +822,13 @@ class _Backward:
     def start(self, tensor: str, label: str, value: Any) -> FloatArray:
         """What a gradient is added to; None: zeros."""
         return np.zeros_like(self.saved.tensors[tensor]) if value is None else self.like(tensor, label, value)
+
+    def needs_all(self, queries: str, positions: str) -> None:
+        found, expected = (self.saved.tensors[name].shape[1] for name in (queries, positions))
+        if found != expected:
+            raise ValueError(
+                f"saved comes from a call with the queries of {found} positions; the backward needs all {expected}."
+            )
 
     def upstream(self, **gradients: Any) -> None:
         """Gradients at results."""

@@ -1,0 +1,250 @@
+// Attention forward on Hopper's tensor cores for heads of 64 numbers (FlashAttention-3, Shah et al. 2024): three
+// warpgroups of 64 queries each, past which one warp streams keys and values by the copy engine. While a warpgroup
+// takes the softmax of one tile's scores, the products of the next scores and of the last probabilities run, and those
+// of the other warpgroups. Blocks stay, one on each multiprocessor, so that the first copies of a tile of queries hide
+// behind the end of the one before.
+#pragma once
+
+#include "cuda/attention_tiles.cuh"
+#include "cuda/sm90/instructions.cuh"
+#include "cuda/sm90/tensor_map.h"
+
+namespace pgolf::cuda::sm90 {
+
+struct ForwardTiles {
+  static constexpr int kWidth = 64, kKeys = 128;
+  static constexpr int kConsumers = 3, kThreads = (kConsumers + 1) * kWarpgroup;
+  static constexpr int kOwnQueries = 64, kQueries = kConsumers * kOwnQueries;  // of a warpgroup, of a block
+  static constexpr int kStages = 3;
+  static constexpr int kRowBytes = kWidth * 2, kTileBytes = kKeys * kRowBytes, kQueryBytes = kQueries * kRowBytes;
+  static constexpr int kWarpTile = SharedTile<kWidth>::bytes(16), kWarps = kConsumers * kWarpgroup / kWarp;
+  static constexpr int kTiles = kQueryBytes + 2 * kStages * kTileBytes;
+  static constexpr int kBarriers = kTiles + kWarps * kWarpTile;
+  static constexpr int kAlign = 1024, kSharedBytes = kAlign + kBarriers + 8 * (2 + 4 * kStages);
+  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
+};
+
+// One block's work: a tile of queries of one head.
+struct QueryTile {
+  int b, h, kv, first_query, tiles;  // tiles: of keys that some query sees
+
+  template <class S>
+  __device__ QueryTile(const AttentionArgs<S>& a, const BlockOrder& order, unsigned block) {
+    const BlockOrder::Place place = order.at(block);
+    b = place.head / a.H;
+    h = place.head % a.H;
+    kv = h / a.group();
+    first_query = (order.tiles - 1 - place.rank) * ForwardTiles::kQueries;
+    tiles = tiles_until(a, first_query + ForwardTiles::kQueries);
+  }
+  // Tiles of keys that the queries before `end` see.
+  template <class S>
+  __device__ static int tiles_until(const AttentionArgs<S>& a, int end) {
+    return (a.first() + min(end, a.queries) + ForwardTiles::kKeys - 1) / ForwardTiles::kKeys;
+  }
+};
+
+template <class S>
+__global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
+    attention_forward(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                      const __grid_constant__ CUtensorMap v_map, const AttentionArgs<S> a, const BlockOrder order) {
+  using Tiles = ForwardTiles;
+  constexpr int kWidth = Tiles::kWidth, kKeys = Tiles::kKeys, kStages = Tiles::kStages;
+  extern __shared__ unsigned char raw[];
+  unsigned char* const shared = raw + (Tiles::kAlign - shared_address(raw) % Tiles::kAlign) % Tiles::kAlign;
+  const unsigned queries = shared_address(shared), slots = queries + Tiles::kQueryBytes;
+  const unsigned barriers = queries + Tiles::kBarriers, queries_full = barriers, queries_empty = barriers + 8;
+  const auto keys_at = [&](int stage) { return slots + 2 * stage * Tiles::kTileBytes; };
+  const auto values_at = [&](int stage) { return keys_at(stage) + Tiles::kTileBytes; };
+  const auto keys_full = [&](int stage) { return barriers + 16 + 32 * stage; };
+  const auto keys_empty = [&](int stage) { return keys_full(stage) + 8; };
+  const auto values_full = [&](int stage) { return keys_full(stage) + 16; };
+  const auto values_empty = [&](int stage) { return keys_full(stage) + 24; };
+  if (threadIdx.x == 0) {
+    barrier_init(queries_full, 1);
+    barrier_init(queries_empty, Tiles::kWarps);
+    for (int stage = 0; stage < kStages; ++stage) {
+      barrier_init(keys_full(stage), 1);
+      barrier_init(keys_empty(stage), Tiles::kWarps);
+      barrier_init(values_full(stage), 1);
+      barrier_init(values_empty(stage), Tiles::kWarps);
+    }
+    barriers_ready();
+  }
+  __syncthreads();
+
+  const unsigned blocks = static_cast<unsigned>(order.heads) * static_cast<unsigned>(order.tiles);
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  if (warpgroup == Tiles::kConsumers) {
+    give_registers<Tiles::kProducerRegisters>();
+    if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
+    int stage = 0, parity = 1, query_parity = 1;
+    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, query_parity ^= 1) {
+      const QueryTile at(a, order, block);
+      barrier_wait(queries_empty, query_parity);
+      barrier_expect(queries_full, Tiles::kQueryBytes);
+      copy_box(queries, &q_map, at.h * kWidth, at.first_query, at.b, queries_full);
+      for (int tile = 0; tile < at.tiles; ++tile) {
+        barrier_wait(keys_empty(stage), parity);
+        barrier_expect(keys_full(stage), Tiles::kTileBytes);
+        copy_box(keys_at(stage), &k_map, at.kv * kWidth, tile * kKeys, at.b, keys_full(stage));
+        barrier_wait(values_empty(stage), parity);
+        barrier_expect(values_full(stage), Tiles::kTileBytes);
+        copy_box(values_at(stage), &v_map, at.kv * kWidth, tile * kKeys, at.b, values_full(stage));
+        if (++stage == kStages) stage = 0, parity ^= 1;
+      }
+    }
+    return;
+  }
+
+  take_registers<Tiles::kConsumerRegisters>();
+  const int warp = threadIdx.x / kWarp;
+  const bool signals = threadIdx.x % kWarp == 0;
+  unsigned char* const own_tile = shared + Tiles::kTiles + warp * Tiles::kWarpTile;
+  const unsigned own_queries = queries + warpgroup * Tiles::kOwnQueries * Tiles::kRowBytes;
+  int stage = 0, parity = 0, query_parity = 0;
+  for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, query_parity ^= 1) {
+    const QueryTile at(a, order, block);
+    const int own_first = at.first_query + warpgroup * Tiles::kOwnQueries;
+    const int warp_query = own_first + warp % 4 * 16, warp_position = warp_query + a.first();
+    const int tiles = own_first < a.queries ? at.tiles_until(a, own_first + Tiles::kOwnQueries) : 0;
+    // A negative scale turns the products' signs, so that the greatest product is the greatest score.
+    const float signed_scale = exponent_scale(a.gain[at.h], a.root), scale = fabsf(signed_scale);
+
+    Scores<1, kKeys> s;
+    Scores<1, kWidth> o = {};
+    unsigned p[kKeys / 16][4];  // the probabilities of the tile before
+    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {}, shrink[2];
+    const auto begin_scores = [&](int from) {
+      products_begin();
+#pragma unroll
+      for (int k = 0; k < kWidth / 16; ++k)
+        multiply_add_64x128<S>(s[0], descriptor(own_queries + k * 32), descriptor(keys_at(from) + k * 32), k > 0);
+      products_commit();
+    };
+    const auto begin_outputs = [&](int from) {
+      products_begin();
+#pragma unroll
+      for (int k = 0; k < kKeys / 16; ++k)
+        multiply_add_64x64<S>(o[0], p[k], descriptor(values_at(from) + k * 16 * Tiles::kRowBytes));
+      products_commit();
+    };
+    // s becomes probabilities under the new maximum; shrink is what brings sums so far to it.
+    const auto softmax = [&](int tile) {
+      if (signed_scale < 0.0f) {
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[0][n][i] = -s[0][n][i];
+      }
+      hide_later_keys<false, 1, kKeys>(s, warp_position, tile * kKeys, -INFINITY);
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row) {
+        float best = top[half_row];
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) best = fmaxf(best, fmaxf(s[0][n][2 * half_row], s[0][n][2 * half_row + 1]));
+        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+        shrink[half_row] = exp2_approximate((top[half_row] - best) * scale);
+        top[half_row] = best;
+        sum[half_row] *= shrink[half_row];
+        const float shift = best * scale;
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int i = 2 * half_row; i < 2 * half_row + 2; ++i) {
+            s[0][n][i] = exp2_approximate(fmaf(s[0][n][i], scale, -shift));
+            sum[half_row] += s[0][n][i];
+          }
+      }
+    };
+    const auto round_probabilities = [&] {
+#pragma unroll
+      for (int k = 0; k < kKeys / 16; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float (&c)[4] = s[0][2 * k + i / 2];
+          p[k][i] = pack<S>(c[i % 2 * 2], c[i % 2 * 2 + 1]);
+        }
+    };
+
+    barrier_wait(queries_full, query_parity);
+    int last = 0;  // the stage of the probabilities
+    for (int tile = 0; tile < tiles; ++tile) {
+      barrier_wait(keys_full(stage), parity);
+      begin_scores(stage);
+      if (tile > 0) {
+        // The values of the tile before lie one stage back, in the phase before where that wraps.
+        barrier_wait(values_full(last), stage == 0 ? parity ^ 1 : parity);
+        begin_outputs(last);
+        products_wait<1>();
+      } else {
+        products_wait<0>();
+      }
+      if (signals) barrier_arrive(keys_empty(stage));
+      if (signals && tile == tiles - 1) barrier_arrive(queries_empty);
+      softmax(tile);
+      products_wait<0>();
+      if (signals && tile > 0) barrier_arrive(values_empty(last));
+#pragma unroll
+      for (int n = 0; n < kWidth / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) o[0][n][i] *= shrink[i / 2];
+      round_probabilities();
+      last = stage;
+      if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+    if (tiles > 0) {
+      barrier_wait(values_full(last), stage == 0 ? parity ^ 1 : parity);
+      begin_outputs(last);
+      products_wait<0>();
+      if (signals) barrier_arrive(values_empty(last));
+    } else if (signals) {
+      barrier_arrive(queries_empty);
+    }
+    for (int tile = tiles; tile < at.tiles; ++tile) {  // that only later queries of the block see
+      barrier_wait(keys_full(stage), parity);
+      if (signals) barrier_arrive(keys_empty(stage));
+      barrier_wait(values_full(stage), parity);
+      if (signals) barrier_arrive(values_empty(stage));
+      if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+    if (tiles == 0) continue;
+
+#pragma unroll
+    for (int half_row = 0; half_row < 2; ++half_row) {
+      float total = sum[half_row];
+      total += __shfl_xor_sync(0xffffffffu, total, 1);
+      total += __shfl_xor_sync(0xffffffffu, total, 2);
+      const float inverse = 1.0f / total;
+#pragma unroll
+      for (int n = 0; n < kWidth / 8; ++n)
+#pragma unroll
+        for (int i = 2 * half_row; i < 2 * half_row + 2; ++i) {
+          // The quotient, refined: exact where it can be, as it must be for equal probabilities.
+          const float quotient = o[0][n][i] * inverse;
+          o[0][n][i] = fmaf(fmaf(-quotient, total, o[0][n][i]), inverse, quotient);
+        }
+      const int query = warp_query + lane_row(2 * half_row);
+      if (lane_column(0) == 0 && query < a.queries)
+        a.lse[a.row_at(at.b, at.h) + query] = fmaf(top[half_row], scale, log2f(total));
+    }
+    __syncwarp();  // the rows before have left the tile
+    store_rows<S, kWidth, 1>(own_tile, o, a.o + a.head_at(at.b, at.h), a.H * a.D, warp_query, a.queries, a.D);
+  }
+}
+
+template <class S>
+void launch_attention_forward(const CudaBackend& backend, const AttentionArgs<S>& a) {
+  using Tiles = ForwardTiles;
+  const i64 key_bytes = static_cast<i64>(a.T) * a.D * 2 * sizeof(S);
+  const BlockOrder order(a.batch * a.H, blocks_for(a.queries, Tiles::kQueries), a.group(), key_bytes);
+  const DType dtype = backend.dtype();
+  const unsigned blocks = std::min(order.blocks(), static_cast<unsigned>(backend.processors()));
+  launch("attention_forward", attention_forward<S>, blocks, Tiles::kThreads, Tiles::kSharedBytes, backend.stream(),
+         tensor_map(a.q, dtype, a.batch, a.queries, a.H * a.D, Tiles::kQueries),
+         tensor_map(a.k, dtype, a.batch, a.T, a.K * a.D, Tiles::kKeys),
+         tensor_map(a.v, dtype, a.batch, a.T, a.K * a.D, Tiles::kKeys), a, order);
+}
+
+}  // namespace pgolf::cuda::sm90

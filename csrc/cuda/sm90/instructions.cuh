@@ -1,0 +1,150 @@
+// Single instructions that only Hopper has: the copy engine (TMA), barriers in shared memory that count its bytes, and
+// products of a whole warpgroup of 128 threads (wgmma). In code for other GPUs they trap; Path::sm90 alone calls them.
+#pragma once
+
+#include <cuda.h>
+
+#include "cuda/mma.cuh"
+
+namespace pgolf::cuda::sm90 {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PGOLF_SM90(...) __VA_ARGS__
+#else
+#define PGOLF_SM90(...) __trap()
+#endif
+
+inline constexpr int kWarpgroup = 4 * kWarp;
+
+// ---- Barriers: 8 bytes each. A phase ends when `count` threads have arrived and all expected bytes have come.
+
+__device__ __forceinline__ void barrier_init(unsigned barrier, unsigned count) {
+  PGOLF_SM90(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory"));
+}
+// After the last init, before the __syncthreads that shows the barriers to everybody.
+__device__ __forceinline__ void barriers_ready() {
+  PGOLF_SM90(asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory"));
+}
+__device__ __forceinline__ void barrier_arrive(unsigned barrier) {
+  PGOLF_SM90(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"));
+}
+__device__ __forceinline__ void barrier_expect(unsigned barrier, unsigned bytes) {  // arrives too
+  PGOLF_SM90(
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory"));
+}
+// Waits for the end of the phase of this parity: 0, 1, 0, …
+__device__ __forceinline__ void barrier_wait(unsigned barrier, unsigned parity) {
+  PGOLF_SM90(
+      asm volatile("{\n"
+                   ".reg .pred done;\n"
+                   "again:\n"
+                   "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                   "@!done bra again;\n"
+                   "}" ::"r"(barrier),
+                   "r"(parity) : "memory"));
+}
+
+// ---- The copy engine
+
+// The box of a tensor map whose first number is that of (row, column) of a matrix to shared memory; rows that the
+// matrix lacks come as zeros. `barrier` gets the bytes of the whole box.
+__device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap* map, int column, int row, int matrix,
+                                         unsigned barrier) {
+  PGOLF_SM90(
+      asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                   "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+                   "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(barrier) : "memory"));
+}
+__device__ __forceinline__ void prefetch(const CUtensorMap* map) {
+  PGOLF_SM90(asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"));
+}
+
+// ---- Products of a warpgroup
+
+// Where wgmma finds rows of 64 16-bit numbers, eight rows in 1,024 bytes, in the copy engine's 128-byte swizzle. The
+// tile begins at a multiple of 1,024; where products sum over columns, a step of 16 adds 32 bytes to the address, where
+// they sum over rows 2,048.
+__device__ __forceinline__ std::uint64_t descriptor(unsigned address) {
+  constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62, kEightRows = std::uint64_t{1024 >> 4} << 32;
+  return kSwizzle128 | kEightRows | ((address & 0x3ffff) >> 4);
+}
+
+__device__ __forceinline__ void products_begin() {
+  PGOLF_SM90(asm volatile("wgmma.fence.sync.aligned;" :: : "memory"));
+}
+__device__ __forceinline__ void products_commit() {
+  PGOLF_SM90(asm volatile("wgmma.commit_group.sync.aligned;" :: : "memory"));
+}
+template <int kGroups>  // that may still be under way
+__device__ __forceinline__ void products_wait() {
+  PGOLF_SM90(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory"));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  PGOLF_SM90(asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  PGOLF_SM90(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)));
+}
+
+// c (+)= a·bᵀ for 64 rows of a, 128 rows of b and 16 columns of both; c as sixteen 16×8 results of each warp, which has
+// 16 of the rows. `add` false: c is overwritten.
+#define PGOLF_C4(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define PGOLF_WGMMA_64X128(type)                                                                                     \
+  asm volatile(                                                                                                      \
+      "{\n"                                                                                                          \
+      ".reg .pred kept;\n"                                                                                           \
+      "setp.ne.b32 kept, %66, 0;\n"                                                                                  \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                   \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
+      "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "    \
+      "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "        \
+      "%64, %65, kept, 1, 1, 0, 0;\n"                                                                                \
+      "}"                                                                                                            \
+      : PGOLF_C4(0), PGOLF_C4(1), PGOLF_C4(2), PGOLF_C4(3), PGOLF_C4(4), PGOLF_C4(5), PGOLF_C4(6), PGOLF_C4(7),      \
+        PGOLF_C4(8), PGOLF_C4(9), PGOLF_C4(10), PGOLF_C4(11), PGOLF_C4(12), PGOLF_C4(13), PGOLF_C4(14), PGOLF_C4(15) \
+      : "l"(a), "l"(b), "r"(int{add}))
+template <class S>
+__device__ __forceinline__ void multiply_add_64x128(float (&c)[16][4], std::uint64_t a, std::uint64_t b, bool add) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (std::is_same_v<S, bf16>)
+    PGOLF_WGMMA_64X128("bf16");
+  else
+    PGOLF_WGMMA_64X128("f16");
+#else
+  __trap();
+#endif
+}
+#undef PGOLF_WGMMA_64X128
+
+// c += a·b for 64 rows of a, 16 of whose columns each warp holds as an A fragment of its 16 rows (mma.cuh), and 16 rows
+// of b of 64 numbers.
+#define PGOLF_WGMMA_64X64(type)                                                                                     \
+  asm volatile(                                                                                                     \
+      "{\n"                                                                                                         \
+      ".reg .pred kept;\n"                                                                                          \
+      "setp.eq.u32 kept, 0, 0;\n"                                                                                   \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                   \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+      "%23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, kept, 1, 1, 1;\n"                   \
+      "}"                                                                                                           \
+      : PGOLF_C4(0), PGOLF_C4(1), PGOLF_C4(2), PGOLF_C4(3), PGOLF_C4(4), PGOLF_C4(5), PGOLF_C4(6), PGOLF_C4(7)      \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+template <class S>
+__device__ __forceinline__ void multiply_add_64x64(float (&c)[8][4], const unsigned (&a)[4], std::uint64_t b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (std::is_same_v<S, bf16>)
+    PGOLF_WGMMA_64X64("bf16");
+  else
+    PGOLF_WGMMA_64X64("f16");
+#else
+  __trap();
+#endif
+}
+#undef PGOLF_WGMMA_64X64
+#undef PGOLF_C4
+#undef PGOLF_SM90
+
+}  // namespace pgolf::cuda::sm90

@@ -1,0 +1,159 @@
+// y = epilogue(x·wᵀ) for x [rows, depth] and w [columns, depth] of 16-bit numbers, on Hopper's tensor cores.
+//
+// The models here are narrow: all of depth of 128 columns of w, 128 KiB at a depth of 512, fits a multiprocessor's
+// shared memory. So a block keeps them there and streams rows of x past them, 128 at a time, which halves what comes
+// from the second-level cache and leaves the epilogue, which reads and writes the rest of the layer's memory traffic,
+// to one of two warpgroups while the other one multiplies. One warp of a third feeds the copy engine.
+//
+// An epilogue is called by each warp with 16 rows: operator()(tile, x, row, column) gets the products of rows
+// row … row+15 and columns column … column+127 as sixteen 16×8 results side by side, and 4 KiB of shared memory that
+// no other warp uses; it says itself which rows exist.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/sm90/instructions.cuh"
+#include "cuda/sm90/tensor_map.h"
+#include "cuda/tiles.cuh"
+
+namespace pgolf::cuda::sm90 {
+
+using WarpRows = Scores<1, 128>;
+
+struct ResidentTiles {
+  static constexpr int kRows = 128, kColumns = 128;  // of a tile of the result
+  static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * kWarpgroup;
+  static constexpr int kHalfRows = kRows / 2;                // of one wgmma
+  static constexpr int kBoxBytes = kRows * kBoxColumns * 2;  // of x, and of w
+  static constexpr int kWarpTile = SharedTile<kColumns>::bytes(16);
+  static constexpr int kWarps = kConsumers * kWarpgroup / kWarp;
+  static constexpr int kMostStages = 4, kAlign = 1024;
+  static constexpr int kMostShared = 227 * 1024;
+  static constexpr int kBarrierBytes = 8 * (2 * kMostStages + 1 + kConsumers);
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
+  static constexpr int bytes(int depth_boxes, int stages) {
+    return kAlign + (depth_boxes + stages) * kBoxBytes + kWarps * kWarpTile + kBarrierBytes;
+  }
+  // Boxes of x under way or at work.
+  static constexpr int stages(int depth_boxes) {
+    int count = kMostStages;
+    while (count > 0 && bytes(depth_boxes, count) > kMostShared) --count;
+    return count;
+  }
+};
+static_assert(ResidentTiles::stages(8) == 4 && ResidentTiles::stages(10) == 2);
+
+template <class S, class Epilogue>
+__global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
+    resident_product(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w, int row_tiles,
+                     int column_tiles, int depth_boxes, int stages, const __grid_constant__ Epilogue epilogue) {
+  using Tiles = ResidentTiles;
+  extern __shared__ unsigned char raw[];
+  unsigned char* const shared = raw + (Tiles::kAlign - shared_address(raw) % Tiles::kAlign) % Tiles::kAlign;
+  const unsigned weights = shared_address(shared), boxes = weights + depth_boxes * Tiles::kBoxBytes;
+  unsigned char* const tiles = shared + (depth_boxes + stages) * Tiles::kBoxBytes;
+  const unsigned barriers = shared_address(tiles) + Tiles::kWarps * Tiles::kWarpTile;
+  const unsigned weights_here = barriers + 16 * Tiles::kMostStages;
+  const auto turn = [&](int consumer) { return weights_here + 8 + 8 * consumer; };
+  const auto full = [&](int stage) { return barriers + 16 * stage; };
+  const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < stages; ++stage) {
+      barrier_init(full(stage), 1);
+      barrier_init(empty(stage), kWarpgroup / kWarp);
+    }
+    barrier_init(weights_here, 1);
+    for (int consumer = 0; consumer < Tiles::kConsumers; ++consumer) barrier_init(turn(consumer), kWarpgroup / kWarp);
+    barriers_ready();
+  }
+  __syncthreads();
+
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  const int column = static_cast<int>(blockIdx.x) % column_tiles * Tiles::kColumns;
+  const int first_tile = static_cast<int>(blockIdx.x) / column_tiles, step = static_cast<int>(gridDim.x) / column_tiles;
+  if (warpgroup == Tiles::kConsumers) {
+    give_registers<Tiles::kProducerRegisters>();
+    if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
+    prefetch(&x);
+    barrier_expect(weights_here, depth_boxes * Tiles::kBoxBytes);
+    for (int k = 0; k < depth_boxes; ++k)
+      copy_box(weights + k * Tiles::kBoxBytes, &w, k * kBoxColumns, column, 0, weights_here);
+    int stage = 0, parity = 1;
+    for (int tile = first_tile; tile < row_tiles; tile += step)
+      for (int k = 0; k < depth_boxes; ++k) {
+        barrier_wait(empty(stage), parity);
+        barrier_expect(full(stage), Tiles::kBoxBytes);
+        copy_box(boxes + stage * Tiles::kBoxBytes, &x, k * kBoxColumns, tile * Tiles::kRows, 0, full(stage));
+        if (++stage == stages) stage = 0, parity ^= 1;
+      }
+    return;
+  }
+
+  take_registers<Tiles::kConsumerRegisters>();
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  unsigned char* const own_tile = tiles + warp * Tiles::kWarpTile;
+  barrier_wait(weights_here, 0);
+  // The warpgroups take turns, tile by tile; a tile's boxes are depth_boxes in a row of all that come. A barrier tells
+  // only one phase from the next: nobody may wait for a box before the other one has seen the last of its own.
+  int box = warpgroup * depth_boxes, turn_parity = warpgroup == 0;
+  for (int tile = first_tile + warpgroup * step; tile < row_tiles; tile += Tiles::kConsumers * step) {
+    float sums[2][16][4];
+    int before = 0;
+    barrier_wait(turn(warpgroup), turn_parity);  // at once for the very first tile
+    turn_parity ^= 1;
+    for (int k = 0; k < depth_boxes; ++k, ++box) {
+      const int stage = box % stages;
+      barrier_wait(full(stage), box / stages & 1);
+      products_begin();
+      const unsigned rows = boxes + stage * Tiles::kBoxBytes, columns = weights + k * Tiles::kBoxBytes;
+#pragma unroll
+      for (int part = 0; part < kBoxColumns / 16; ++part)
+#pragma unroll
+        for (int half_tile = 0; half_tile < 2; ++half_tile)
+          multiply_add_64x128<S>(sums[half_tile], descriptor(rows + half_tile * (Tiles::kBoxBytes / 2) + part * 32),
+                                 descriptor(columns + part * 32), k + part > 0);
+      products_commit();
+      products_wait<1>();
+      if (k > 0 && lane == 0) barrier_arrive(empty(before));
+      before = stage;
+    }
+    if (lane == 0) barrier_arrive(turn(1 - warpgroup));
+    products_wait<0>();
+    if (lane == 0) barrier_arrive(empty(before));
+    box += (Tiles::kConsumers - 1) * depth_boxes;
+#pragma unroll
+    for (int half_tile = 0; half_tile < 2; ++half_tile) {
+      __syncwarp();  // the half before has left the tile
+      epilogue(own_tile, *reinterpret_cast<WarpRows*>(&sums[half_tile]),
+               i64{tile} * Tiles::kRows + half_tile * Tiles::kHalfRows + warp % 4 * 16, column);
+    }
+  }
+}
+
+// Whether resident_product computes a product of these sizes.
+inline bool takes(const CudaBackend& backend, i64 rows, i64 columns, i64 depth) {
+  constexpr i64 kMostRows = i64{1} << 30;
+  return backend.path() >= Path::sm90 && backend.dtype() != DType::f32 && rows <= kMostRows &&
+         columns % ResidentTiles::kColumns == 0 && depth % kBoxColumns == 0 &&
+         ResidentTiles::stages(static_cast<int>(std::min<i64>(depth, 1 << 20) / kBoxColumns)) >= 2;
+}
+
+template <class S, class Epilogue>
+void launch_resident_product(const CudaBackend& backend, const char* name, const void* x, const void* w, i64 rows,
+                             i64 columns, i64 depth, const Epilogue& epilogue) {
+  using Tiles = ResidentTiles;
+  const int row_tiles = static_cast<int>(blocks_for(rows, Tiles::kRows));
+  const int column_tiles = static_cast<int>(columns / Tiles::kColumns), boxes = static_cast<int>(depth / kBoxColumns);
+  const int groups = std::clamp(backend.processors() / column_tiles, 1, row_tiles);
+  const int stages = Tiles::stages(boxes), shared = Tiles::bytes(boxes, stages);
+  const auto kernel = resident_product<S, Epilogue>;
+  PGOLF_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  kernel<<<column_tiles * groups, Tiles::kThreads, shared, backend.stream()>>>(
+      tensor_map(x, backend.dtype(), 1, rows, depth, Tiles::kRows),
+      tensor_map(w, backend.dtype(), 1, columns, depth, Tiles::kColumns), row_tiles, column_tiles, boxes, stages,
+      epilogue);
+  PGOLF_LAUNCHED(name);
+}
+
+}  // namespace pgolf::cuda::sm90
