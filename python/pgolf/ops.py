@@ -304,7 +304,8 @@ def project_residual(residual: Any, a: Any, w: Any) -> tuple[FloatArray, Saved]:
     """`out = residual + a·wᵀ`: the last step of attention and MLP (docs/spec.md §2.4).
 
     Args:
-        residual: a `MixedInput` [B, T, d], of whose positions the last T' ≤ T are computed anew, or an array [B, T', d].
+        residual: a `MixedInput` [B, T, d], of whose positions the last T' ≤ T are computed anew; or an array
+            [B, T', d].
         a: [B, T', c].
         w: [d, c], the projection's scale included: `working_copy(w, scale)`.
 
