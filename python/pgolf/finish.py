@@ -8,18 +8,19 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pgolf.data.files import atomic_write
-from pgolf.evaluate import evaluate
+from pgolf.evaluate import Model, Score, ValidationData, evaluate
 
 if TYPE_CHECKING:
     import os
 
+    from pgolf.config import Config
     from pgolf.trainer import Trainer
 
 Progress = Callable[[str, int, int], None]
@@ -33,7 +34,9 @@ class Report:
     Losses are nats per token, bpb bits per byte (None without a tokenizer). val_*: standard windows over the validation
     data, of the weights as trained, after averaging (None: nothing was averaged) and of the loaded artifact. score_*:
     the artifact, scored by the [eval] table's method. Sizes in bytes; code_bytes and total_bytes None where no
-    script was named. seconds: training time; score_seconds: scoring. peak_memory: (what, MiB) of the run's memory.
+    script was named. seconds: training time; score_seconds: scoring. memory: (what, MiB) of the run's memory.
+    score_tokens, score_bytes: what the score is a mean over. data: fingerprints of the shards that were trained on and
+    scored, {"train", "val"}. A report that an older version wrote lacks these.
     """
 
     val_loss: float
@@ -62,6 +65,9 @@ class Report:
     device: str
     versions: dict[str, str]
     memory: list[tuple[str, float]]
+    score_tokens: int | None = None
+    score_bytes: int | None = None
+    data: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,16 +94,7 @@ def _finish(trainer: Trainer, folder: Path, progress: Progress, code: str | os.P
     progress("validate the artifact", 0, 1)
     quantised = trainer.validation_loss(loaded)
     started = time.perf_counter()
-    score = evaluate(
-        loaded,
-        trainer.validation,
-        method=config.eval.method,
-        seq_len=config.eval_seq_len,
-        stride=config.eval.eval_stride,
-        tail=config.eval.tail,
-        batch_seqs=config.eval.eval_batch_seqs,
-        progress=lambda done, total, tokens: progress("score", done, total),
-    )
+    score = score_as_configured(loaded, trainer.validation, config, progress)
     report = Report(
         val_loss=before[0],
         val_bpb=before[1],
@@ -130,6 +127,9 @@ def _finish(trainer: Trainer, folder: Path, progress: Progress, code: str | os.P
             "numpy": np.__version__,
         },
         memory=trainer.memory_table(),
+        score_tokens=score.tokens,
+        score_bytes=score.bytes,
+        data=trainer.data_fingerprints,
     )
     if trainer.run_dir is not None:
         with atomic_write(trainer.run_dir / "report.json") as file:
@@ -137,3 +137,17 @@ def _finish(trainer: Trainer, folder: Path, progress: Progress, code: str | os.P
         with contextlib.suppress(ModuleNotFoundError):  # matplotlib is optional; `pgolf plot` says how to get it
             plot_loss(trainer.run_dir / "log.jsonl", trainer.run_dir / "loss.png")
     return report
+
+
+def score_as_configured(model: Model, validation: ValidationData, config: Config, progress: Progress) -> Score:
+    """The score of a loaded artifact by the configuration's [eval] table: what a run reports, and a check repeats."""
+    return evaluate(
+        model,
+        validation,
+        method=config.eval.method,
+        seq_len=config.eval_seq_len,
+        stride=config.eval.eval_stride,
+        tail=config.eval.tail,
+        batch_seqs=config.eval.eval_batch_seqs,
+        progress=lambda done, total, tokens: progress("score", done, total),
+    )

@@ -311,12 +311,13 @@ def inspect_run(path: Path) -> RunSummary:
         seconds=seconds,
         curves=curves,
         checkpoint=newest(path / "checkpoint"),
-        report=_read_report(path / "report.json"),
+        report=read_report(path / "report.json"),
         artifact_bytes=artifact.stat().st_size if artifact.is_file() else None,
     )
 
 
-def _read_report(path: Path) -> Report | None:
+def read_report(path: Path) -> Report | None:
+    """A run's report.json; None where there is none, FormatError where it is not what a run writes."""
     from pgolf.finish import Report
 
     if not path.is_file():

@@ -137,6 +137,8 @@ class Trainer:
         self.tokenizer = _open_tokenizer(tokenizer or train.tokenizer_path or self.data.tokenizer or None)
         self.validation = ValidationData.load(source, self.tokenizer, vocab_size=model.vocab_size, bos_id=model.bos_id)
         self._shards = ShardSet(self.data.train, model.vocab_size)
+        self.data_fingerprints = {"train": self._shards.fingerprint(), "val": ShardSet(self.data.val).fingerprint()}
+        """What tells the shards that are trained on and scored from others; see `ShardSet.fingerprint`."""
         self._stream = BatchStream(self._shards, train.train_batch_tokens, train.grad_accum_steps, train.train_seq_len)
         self.schedule: Schedule | Replay = Replay(train) if train.replay else Schedule(train)
         self._check_evaluation()
