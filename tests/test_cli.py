@@ -323,7 +323,7 @@ def test_a_printed_recipe_is_that_recipe(name: str, tmp_path: Path) -> None:
 
 def test_help_teaches() -> None:
     text = pgolf_("--help").stdout
-    verbs = ("train", "eval", "export", "generate", "inspect", "plot", "data", "recipes", "doctor")
+    verbs = ("train", "eval", "export", "generate", "inspect", "plot", "data", "submit", "check", "recipes", "doctor")
     for expected in (*verbs, "pgolf data prepare --builtin", "--install-completion", "130 interrupted"):
         assert expected in text
     data_verbs = (("data", verb) for verb in ("prepare", "download", "inspect"))

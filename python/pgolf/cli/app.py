@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pgolf import __version__
+from pgolf.cli.check import check_command
 from pgolf.cli.data import data_app
 from pgolf.cli.doctor import doctor_command
 from pgolf.cli.evaluate import evaluate_command
@@ -16,6 +17,7 @@ from pgolf.cli.generate import generate_command
 from pgolf.cli.inspect import inspect_command
 from pgolf.cli.plot import plot_command
 from pgolf.cli.recipes import recipes_command
+from pgolf.cli.submit import submit_command
 from pgolf.cli.train import train_command
 
 _FIRST_RUN = """
@@ -59,5 +61,7 @@ app.command("generate")(reported(generate_command))
 app.command("inspect")(reported(inspect_command))
 app.command("plot")(reported(plot_command))
 app.add_typer(data_app, name="data")
+app.command("submit")(reported(submit_command))
+app.command("check")(reported(check_command))
 app.command("recipes")(reported(recipes_command))
 app.command("doctor")(reported(doctor_command))

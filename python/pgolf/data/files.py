@@ -23,9 +23,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
             os.replace(partial, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -47,7 +47,8 @@ def remove_partials(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Has the names in a folder on disk before it returns."""
     if os.name == "nt":  # Windows has no handle on a folder to flush
         return
     descriptor = os.open(folder, os.O_RDONLY)

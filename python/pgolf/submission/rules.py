@@ -1,0 +1,453 @@
+"""The rules, each a small function: to add one, write it here under `run_rule` or `folder_rule`, and nowhere else.
+
+A rule returns the sentence that says what it saw, and so passes; it raises Broken with what is wrong, or Unchecked with
+what is missing. What it asks for may raise too: a missing file means unchecked, a damaged or impossible one broken.
+docs/submission.md has the table for readers.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from pgolf.config import Config
+from pgolf.data.files import file_sha256
+from pgolf.evaluate import plan_windows
+from pgolf.submission.claims import PublicRun, claim_of, seed_claims
+from pgolf.submission.evidence import Claim, Evidence, Model, RunFolder, number
+from pgolf.submission.folder import README, Folder
+from pgolf.submission.verdict import Broken, Unchecked
+
+SAME_SCORE = 1e-4
+"""How far a score may be off when it is measured again, in nats per token and in bits per byte: kernels round."""
+UNSCORED_SHARE = 0.01
+"""Validation targets that a method may leave out at the stream's end."""
+FREE_KEYS = {"train.seed", "train.data_path", "train.tokenizer_path", "train.train_log_every", "train.checkpoint_every"}
+"""In which the configurations of one submission's runs may differ."""
+
+_PROBE_LENGTH, _SUM_LENGTH = 256, 16  # tokens
+_SUM_ERROR = 1e-4  # of probabilities that are added in float64 and were computed in float32
+_BYTES_ERROR, _UNKNOWN_TAIL = 1e-6, 1e-4  # relative; where it is not known which targets a method left out
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule: its name, why there is one, and the function that judges a run's Evidence or a whole Folder."""
+
+    name: str
+    reason: str
+    judge: Callable[[Any], str]
+
+
+RUN_RULES: list[Rule] = []
+"""Judged for each run."""
+FOLDER_RULES: list[Rule] = []
+"""Judged once."""
+
+
+def run_rule(name: str, reason: str) -> Callable[[Callable[[Evidence], str]], Callable[[Evidence], str]]:
+    def add(judge: Callable[[Evidence], str]) -> Callable[[Evidence], str]:
+        RUN_RULES.append(Rule(name, reason, judge))
+        return judge
+
+    return add
+
+
+def folder_rule(name: str, reason: str) -> Callable[[Callable[[Folder], str]], Callable[[Folder], str]]:
+    def add(judge: Callable[[Folder], str]) -> Callable[[Folder], str]:
+        FOLDER_RULES.append(Rule(name, reason, judge))
+        return judge
+
+    return add
+
+
+# ---- Size and time
+
+
+@run_rule("bytes", "The code and the artifact together may have 16,000,000 bytes.")
+def code_and_artifact_fit(run: Evidence) -> str:
+    limit, claimed = run.settings.limit_bytes, _claim(run).total_bytes
+    if claimed is not None and claimed > limit:
+        raise Broken(f"Code and artifact are said to have {claimed:,} bytes; the limit is {limit:,}.")
+    try:
+        artifact = run.artifact.stat().st_size
+    except Unchecked as missing:
+        said = "" if claimed is None else f" Code and artifact are said to have {claimed:,} bytes, within {limit:,}."
+        raise Unchecked(f"{missing}{said}") from None
+    if artifact > limit:
+        raise Broken(f"The artifact alone has {artifact:,} bytes; the limit is {limit:,}, code included.")
+    code = run.code.stat().st_size
+    size = f"Artifact ({artifact:,} bytes) and code ({code:,}) have {artifact + code:,} bytes"
+    if artifact + code > limit:
+        raise Broken(f"{size}, {artifact + code - limit:,} more than the limit of {limit:,}.")
+    return f"{size} of {limit:,}."
+
+
+@run_rule("time", "No training step may start after the time limit; a GPU may finish the two it has been given.")
+def steps_start_in_time(run: Evidence) -> str:
+    limit, timeline = run.settings.limit_seconds, run.timeline
+    steps, seconds = timeline.ends[-1]
+    took = f"{steps:,} steps in {seconds:,.1f} s by {timeline.source}"
+    if limit <= 0:
+        return f"{took}; there is no limit."
+    late = timeline.started_after(limit)
+    if late > timeline.in_flight:
+        allowed = f"only {timeline.in_flight} can be in flight then" if timeline.in_flight else "none may"
+        raise Broken(f"{took}: {late:,} of them started after the limit of {limit:,.0f} s, and {allowed}.")
+    return f"{took}, of {limit:,.0f} s."
+
+
+@run_rule("scoring-time", "Scoring may take as long as training.")
+def scoring_ends_in_time(run: Evidence) -> str:
+    limit, seconds = run.settings.limit_seconds, run.claim.score_seconds
+    if seconds is None:
+        raise Unchecked("Nothing says how long scoring took.")
+    if 0 < limit < seconds:
+        raise Broken(f"Scoring took {seconds:,.1f} s; the limit is {limit:,.0f} s.")
+    return f"Scoring took {seconds:,.1f} s."
+
+
+@run_rule("log", "The log is whole, and agrees with the report, the configuration and the artifact.")
+def log_is_whole(run: Evidence) -> str:
+    records, report, config, header = run.records, run.report, run.config, run.header
+    steps = [record for record in records if record["step"] > 0]
+    if [record["step"] for record in steps] != list(range(1, len(steps) + 1)) or not steps:
+        raise Broken(f"The log does not have every step from 1 to {report.steps:,}, one after the other.")
+    before = 0.0
+    for record in steps:
+        seconds, batch = number(record, "seconds", run.path), config.train.train_batch_tokens
+        took = batch / max(number(record, "tokens_per_second", run.path), 1e-300)
+        if abs(seconds - before - took) > 1e-6 * max(seconds, 1.0) or took <= 0:
+            raise Broken(
+                f"Step {record['step']:,} ends {seconds - before:.6g} s after the one before it by its seconds, and "
+                f"{took:.6g} s by its tokens_per_second."
+            )
+        if number(record, "tokens", run.path) != record["step"] * batch:
+            raise Broken(f"Step {record['step']:,} has {record['tokens']} tokens; expected {record['step'] * batch:,}.")
+        before = seconds
+    told = {
+        "steps": (report.steps, len(steps), header["steps"]),
+        "tokens": (report.tokens, len(steps) * config.train.train_batch_tokens, header["tokens"]),
+        "seed": (report.seed, config.train.seed, header["seed"]),
+        "seconds": (report.seconds, before, before),
+        "model": (header["model"], config.model.to_dict(), header["model"]),
+        "artifact's bytes": (report.artifact_bytes, run.artifact.stat().st_size, report.artifact_bytes),
+    }
+    for what, values in told.items():
+        if values[0] != values[1] or values[1] != values[2]:
+            raise Broken(f"Report, log, configuration and artifact disagree about the {what}: {values}.")
+    return f"Every one of {len(steps):,} steps is there; report, configuration and artifact agree."
+
+
+# ---- What was trained on, and what was scored
+
+
+@run_rule("order", "No token may be scored after it has been trained on.")
+def nothing_scored_after_training(run: Evidence) -> str:
+    config, data = run.config, run.data
+    if not data.train:
+        raise Unchecked(f"{data.path} holds no training shards that could be compared with the validation shards.")
+    if "train" not in run.report.data:
+        raise Unchecked("report.json does not say which shards were trained on; an older pgolf wrote it.")
+    for train, val in _same_files(data.train, data.val):
+        raise Broken(f"The training shard {train.name} has the content of the validation shard {val.name}.")
+    method = config.eval.method
+    scorer = SCORERS.get(method)
+    if scorer is None:
+        raise Unchecked(f"How the method {method} scores each token cannot be looked at.")
+    length = min(config.eval_seq_len, _PROBE_LENGTH // 4)
+    # Targets from here on change: inside a chunk, and inside what one window scores, whatever divides what.
+    cut = max(length + length // 2 - 1, 1)
+    text = np.random.default_rng(2).integers(0, config.model.vocab_size - 1, 3 * length + 1)
+    other = np.where(np.arange(text.size) < cut, text, (text + 1) % (config.model.vocab_size - 1))
+    before, after = (scorer(run.model, _document(ids, config), config, length) for ids in (text, other))
+    for target in _changes(before[:cut], after[:cut]):
+        raise Broken(f"By the method {method}, the score of target {target} knows of the targets from {cut} on.")
+    batch, spans, count = config.train.train_batch_tokens, config.train.grad_accum_steps, len(data.train)
+    return (
+        f"By the method {method}, no score knows of a later target, and the {run.report.steps:,} training steps read "
+        f"{run.report.steps * (batch + spans):,} tokens from the beginning of {count:,} training "
+        f"shard{'s' * (count != 1)}, none of which is a validation shard."
+    )
+
+
+@run_rule("coverage", "Every validation token is scored, as often as the method says.")
+def every_token_scored(run: Evidence) -> str:
+    data, times = run.data, run.times
+    tokens = run.validation.tokens.size
+    if data.manifest is not None and data.manifest.val.tokens != tokens:
+        raise Broken(
+            f"The validation shards hold {tokens:,} tokens; {data.path}'s manifest says {data.manifest.val.tokens:,}."
+        )
+    expected = int(times.sum(dtype=np.int64))
+    scored = run.claim.tokens
+    if scored is None:
+        scored = run.score.tokens
+    if scored != expected:
+        raise Broken(f"{scored:,} scores were given; the method and the data define {expected:,}.")
+    left = int((times == 0).sum())
+    if left > UNSCORED_SHARE * times.size:
+        raise Broken(f"{left:,} of {times.size:,} validation targets are never scored, more than a dropped tail.")
+    rest = f"all but the last {left:,}, which the method drops" if left else "each of them"
+    return f"{scored:,} scores of {times.size:,} validation targets: {rest}."
+
+
+@run_rule("text-bytes", "Bits per byte are counted over the bytes of the text that the tokens decode to.")
+def bytes_are_the_texts(run: Evidence) -> str:
+    validation, claim = run.validation, run.claim
+    if validation.target_bytes is None:
+        raise Unchecked("There is no tokenizer to decode the validation tokens; give --tokenizer.")
+    if claim.val_loss is None or claim.val_bpb is None:
+        raise Unchecked("Without both a loss and bits per byte, there is nothing to compare the text's bytes with.")
+    counted = int((run.times * validation.target_bytes).sum(dtype=np.int64))
+    per_token = counted / int(run.times.sum(dtype=np.int64))
+    implied = claim.val_loss / math.log(2) / claim.val_bpb
+    slack = claim.precision * (1 / claim.val_loss + 1 / claim.val_bpb) + (
+        _BYTES_ERROR if claim.tokens is not None else _UNKNOWN_TAIL
+    )
+    if claim.bytes not in (None, counted) or abs(implied / per_token - 1) > slack:
+        raise Broken(
+            f"{claim.val_loss:.6f} nats per token and {claim.val_bpb:.6f} bits per byte mean {implied:.6f} bytes per "
+            f"token; the decoded text has {per_token:.6f} ({counted:,} bytes)."
+        )
+    return f"Every document's bytes are its text's: {counted:,} of them, {per_token:.4f} per token."
+
+
+@run_rule("documents", "No validation document may stand among the training documents.")
+def no_document_trained_on(run: Evidence) -> str:
+    duplicates = run.validation.duplicates
+    if duplicates is None:
+        raise Unchecked(f"{run.data.path} holds no training shards to look validation documents up in.")
+    if duplicates.found:
+        raise Broken(
+            f"{duplicates.found:,} of {duplicates.looked_up:,} validation documents also stand in the training shards."
+        )
+    looked = f"{duplicates.looked_up:,} validation documents were looked up among {duplicates.training_documents:,}"
+    if not duplicates.complete:
+        raise Unchecked(f"Only a sample, {looked} training documents, none found; the full audit looks all of them up.")
+    return f"All {looked} training documents; none stands there."
+
+
+# ---- What the artifact is
+
+
+@run_rule("causality", "The prediction of a token may depend on no token behind it.")
+def logits_are_causal(run: Evidence) -> str:
+    model, vocab = run.model, run.model.config.vocab_size
+    length = min(model.train_seq_len or _PROBE_LENGTH, _PROBE_LENGTH)
+    rng = np.random.default_rng(0)
+    stream = rng.integers(0, vocab, length + 1)
+    logits, losses = _predictions(model, stream)
+    cuts = sorted({max(cut, 1) for cut in (length // 4, length // 2, length - 1)})
+    for cut in cuts:  # tokens from here on are others
+        other = stream.copy()
+        other[cut:] = (other[cut:] + rng.integers(1, vocab, other.size - cut)) % vocab
+        other_logits, other_losses = _predictions(model, other)
+        # Position p reads the tokens up to p and predicts the one behind it.
+        for what, one, two, end in (("logits", logits, other_logits, cut), ("loss", losses, other_losses, cut - 1)):
+            for position in _changes(one[:end], two[:end]):
+                raise Broken(f"The {what} at position {position} changed when only tokens from {cut} on did.")
+    return f"Logits and losses stayed, bit for bit, when later tokens changed (at {_listed(cuts)} of {length:,})."
+
+
+@run_rule("normalisation", "The probabilities that are scored sum to one over the vocabulary.")
+def probabilities_sum_to_one(run: Evidence) -> str:
+    model, vocab = run.model, run.model.config.vocab_size
+    length = min(model.train_seq_len or _SUM_LENGTH, _SUM_LENGTH)
+    ids = np.random.default_rng(1).integers(0, vocab, length)
+    targets = np.repeat(np.arange(vocab, dtype=np.int32)[:, None], length, axis=1)  # each token, at every position
+    losses = np.asarray(model.window_losses(np.tile(ids.astype(np.int32), (vocab, 1)), targets, 0), dtype=np.float64)
+    sums = np.exp(-losses).sum(axis=0)
+    worst = int(np.argmax(np.abs(sums - 1)))
+    if not abs(sums[worst] - 1) <= _SUM_ERROR:  # NaN is none
+        raise Broken(f"The probabilities of all {vocab:,} tokens at position {worst} sum to {sums[worst]:.6f}.")
+    return f"At {length} positions the probabilities of {vocab:,} tokens sum to 1 within {abs(sums[worst] - 1):.1e}."
+
+
+@run_rule("reload", "The artifact, loaded anew, scores what is claimed.")
+def artifact_scores_again(run: Evidence) -> str:
+    claim, score = run.claim, run.score
+    for what, claimed, found in (("loss", claim.val_loss, score.loss), ("bits per byte", claim.val_bpb, score.bpb)):
+        if claimed is None or found is None:
+            raise Unchecked(f"The {what} cannot be compared: {claimed} is claimed, {found} was measured.")
+        if not abs(found - claimed) <= SAME_SCORE:
+            raise Broken(f"The artifact scores {found:.6f} {what}; {claimed:.6f} is claimed.")
+    return f"The artifact scores {score.bpb:.6f} bits per byte again, {claim.val_bpb:.6f} is claimed."
+
+
+# ---- The folder
+
+
+@folder_rule("files", "A submission has a README, submission.json, a training log and a script that can run.")
+def files_are_there(folder: Folder) -> str:
+    values = _submission(folder)
+    readme = folder.path / README
+    if not readme.is_file() or not readme.read_text(encoding="utf-8", errors="replace").strip():
+        raise Broken(f"There is no {README}, or it is empty.")
+    for names in (("name",), ("author", "github_id"), ("val_bpb", "mean_val_bpb", "val_bpb_mean")):
+        if not any(values.get(name) not in (None, "") for name in names):
+            raise Broken(f"submission.json has no {' or '.join(names)}.")
+    if not folder.logs:
+        raise Broken("There is no training log (*.log, train*.txt).")
+    try:
+        script = folder.script
+        ast.parse(script.read_bytes(), filename=script.name)
+    except Unchecked as missing:
+        raise Broken(str(missing)) from None
+    except (SyntaxError, ValueError) as error:
+        raise Broken(f"{script.name} is not a Python script: {error}.") from None
+    return f"{_listed([README, 'submission.json', *(log.name for log in folder.logs), script.name])} are there."
+
+
+@folder_rule("seeds", "The runs differ in their seeds, in nothing else, and no run stands there twice.")
+def runs_differ_in_seed_alone(folder: Folder) -> str:
+    runs = [run for run in folder.runs if isinstance(run, RunFolder)]
+    if not runs:
+        raise Unchecked("Without pgolf's run folders, it cannot be seen in what the runs differ.")
+    for what, of in (("seed", lambda run: run.report.seed), ("artifact", lambda run: file_sha256(run.artifact))):
+        seen: dict[Any, str] = {}
+        for run in runs:
+            value = of(run)
+            if value in seen:
+                raise Broken(f"{seen[value]} and {run.name} have the same {what}: they are not two runs.")
+            seen[value] = run.name
+    first, *others = ((run.name, dict(_flat(run.config.to_dict()))) for run in runs)
+    for name, values in others:
+        for key, value in values.items():
+            if key not in FREE_KEYS and value != first[1][key]:
+                raise Broken(f"{first[0]} has {key} = {first[1][key]!r} and {name} {value!r}.")
+    return f"Seeds {_listed([run.report.seed for run in runs])}, one configuration."
+
+
+@folder_rule("claims", "submission.json says what the logs and the runs say.")
+def submission_says_what_runs_say(folder: Folder) -> str:
+    values = _submission(folder)
+    claimed, by_seed = claim_of(values), seed_claims(values)
+    if claimed.val_bpb is None:
+        raise Broken("submission.json gives no val_bpb.")
+    public = [run for run in folder.runs if isinstance(run, PublicRun)]
+    if public:
+        scores = [each.claimed.val_bpb for each in public if each.claimed.val_bpb is not None]
+        for each in public:
+            _check_log(each)
+        if not any(each.log is not None for each in public) and len(scores) < 2:
+            raise Unchecked("There are no logs and no seeds to compare submission.json with.")
+    else:
+        scores = []
+        for run in folder.runs:
+            found, said = run.claim, by_seed.get(str(run.report.seed))
+            if found.val_bpb is None or said is None or said.val_bpb is None:
+                raise Broken(f"{run.name} is not in submission.json's seed_results, or has no bits per byte.")
+            if abs(said.val_bpb - found.val_bpb) > said.precision + 1e-12:
+                raise Broken(f"{run.name} scored {found.val_bpb:.8f}; submission.json says {said.val_bpb:.8f}.")
+            scores.append(found.val_bpb)
+        largest = max(run.artifact.stat().st_size + run.code.stat().st_size for run in folder.runs)
+        if claimed.total_bytes != largest:
+            raise Broken(f"bytes_total is {claimed.total_bytes}; the largest artifact and the code have {largest:,}.")
+    mean = fmean(scores) if scores else claimed.val_bpb
+    if claimed.val_bpb < mean - claimed.precision - 1e-12:
+        raise Broken(f"val_bpb is {claimed.val_bpb:.8f}; the mean of the {len(scores)} seeds is {mean:.8f}.")
+    return f"val_bpb {claimed.val_bpb:.6f} is what {len(scores) or 1} run{'s' * (len(scores) > 1)} came to."
+
+
+def _check_log(run: PublicRun) -> None:
+    log, claimed = run.log, run.claimed
+    if log is None or claimed.val_bpb is None or len(log.scores) == 0:
+        return
+    slack = max(claimed.precision, log.claim.precision) * 1.001
+    nearest = min(log.scores, key=lambda score: abs(score - claimed.val_bpb))  # type: ignore[operator]
+    if abs(nearest - claimed.val_bpb) > slack:
+        raise Broken(f"No line of {log.path.name} has val_bpb {claimed.val_bpb:.8f}; the nearest is {nearest:.8f}.")
+    if (
+        log.claim.total_bytes is not None
+        and claimed.total_bytes is not None
+        and log.claim.total_bytes > claimed.total_bytes
+    ):
+        raise Broken(
+            f"{log.path.name} says {log.claim.total_bytes:,} bytes in total; submission.json {claimed.total_bytes:,}."
+        )
+
+
+# ---- What several rules need
+
+
+def _document(ids: np.ndarray[Any, Any], config: Config) -> np.ndarray[Any, Any]:
+    """BOS and behind it these tokens, numbered 0 … V − 2 so that none of them is another BOS."""
+    bos = config.model.bos_id
+    return np.concatenate([[bos], ids + (ids >= bos)])
+
+
+def _by_windows(model: Model, tokens: np.ndarray[Any, Any], config: Config, length: int) -> np.ndarray[Any, Any]:
+    """The loss of every target of a short stream, (N,), in windows of ``length``."""
+    method, stride = config.eval.method, min(config.eval.eval_stride, max(length // 2, 1))
+    plan = plan_windows(method, tokens.size - 1, length, stride, "exact")
+    losses = np.zeros(tokens.size - 1)
+    for start, size, first in zip(plan.start, plan.length, plan.first_scored, strict=True):
+        ids, targets = (tokens[None, at : at + size].astype(np.int32) for at in (start, start + 1))
+        losses[start + first : start + size] = np.asarray(model.window_losses(ids, targets, int(first)))[0]
+    return losses
+
+
+SCORERS: dict[str, Callable[[Model, np.ndarray[Any, Any], Config, int], np.ndarray[Any, Any]]] = {
+    "standard": _by_windows,
+    "sliding": _by_windows,
+}
+"""How a method scores a short stream token by token, (N + 1,) to (N,): the function of a model, the stream, the run's
+configuration, and a length that takes the place of its windows', or of its chunks'."""
+
+
+def _claim(run: Evidence) -> Claim:
+    """What is claimed; nothing, where no file claims anything."""
+    try:
+        return run.claim
+    except Unchecked:
+        return Claim()
+
+
+def _submission(folder: Folder) -> dict[str, Any]:
+    if folder.submission is None:
+        raise Unchecked("These are runs, and no submission yet.")
+    return folder.submission
+
+
+def _predictions(model: Model, stream: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Logits (T, V) and losses (T,) of T + 1 tokens."""
+    ids, targets = stream[None, :-1].astype(np.int32), stream[None, 1:].astype(np.int32)
+    return np.asarray(model.logits(ids))[0], np.asarray(model.window_losses(ids, targets, 0))[0]
+
+
+def _changes(one: np.ndarray[Any, Any], two: np.ndarray[Any, Any]) -> list[int]:
+    """Where two arrays differ, by their first axis; NaN differs from everything."""
+    differs = one != two
+    positions: list[int] = np.flatnonzero(differs.any(axis=1) if differs.ndim > 1 else differs).tolist()
+    return positions
+
+
+def _same_files(ones: tuple[Path, ...], others: tuple[Path, ...]) -> Iterator[tuple[Path, Path]]:
+    """Pairs of equal content; only files of equal size are read."""
+    sizes = {path.stat().st_size for path in others}
+    candidates = [path for path in ones if path.stat().st_size in sizes]
+    wanted = {path.stat().st_size for path in candidates}
+    digests = {file_sha256(path): path for path in others if path.stat().st_size in wanted}
+    for path in candidates:
+        other = digests.get(file_sha256(path))
+        if other is not None:
+            yield path, other
+
+
+def _flat(tables: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    for table, keys in tables.items():
+        for key, value in keys.items():
+            yield f"{table}.{key}", value
+
+
+def _listed(values: list[Any]) -> str:
+    *rest, last = map(str, values)
+    return f"{', '.join(rest)} and {last}" if rest else last
