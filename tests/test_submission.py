@@ -786,7 +786,7 @@ def test_a_failure_leaves_what_was_there(
     with pytest.raises(OSError, match="No space left"):
         submit(runs, submission, ABOUT, settings=Settings(code=code), force=True)
     with pytest.raises(OSError, match="No space left"):
-        submit(runs, tmp_path / "new", ABOUT, settings=Settings(code=code))
+        submit(runs, tmp_path / "records" / "mine" / "new", ABOUT, settings=Settings(code=code))
     assert files(tmp_path) == before and sorted(tmp_path.iterdir()) == there
 
 
@@ -892,6 +892,27 @@ def test_a_public_folders_text_is_compared_with_its_score(public: Path, small_co
     assert (outcomes(found)["text-bytes"], outcomes(found)["documents"]) == ("passed", "passed")
     edit(public / "submission.json", val_bpb=round(bpb / 1.04, 6))  # a byte table that is 4 % too large
     assert outcomes(check(public, Settings(data=small_corpus)))["text-bytes"] == "failed"
+
+
+def times(folder: Path) -> str:
+    return next(f.sentence for f in check(folder).findings if f.rule == "time")
+
+
+def test_logs_are_read_as_people_keep_them(public: Path) -> None:
+    """Two runs in one file: the last counts. Two logs of a seed: the one with the score. Times in minutes: the end."""
+    (public / "train.log").write_text(public_log(last=99_000, time=700_000) + public_log())
+    assert times(public) == "10,620 steps in 599.9 s by train.log, of 600 s."
+    (public / "train_again.log").write_text(public_log(bpb=1.3, last=99_000, time=700_000))
+    assert outcomes(check(public))["claims"] == "passed" and "train.log" in times(public)
+    (public / "train_again.log").unlink()
+    for stop, outcome in ((588_047, "passed"), (600_500, "failed")):
+        (public / "train.log").write_text(
+            "1/20000 train_loss: 8.3152 train_time: 0.0m tok/s: 8668352\n"
+            "4500/20000 train_loss: 2.2951 train_time: 9.9m tok/s: 6618594\n"
+            f"stopping_early: wallclock_cap train_time: {stop}ms step: 4550/20000\n"
+        )
+        assert f"4,550 steps in {stop / 1000:,.1f} s" in times(public)
+        assert outcomes(check(public))["time"] == outcome
 
 
 PUBLIC_VIOLATIONS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [

@@ -19,9 +19,15 @@ from pgolf.submission.evidence import GPU_STEPS_IN_FLIGHT, Claim, Evidence, Libr
 from pgolf.submission.verdict import Unchecked
 
 _LOSS, _BPB = ("val_loss", "mean_val_loss", "val_loss_mean"), ("val_bpb", "mean_val_bpb", "val_bpb_mean")
-_TOTAL, _CODE = ("bytes_total", "total_bytes"), ("bytes_code", "code_bytes")
+_CODE = ("bytes_code", "code_bytes")
+_TOTAL = ("bytes_total", "total_bytes", "artifact_bytes_max", "artifact_bytes", "artifact_size_bytes")
 
-_STEP = re.compile(r"^step:\s*(\d+)/\d+\b.*?\btrain_time:\s*([\d.]+)ms", re.M)
+# Some scripts give a step's time in tenths of minutes, and in milliseconds only where they stop.
+_STEP = re.compile(
+    r"^(?:step:\s*(?P<step>\d+)/\d+\b.*?|stopping_early:.*?)\btrain_time:\s*(?P<time>\d+(?:\.\d+)?)ms"
+    r"(?: step:\s*(?P<last>\d+)/)?",
+    re.M,
+)
 _FINAL = re.compile(r"\bval_loss:\s*(\d+\.\d+)\s+val_bpb:\s*(\d+\.\d+)")
 _SCORING = re.compile(r"\beval_time:\s*(\d+)ms")
 _TOTAL_LINE = re.compile(r"^Total submission size[^:\n]*:\s*(\d+) bytes", re.M)
@@ -88,10 +94,13 @@ class TextLog:
     @classmethod
     def read(cls, path: Path) -> TextLog:
         text = path.read_text(encoding="utf-8", errors="replace")
-        ends = {0: 0.0}
-        for step, milliseconds in _STEP.findall(text):
-            if int(step) > max(ends):  # a step that is validated has two lines
-                ends[int(step)] = float(milliseconds) / 1000
+        ends = [(0, 0.0)]
+        for line in _STEP.finditer(text):
+            step, seconds = int(line["step"] or line["last"] or 0), float(line["time"]) / 1000
+            if step < ends[-1][0]:  # another run goes on in the same file: the last one counts
+                ends = [(0, 0.0)]
+            if step > ends[-1][0]:  # a step that is validated has two lines
+                ends.append((step, seconds))
         finals = list(_FINAL.finditer(text))
         last = finals[-1] if finals else None
         claim = Claim() if last is None else claim_of({"val_loss": float(last[1]), "val_bpb": float(last[2])})
@@ -100,7 +109,7 @@ class TextLog:
         return cls(
             path,
             None if seed is None else seed[1],
-            tuple(ends.items()),
+            tuple(ends),
             Claim(
                 claim.val_loss,
                 claim.val_bpb,
@@ -111,6 +120,14 @@ class TextLog:
             ),
             tuple(float(line[2]) for line in finals),
         )
+
+
+def telling_log(logs: Sequence[TextLog], claimed: Claim) -> TextLog | None:
+    """Of several logs of a seed, one that shows the claimed score, else the last."""
+    if claimed.val_bpb is None or not any(log.scores for log in logs):
+        return logs[-1] if logs else None
+    bpb = claimed.val_bpb
+    return min((log for log in logs if log.scores), key=lambda log: min(abs(score - bpb) for score in log.scores))
 
 
 class PublicRun(Evidence):

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pgolf.submission.claims import PublicRun, TextLog, claim_of, read_submission, seed_claims
+from pgolf.submission.claims import PublicRun, TextLog, claim_of, read_submission, seed_claims, telling_log
 from pgolf.submission.evidence import Claim, Evidence, Library, Progress, RunFolder, Settings
 from pgolf.submission.verdict import Unchecked
 
 SUBMISSION, README = "submission.json", "README.md"
-_LOGS = ("*.log", "train*.txt", "log*.txt", "logs/*.txt", "logs/*.log")
+_LOGS = ("*.log", "train*.txt", "*log*.txt", "logs/*.txt", "logs/*.log")
 
 
 class Folder:
@@ -81,11 +81,14 @@ def _logs(path: Path) -> list[Path]:
 def _public_runs(path: Path, settings: Settings, library: Library, submission: dict[str, Any]) -> list[Evidence]:
     """One for every seed that submission.json or a log names; where they name none, one for the folder."""
     claimed = seed_claims(submission)
-    logs = {log.seed: log for log in map(TextLog.read, _logs(path))}
+    logs: dict[str | None, list[TextLog]] = {}
+    for log in map(TextLog.read, _logs(path)):
+        logs.setdefault(log.seed, []).append(log)
     named = [*claimed, *(seed for seed in logs if seed is not None and seed not in claimed)]
     whole = claim_of(submission)
     if len(named) < 2:
-        return [PublicRun(path, settings, library, path.name, next(iter(logs.values()), None), whole)]
+        every = [log for each in logs.values() for log in each]
+        return [PublicRun(path, settings, library, path.name, telling_log(every, whole), whole)]
     sizes = Claim(code_bytes=whole.code_bytes, total_bytes=whole.total_bytes)
     runs: list[Evidence] = []
     for seed in named:
@@ -95,5 +98,5 @@ def _public_runs(path: Path, settings: Settings, library: Library, submission: d
             code_bytes=claim.code_bytes or sizes.code_bytes,
             total_bytes=claim.total_bytes or sizes.total_bytes,
         )
-        runs.append(PublicRun(path, settings, library, f"seed {seed}", logs.get(seed), claim))
+        runs.append(PublicRun(path, settings, library, f"seed {seed}", telling_log(logs.get(seed, []), claim), claim))
     return runs

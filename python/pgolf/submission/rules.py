@@ -291,7 +291,7 @@ def files_are_there(folder: Folder) -> str:
     readme = folder.path / README
     if not readme.is_file() or not readme.read_text(encoding="utf-8", errors="replace").strip():
         raise Broken(f"There is no {README}, or it is empty.")
-    for names in (("name",), ("author", "github_id"), ("val_bpb", "mean_val_bpb", "val_bpb_mean")):
+    for names in (("name", "run_name"), ("author", "github_id"), ("val_bpb", "mean_val_bpb", "val_bpb_mean")):
         if not any(values.get(name) not in (None, "") for name in names):
             raise Broken(f"submission.json has no {' or '.join(names)}.")
     if not folder.logs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -104,6 +105,7 @@ def submit(
     test = _test(folder, against, others, margin_nats)
     submission = _submission(folder, about, settings, test)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    missing = [parent for parent in target.parents if not parent.exists()]
     try:
         with naming(partial):
             partial.mkdir(parents=True)
@@ -116,6 +118,9 @@ def submit(
             _put(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in missing:
+            with contextlib.suppress(OSError):  # not empty: the submission lies there
+                parent.rmdir()
     return Written(target, report, submission, test)
 
 
