@@ -423,3 +423,63 @@ def test_state_names_what_the_next_step_depends_on(small_corpus: Path) -> None:
     assert arrays.keys() == expected
     assert (values["step"], values["counts"][0], values["snapshots"]) == (6, 6, trainer.snapshots)
     assert values["position"] == 6 * 162
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "averages"),
+    [
+        ({"swa_start_frac": 1.0, "swa_every": 1, "warmdown_iters": 6}, True),
+        ({"ema_decay": 0.7}, True),
+        ({"swa_enabled": False}, False),
+    ],
+    ids=["SWA", "EMA", "no average"],
+)
+def test_a_checkpoint_is_the_model_that_its_run_ends_with(
+    small_corpus: Path, tmp_path: Path, changes: dict[str, Any], averages: bool
+) -> None:
+    trainer = Trainer(tiny(**changes), small_corpus, run_dir=tmp_path)
+    for _ in trainer:
+        pass
+    path = checkpoint.newest(tmp_path / "checkpoint")
+    assert path is not None
+    before = trainer.model.state_dict()
+    assert trainer.use_average() == averages
+    loaded = pgolf.load(path, device="cpu")
+    for name, w in trainer.model.state_dict().items():
+        np.testing.assert_array_equal(loaded.state_dict()[name], w, err_msg=name)
+        np.testing.assert_array_equal(pgolf.load_state_dict(path)[name], w, err_msg=name)
+    assert any((loaded.state_dict()[name] != w).any() for name, w in before.items()) == averages
+    assert loaded.config == trainer.config.model and loaded.train_seq_len == trainer.config.train.train_seq_len
+    train = trainer.config.train
+    assert loaded.provenance == {
+        "steps": trainer.step,
+        "tokens": trainer.step * train.train_batch_tokens,
+        "seed": train.seed,
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("snapshots", "two"),
+        ("config", {}),
+        ("config", {"train": {"ema_decay": 0.5}}),
+        ("config", [1]),
+        ("step", None),
+    ],
+)
+def test_a_checkpoint_with_odd_values_is_refused(small_corpus: Path, tmp_path: Path, key: str, value: Any) -> None:
+    trainer = stop_after(tiny(), small_corpus, tmp_path, 3)
+    arrays, values = checkpoint.load(trainer.save_checkpoint() or checkpoint.newest(tmp_path / "checkpoint"))
+    path = checkpoint.save(tmp_path, arrays, {**values, "step": 7})
+    altered = {**values, key: value}
+    with np.load(path) as file:
+        entries = dict(file)
+    header = json.dumps({"version": checkpoint.VERSION, "arrays": list(arrays), **altered})
+    entries["header"] = np.frombuffer(header.encode(), np.uint8)
+    np.savez(path, **entries)
+    with pytest.raises(FormatError, match=re.escape(str(path))):
+        pgolf.load(path, device="cpu")

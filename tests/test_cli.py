@@ -266,6 +266,48 @@ def test_export_of_an_artifact_encodes_it_again(run: Path, tmp_path: Path) -> No
     assert all(np.array_equal(array, theirs.state_dict()[name]) for name, array in ours.state_dict().items())
 
 
+def test_files_of_the_community_move_out_and_score_the_same(run: Path, small_corpus: Path, tmp_path: Path) -> None:
+    unquantised = last_json(pgolf_("export", run, "--out", tmp_path / "m.safetensors", "--json"))
+    assert unquantised == {
+        "path": str(tmp_path / "m.safetensors"),
+        "bytes": (tmp_path / "m.safetensors").stat().st_size,
+    }
+    report = last_json(pgolf_("export", run, "--out", tmp_path / "m.ptz", "--json"))
+    artifact = last_json(pgolf_("export", run, "--out", tmp_path / "m.pgolf", "--json"))
+    assert [t | {"path": 0} for t in report["tensors"]] == [t | {"path": 0} for t in artifact["tensors"]]
+    assert pgolf_("export", run, "--out", tmp_path / "m.pt").exit_code == 0
+    newest = run / "checkpoint" / "step-00000024.npz"
+    data = ("--data", small_corpus, "--method", "standard", "--json")
+
+    def loss(path: Path, *options: str | Path) -> float:
+        return float(last_json(pgolf_("eval", path, *data, *options))["loss"])
+
+    quantised = loss(run / "model.pgolf")
+    assert loss(tmp_path / "m.ptz", "--config", run / "config.toml") == quantised
+    assert loss(tmp_path / "m.ptz", "--seq-len", "64") == quantised
+    weights = loss(tmp_path / "m.safetensors")
+    assert weights != quantised
+    assert loss(newest) == weights == loss(tmp_path / "m.pt", "--seq-len", "64")
+    assert loss(tmp_path / "m.pt", "--recipe", "tiny", "--set", "train.train_seq_len=64") == weights
+    assert loss(tmp_path / "m.pt", "--set", "model.rope_base=9", "--seq-len", "64") != weights
+    text = pgolf_("generate", tmp_path / "m.pt", "--tokenizer", next(small_corpus.glob("*.model")), "--prompt", "The")
+    assert text.exit_code == 0 and text.stdout.startswith("The")
+
+
+def test_export_keeps_integers_when_only_the_container_changes(run: Path, tmp_path: Path) -> None:
+    assert pgolf_("export", run, "--out", tmp_path / "a.ptz", "--policy", "pr465", "--small-numel", 64).exit_code == 0
+    back = pgolf_("export", tmp_path / "a.ptz", "--out", tmp_path / "b.pgolf", "--config", run / "config.toml")
+    assert back.exit_code == 0, back.output
+    loaded = pgolf.load(tmp_path / "b.pgolf")
+    assert loaded.train_seq_len == 64 and loaded.config == Config.from_toml(run / "config.toml").model
+    report = last_json(pgolf_("export", tmp_path / "b.pgolf", "--out", tmp_path / "c.ptz", "--json"))
+    assert (tmp_path / "c.ptz").read_bytes() == (tmp_path / "a.ptz").read_bytes()
+    assert {tensor["max_error"] for tensor in report["tensors"]} == {0.0}
+    assert {tensor["encoding"] for tensor in report["tensors"]} >= {"int5", "int6"}
+    again = last_json(pgolf_("export", tmp_path / "c.ptz", "--out", tmp_path / "d.pgolf", "--policy", "tiny", "--json"))
+    assert {tensor["encoding"] for tensor in again["tensors"]} == {"fp16"}
+
+
 def test_generate_continues_the_prompt(run: Path) -> None:
     arguments = ("generate", run, "--prompt", "Return the", "--max-new-tokens", 12, "--seed", 7, "--top-k", 9)
     result = pgolf_(*arguments)
@@ -619,6 +661,14 @@ def test_damaged_artifacts(
         (["export", "{run}", "--out", "{tmp}/x.pgolf", "--prune", "1"], r"export\.prune = 1\.0"),
         (["export", "{run}", "--out", "{tmp}/x.pgolf", "--small-numel", "-1"], r"export\.small_numel = -1"),
         (["export", "{run}", "--out", "{tmp}/x.pgolf", "--code", "{tmp}/no.py"], r"no script .*no\.py"),
+        (["eval", "{run}", "--recipe", "base"], "has a configuration; --recipe, --config and --set are for single"),
+        (["eval", "{run}/model.pgolf", "--recipe", "pr28"], "no recipe 'pr28'"),
+        (["eval", "{run}/model.pgolf", "--recipe", "base", "--config", "x.toml"], "both given"),
+        (["eval", "{run}/model.pgolf", "--set", "model.rope=1"], "nearest is model.rope"),
+        (["eval", "{run}/model.pgolf", "--set", "rope"], "must have the form table.key=value"),
+        (["eval", "{run}/log.jsonl", "--data", "{run}"], r"log\.jsonl: the file begins with"),
+        (["export", "{run}", "--out", "{tmp}/x.pt", "--prune", "0.1"], r"x\.pt holds weights as they are"),
+        (["export", "{run}", "--out", "{tmp}/no/x.safetensors"], r"There is no folder .*no for the state dict"),
         (["generate", "{run}/model.pgolf"], "No tokenizer is known .* give --tokenizer"),
         (["generate", "{run}", "--tokenizer", "{other}"], "has 300 tokens; the model has 512"),
         (["generate", "{run}", "--tokenizer", "{run}/log.jsonl"], r"log\.jsonl: this is no SentencePiece model"),

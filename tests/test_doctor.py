@@ -61,7 +61,7 @@ def test_this_machine(tmp_path: Path) -> None:
     names = [check.name for check in checks]
     assert names == [
         "pgolf", "packages", "processor", "threads", "OpenBLAS", "memory", "GPU", "matplotlib", "huggingface-hub",
-        "torch", "disk",
+        "torch", "safetensors", "disk",
     ]  # fmt: skip
     assert not [check for check in checks if check.status == "broken"]
     assert found(checks, "pgolf").found.startswith(f"{pgolf.__version__}, Python {sys.version.split()[0]}")
@@ -109,7 +109,7 @@ def test_the_command_prints_what_mends_and_fails_where_something_is_broken(monke
 
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     there = doctor._version
-    missing = {"zstandard", "typer", "matplotlib", "huggingface-hub", "torch"}
+    missing = {"zstandard", "typer", "matplotlib", "huggingface-hub", "torch", "safetensors"}
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in missing else there(name))
     checks = examine(tmp_path)
     assert found(checks, "packages") == Check(
@@ -117,8 +117,10 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     )
     assert found(checks, "matplotlib").mend == "pip install 'pgolf[plot]'"
     assert found(checks, "huggingface-hub").mend == "pip install 'pgolf[data]'"
-    assert found(checks, "torch").mend == "pip install torch"
-    assert {found(checks, name).status for name in ("matplotlib", "huggingface-hub", "torch")} == {"limited"}
+    assert found(checks, "torch").mend == "pip install 'pgolf[torch]'"
+    assert found(checks, "safetensors").mend == "pip install 'pgolf[safetensors]'"
+    optional = ("matplotlib", "huggingface-hub", "torch", "safetensors")
+    assert {found(checks, name).status for name in optional} == {"limited"}
 
 
 def test_needed_packages_are_those_of_the_metadata() -> None:
@@ -128,7 +130,8 @@ def test_needed_packages_are_those_of_the_metadata() -> None:
     requirements = importlib.metadata.requires("pgolf") or []
     needed = {line.split(">")[0].split("<")[0].strip() for line in requirements if ";" not in line}
     assert needed == set(doctor._NEEDED)
-    for extra, name in (("plot", "matplotlib"), ("data", "huggingface-hub")):
+    extras = {"plot": "matplotlib", "data": "huggingface-hub", "torch": "torch", "safetensors": "safetensors"}
+    for extra, name in extras.items():
         assert any(line.startswith(name) and f'"{extra}"' in line.replace("'", '"') for line in requirements)
         assert f"pgolf[{extra}]" in shlex.split(doctor._OPTIONAL[name][1])
 

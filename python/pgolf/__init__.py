@@ -20,7 +20,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pgolf.artifact import export as export
-    from pgolf.artifact import load as load
     from pgolf.config import Config as Config
     from pgolf.config import recipes as recipes
     from pgolf.data.shards import read_shard as read_shard
@@ -28,6 +27,10 @@ if TYPE_CHECKING:
     from pgolf.errors import DeviceError as DeviceError
     from pgolf.errors import FormatError as FormatError
     from pgolf.errors import NonFiniteError as NonFiniteError
+    from pgolf.interchange import convert as convert
+    from pgolf.interchange import load as load
+    from pgolf.interchange import load_state_dict as load_state_dict
+    from pgolf.interchange import save_state_dict as save_state_dict
     from pgolf.model import GPT as GPT
     from pgolf.model import newton_schulz as newton_schulz
     from pgolf.quantize import dequantize_rows as dequantize_rows
@@ -45,14 +48,17 @@ _HOME = {  # public name -> module
     "NonFiniteError": "pgolf.errors",
     "Tokenizer": "pgolf.tokenizer",
     "Trainer": "pgolf.trainer",
+    "convert": "pgolf.interchange",
     "dequantize_rows": "pgolf.quantize",
     "export": "pgolf.artifact",
     "get_num_threads": "pgolf.threads",
-    "load": "pgolf.artifact",
+    "load": "pgolf.interchange",
+    "load_state_dict": "pgolf.interchange",
     "newton_schulz": "pgolf.model",
     "quantize_rows": "pgolf.quantize",
     "read_shard": "pgolf.data.shards",
     "recipes": "pgolf.config",
+    "save_state_dict": "pgolf.interchange",
     "set_num_threads": "pgolf.threads",
     "write_shard": "pgolf.data.shards",
 }

@@ -13,6 +13,7 @@ import numpy as np
 import zstandard
 
 from pgolf import __version__
+from pgolf.bundle import BUNDLE_ENDING, pack_bundle
 from pgolf.config import Config, ExportConfig, ModelConfig
 from pgolf.container import EncodedTensor, compress, pack, unpack
 from pgolf.data.files import atomic_write
@@ -100,7 +101,8 @@ def export(
 ) -> ExportReport:
     """Write a model as an artifact: pruned, quantised, compressed, and never half (docs/spec.md §4).
 
-    The model is not changed. Equal weights, header values and zstd version give equal bytes.
+    The model is not changed. Equal weights, header values and zstd version give equal bytes. A path that ends with .ptz
+    becomes a bundle of the public scripts in place of an artifact (docs/formats.md); that needs PyTorch.
 
     Args:
         model: the model; its configuration, training length and provenance go into the header.
@@ -117,14 +119,22 @@ def export(
         ValueError: an impossible policy, prune or small_numel, or a tensor that its encoding cannot hold; it is named.
         FileNotFoundError: there is no such script, or no folder for the artifact.
         NonFiniteError: a tensor holds NaN or infinity; it is named.
+        ModuleNotFoundError: a .ptz file is to be written, and PyTorch is not installed.
     """
     return export_with(model, path, _settings(policy, prune, small_numel), code)
 
 
 def export_with(
-    model: GPT, path: str | os.PathLike[str], settings: ExportConfig, code: str | os.PathLike[str] | None = None
+    model: GPT,
+    path: str | os.PathLike[str],
+    settings: ExportConfig,
+    code: str | os.PathLike[str] | None = None,
+    stored: Mapping[str, EncodedTensor] | None = None,
 ) -> ExportReport:
-    """:func:`export` with every setting of the ``[export]`` table, as a run has them."""
+    """:func:`export` with every setting of the ``[export]`` table, as a run has them.
+
+    stored: the model's tensors, encoded before: written as they are, whatever policy and pruning the settings name.
+    """
     settings.validate()
     code_bytes = None if code is None else _code_bytes(Path(code))
     target = Path(path)
@@ -135,7 +145,7 @@ def export_with(
     for name, w in state.items():
         if not np.isfinite(w).all():
             raise NonFiniteError(f"The tensor {name} holds NaN or infinity; only finite weights can be exported.")
-    encoded = encode_state(state, settings)
+    encoded = encode_state(state, settings) if stored is None else {name: stored[name] for name in state}
     provenance = model.provenance or dict.fromkeys(_PROVENANCE)
     zstd = ".".join(map(str, zstandard.ZSTD_VERSION))
     header = {
@@ -145,10 +155,11 @@ def export_with(
         "pgolf": __version__,
         "zstd": zstd,
     }
+    is_bundle = target.suffix == BUNDLE_ENDING
     # Level 22 is slow and releases the GIL: the artifact and each tensor alone are compressed side by side, by few
     # enough threads for level 22's tables (tens of megabytes a thread).
     with ThreadPoolExecutor(min(get_num_threads(), 8)) as pool:
-        artifact = pool.submit(pack, header, encoded)
+        artifact = pool.submit(pack_bundle, encoded) if is_bundle else pool.submit(pack, header, encoded)
         tensors = tuple(pool.map(_report, state, state.values(), encoded.values()))
         data = artifact.result()
     with atomic_write(target) as file:
@@ -175,7 +186,7 @@ def load(path: str | os.PathLike[str], device: str | None = None, dtype: str | N
     header, arrays = read_artifact(path)
     try:
         config = ModelConfig.from_dict(header["model"])
-        _check_shapes(config, arrays)
+        check_shapes(config, arrays)
     except ValueError as error:
         raise FormatError(f"{path}: {error}") from None
     model = GPT(config, seed=None, device=device, dtype=dtype)
@@ -298,7 +309,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _check_shapes(config: ModelConfig, arrays: Mapping[str, Float32Array]) -> None:
+def check_shapes(config: ModelConfig, arrays: Mapping[str, Float32Array]) -> None:
     """Raises ValueError unless the tensors are those of the configuration; nothing of the model's size is made."""
     # A layer has tensors of its own: more layers than tensors need no list of what is missing.
     if config.num_layers > len(arrays):

@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ import numpy.typing as npt
 from pgolf.config import Config
 from pgolf.data.files import atomic_write
 from pgolf.errors import FormatError
+
+if TYPE_CHECKING:
+    from pgolf.model import GPT
 
 VERSION = 2
 KEPT = 2
@@ -76,6 +79,52 @@ def load(path: Path) -> tuple[_Arrays, dict[str, Any]]:
     if version != VERSION:
         raise FormatError(f"{path} has checkpoint version {version}; this pgolf reads version {VERSION}.{_older(path)}")
     return arrays, values
+
+
+def load_model(path: Path, config: Config | None = None, device: str | None = None, dtype: str | None = None) -> GPT:
+    """The model that a run ends with if it ends at this checkpoint.
+
+    Args:
+        path: the checkpoint.
+        config: the run's; None: the one that the checkpoint holds.
+        device, dtype: as for GPT.
+
+    Raises: as `load`, and FormatError where its weights are not those of the configuration.
+    """
+    from pgolf.model import GPT
+
+    arrays, values = load(path)
+    try:
+        config = config or Config().override(
+            {f"{table}.{key}": value for table, keys in values["config"].items() for key, value in keys.items()}
+        )
+        weights = final_weights(path, arrays, values)
+        model = GPT(config.model, seed=None, device=device, dtype=dtype)
+        model.load_state_dict(weights)
+        steps, train = values["step"], config.train
+        model.provenance = {"steps": steps, "tokens": steps * train.train_batch_tokens, "seed": train.seed}
+    except FormatError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FormatError(f"{path}: {error}") from None
+    model.train_seq_len = train.train_seq_len
+    return model
+
+
+def final_weights(path: Path, arrays: _Arrays, values: dict[str, Any]) -> dict[str, npt.NDArray[np.float32]]:
+    """The weights in what `load` returned, by their names: averaged where there is an average, float32.
+
+    Raises FormatError where the checkpoint does not hold what pgolf writes.
+    """
+    weights = {n.removeprefix("weight."): array for n, array in arrays.items() if n.startswith("weight.")}
+    try:
+        decays, snapshots = values["config"]["train"]["ema_decay"] > 0, values["snapshots"]
+        if decays or snapshots >= 2:
+            share = np.float32(1 if decays else 1 / snapshots)
+            weights = {name: (share * arrays[f"average.{name}"]).reshape(w.shape) for name, w in weights.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{path}: the checkpoint's values are not those that pgolf writes ({error}).") from None
+    return weights
 
 
 def drop_newer(path: Path) -> None:

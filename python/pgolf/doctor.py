@@ -24,7 +24,8 @@ _RUN_BYTES = 1_000_000_000
 _OPTIONAL = {
     "matplotlib": ("pictures of losses", "pip install 'pgolf[plot]'"),
     "huggingface-hub": ("pgolf data download", "pip install 'pgolf[data]'"),
-    "torch": ("the tests alone, which compare with PyTorch", "pip install torch"),
+    "torch": (".pt and .ptz files, and the tests", "pip install 'pgolf[torch]'"),
+    "safetensors": (".safetensors files", "pip install 'pgolf[safetensors]'"),
 }
 _NEEDED = ("numpy", "rich", "scipy-openblas32", "sentencepiece", "tomli-w", "typer", "zstandard")
 

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pgolf.cli.models import Source
-from pgolf.cli.options import DeviceOption, JsonOption, ModelArgument, ThreadsOption, TokenizerOption, use_threads
+from pgolf.cli.options import (
+    ConfigOption,
+    DeviceOption,
+    ForeignRecipeOption,
+    JsonOption,
+    ModelArgument,
+    SetOption,
+    ThreadsOption,
+    TokenizerOption,
+    use_threads,
+)
 from pgolf.cli.output import bits, console_for, key_value_table, print_json
 from pgolf.config import Config, EvalConfig
 
@@ -20,6 +30,9 @@ if TYPE_CHECKING:
 
 def evaluate_command(
     model: ModelArgument,
+    recipe: ForeignRecipeOption = None,
+    config_file: ConfigOption = None,
+    overrides: SetOption = None,
     data: Annotated[
         Path | None,
         typer.Option("--data", metavar="PATH", help="Data folder, or one shard; default: the run's data folder."),
@@ -55,14 +68,18 @@ def evaluate_command(
     """Score a model on validation data: mean loss and bits per byte, with an audit of the score.
 
     Example: pgolf eval runs/demo --method sliding --stride 32
+
+    Someone else's: pgolf eval final_model.int8.ptz --recipe base --set model.rope_tables=bf16 --data data/fineweb
     """
     from pgolf.evaluate import evaluate
     from pgolf.progress import stages
 
     use_threads(threads)
-    source = Source.of(model)
+    source = Source.of(model, recipe, config_file, overrides)
     settings = _settings(source.config)
     loaded = source.load(device)
+    if not (seq_len or settings.eval_seq_len or loaded.train_seq_len):
+        raise ValueError(f"{source.artifact} does not say its training length; give --seq-len or --recipe.")
     console = console_for(as_json)
     with stages(console) as show:
         score = evaluate(

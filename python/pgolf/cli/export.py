@@ -1,20 +1,27 @@
-"""`pgolf export`: weights into an artifact, under any policy."""
+"""`pgolf export`: weights into an artifact, under any policy, or into the community's files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from pgolf.cli.models import Source
-from pgolf.cli.options import JsonOption, ThreadsOption, complete_recipe, use_threads
+from pgolf.cli.options import (
+    ConfigOption,
+    ForeignRecipeOption,
+    JsonOption,
+    SetOption,
+    ThreadsOption,
+    complete_recipe,
+    use_threads,
+)
 from pgolf.cli.output import console_for, data_table, print_json
 from pgolf.config import Config, ExportConfig
-from pgolf.errors import FormatError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from pgolf.artifact import ExportReport
@@ -23,9 +30,12 @@ if TYPE_CHECKING:
 
 def export_command(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A run folder, whose checkpoint is taken, or an artifact.")
+        Path, typer.Argument(metavar="MODEL", help="A run folder, whose checkpoint is taken, or a file with weights.")
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The artifact to write.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FILE", help="An artifact, or what its ending says: .ptz, .pt, .safetensors."),
+    ],
     policy: Annotated[
         str | None,
         typer.Option(
@@ -45,20 +55,42 @@ def export_command(
         Path | None,
         typer.Option("--code", metavar="FILE", help="The script whose bytes count beside the artifact's."),
     ] = None,
+    recipe: ForeignRecipeOption = None,
+    config_file: ConfigOption = None,
+    overrides: SetOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Quantise and compress a model into an artifact, and report its size tensor by tensor.
 
     From a run folder the weights are those of its newest checkpoint, averaged as the run does it; an artifact's weights
-    have been quantised before.
+    have been quantised before. From an artifact to a .ptz bundle and back, its integers stay as they are unless
+    --policy, --prune or --small-numel is given.
 
     Example: pgolf export runs/demo --policy pr465 --out small.pgolf
+
+    For a script: pgolf export runs/demo --out final_model.pt
     """
     from pgolf.artifact import export_with
+    from pgolf.bundle import BUNDLE_ENDING
+    from pgolf.interchange import STATE_DICT_ENDINGS, convert, kind_of_weights, save_state_dict
 
     use_threads(threads)
-    source = Source.of(model)
+    source = Source.of(model, recipe, config_file, overrides)
+    requantise = any(option is not None for option in (policy, prune, small_numel))
+    console = console_for(as_json)
+    if out.suffix in STATE_DICT_ENDINGS:
+        if requantise or code is not None:
+            raise ValueError(f"{out} holds weights as they are: --policy, --prune, --small-numel, --code do not apply.")
+        save_state_dict(_weights(model, source), out)
+        console.print(f"{out}: {out.stat().st_size:,} bytes, not quantised", soft_wrap=True)
+        if as_json:
+            print_json({"path": str(out), "bytes": out.stat().st_size})
+        return
+    other_container = "bundle" if out.suffix != BUNDLE_ENDING else "artifact"
+    if not requantise and not model.is_dir() and kind_of_weights(model) == other_container:
+        _show(convert(model, out, source.config, code), console, as_json)
+        return
     loaded = _weights(model, source)
     settings = source.config.export if source.config is not None else ExportConfig()
     if policy is not None:
@@ -67,8 +99,10 @@ def export_command(
         settings.prune = prune
     if small_numel is not None:
         settings.small_numel = small_numel
-    report = export_with(loaded, out, settings, code)
-    console = console_for(as_json)
+    _show(export_with(loaded, out, settings, code), console, as_json)
+
+
+def _show(report: ExportReport, console: Console, as_json: bool) -> None:
     console.print(_table(report))
     console.print(_summary(report), soft_wrap=True)
     if as_json:
@@ -78,33 +112,11 @@ def export_command(
 def _weights(path: Path, source: Source) -> GPT:
     from pgolf import checkpoint
 
-    if source.config is not None:
+    if path.is_dir() and source.config is not None:
         newest = checkpoint.newest(path / "checkpoint")
         if newest is not None:
-            return _from_checkpoint(newest, source.config)
+            return checkpoint.load_model(newest, source.config, device="cpu")
     return source.load(device="cpu")
-
-
-def _from_checkpoint(path: Path, config: Config) -> GPT:
-    """The model that a run ends with if it ends at this checkpoint: averaged where there is an average."""
-    from pgolf import checkpoint
-    from pgolf.model import GPT
-
-    arrays, values = checkpoint.load(path)
-    weights = {n.removeprefix("weight."): array for n, array in arrays.items() if n.startswith("weight.")}
-    train, snapshots = config.train, values["snapshots"]
-    if train.ema_decay > 0 or snapshots >= 2:
-        share = np.float32(1 if train.ema_decay > 0 else 1 / snapshots)
-        weights = {name: (share * arrays[f"average.{name}"]).reshape(w.shape) for name, w in weights.items()}
-    model = GPT(config.model, device="cpu")
-    try:
-        model.load_state_dict(weights)
-    except ValueError as error:
-        raise FormatError(f"{path}: {error}") from None
-    steps = values["step"]
-    model.train_seq_len = train.train_seq_len
-    model.provenance = {"steps": steps, "tokens": steps * train.train_batch_tokens, "seed": train.seed}
-    return model
 
 
 def _table(report: ExportReport) -> Table:

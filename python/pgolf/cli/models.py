@@ -1,4 +1,4 @@
-"""From the MODEL of a command, an artifact or a run folder, to the model and to what its run knows."""
+"""From the MODEL of a command, a file with weights or a run folder, to the model and to what its run knows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pgolf.cli.failures import requested_device
-from pgolf.config import Config
+from pgolf.config import Config, parse_override
 
 if TYPE_CHECKING:
     from pgolf.model import GPT
@@ -17,30 +17,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies: its artifact, and the configuration of its run where MODEL is a run folder."""
+    """Where a model lies, and a configuration: that of its run where MODEL is a run folder, else what options said."""
 
     artifact: Path
     config: Config | None
 
     @classmethod
-    def of(cls, path: Path) -> Source:
-        """Raises FileNotFoundError where nothing is there, and the errors of the run's config.toml."""
+    def of(
+        cls,
+        path: Path,
+        recipe: str | None = None,
+        config_file: Path | None = None,
+        overrides: list[str] | None = None,
+    ) -> Source:
+        """Raises FileNotFoundError where nothing is there, and the errors of the configuration."""
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder; an artifact or a run folder is expected.")
-        if not path.is_dir():
-            return cls(path, None)
-        return cls(path / "model.pgolf", Config.from_toml(run_config_path(path)))
+        given = recipe is not None or config_file is not None or bool(overrides)
+        if path.is_dir():
+            if given:
+                raise ValueError(f"{path} has a configuration; --recipe, --config and --set are for single files.")
+            return cls(path / "model.pgolf", Config.from_toml(run_config_path(path)))
+        values = dict(parse_override(text) for text in overrides or [])
+        return cls(path, configuration(recipe, config_file, values) if given else None)
 
     def load(self, device: str | None) -> GPT:
-        """The artifact's model."""
-        from pgolf.artifact import load
+        """The file's model; the configuration says what the file does not."""
+        from pgolf.interchange import load
 
         if not self.artifact.is_file():
             raise FileNotFoundError(
                 f"{self.artifact}: the run folder holds no artifact; finish the run, or export one from its checkpoint."
             )
         with requested_device():
-            return load(self.artifact, device=device)
+            return load(self.artifact, device=device, config=self.config)
 
     def data(self, given: Path | None) -> Path:
         """The data folder: the one that was given, else the run's."""
@@ -75,6 +85,15 @@ class Source:
                 f"The tokenizer {path} has {tokenizer.vocab_size:,} tokens; the model has {model.config.vocab_size:,}."
             )
         return tokenizer
+
+
+def configuration(recipe: str | None, path: Path | None, overrides: dict[str, object]) -> Config:
+    """What --recipe, --config and --set say together; base where neither recipe nor file is given."""
+    if path is None:
+        return Config.from_recipe(recipe or "base", overrides)
+    if recipe is not None:
+        raise ValueError(f'--recipe and --config are both given; write extends = "{recipe}" in {path} instead.')
+    return Config.from_toml(path, overrides)
 
 
 def run_config_path(run: Path) -> Path:

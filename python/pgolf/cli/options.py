@@ -21,7 +21,18 @@ TokenizerOption = Annotated[
     Path | None,
     typer.Option("--tokenizer", metavar="FILE", help="SentencePiece model; default: the run's or the data folder's."),
 ]
-ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="An artifact, or a run folder.")]
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL", help="A run folder, an artifact, a checkpoint, or a .pt, .safetensors, .ptz file."),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="A TOML file in its place; it may extend a recipe."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace one value, as in train.iterations=100; repeatable."),
+]
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -35,3 +46,15 @@ def use_threads(count: int | None) -> None:
         from pgolf.threads import set_num_threads
 
         set_num_threads(count)
+
+
+ForeignRecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        autocompletion=complete_recipe,
+        help="A built-in recipe for what the file does not say: how to score it, and of a .pt or .ptz file the values "
+        "of [model] that no shape tells; default: base's.",
+    ),
+]

@@ -9,8 +9,17 @@ import typer
 
 from pgolf.cli.failures import Stopped, requested_device
 from pgolf.cli.interrupts import watched_interrupts
-from pgolf.cli.models import resume_command, run_config_path
-from pgolf.cli.options import DeviceOption, JsonOption, ThreadsOption, TokenizerOption, complete_recipe, use_threads
+from pgolf.cli.models import configuration, resume_command, run_config_path
+from pgolf.cli.options import (
+    ConfigOption,
+    DeviceOption,
+    JsonOption,
+    SetOption,
+    ThreadsOption,
+    TokenizerOption,
+    complete_recipe,
+    use_threads,
+)
 from pgolf.cli.output import bits, console_for, key_value_table, print_json
 from pgolf.config import Config, parse_override
 from pgolf.errors import FormatError
@@ -32,14 +41,8 @@ def train_command(
             help="A built-in recipe; see `pgolf recipes`; default: base, and with --resume the run's configuration.",
         ),
     ] = None,
-    config_file: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="A TOML file in its place; it may extend a recipe."),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace one value, as in train.iterations=100; repeatable."),
-    ] = None,
+    config_file: ConfigOption = None,
+    overrides: SetOption = None,
     data: Annotated[
         Path | None, typer.Option("--data", metavar="DIR", help="Data folder with shards; see `pgolf data prepare`.")
     ] = None,
@@ -113,11 +116,7 @@ def _configuration(recipe: str | None, path: Path | None, resumed: Path | None, 
     """What the options say; without a recipe and a file a resumed run goes on with its own configuration."""
     if path is None and recipe is None and resumed is not None:
         path = run_config_path(resumed)
-    if path is None:
-        return Config.from_recipe(recipe or "base", overrides)
-    if recipe is not None:
-        raise ValueError(f'--recipe and --config are both given; write extends = "{recipe}" in {path} instead.')
-    return Config.from_toml(path, overrides)
+    return configuration(recipe, path, overrides)
 
 
 def _options(values: dict[str, object]) -> list[str]:
