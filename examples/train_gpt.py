@@ -4,6 +4,10 @@
 
 `pgolf.environment.VARIABLES` lists every variable; one that is unset leaves the value of the recipe, which RECIPE names
 (default: base). The lines go to the terminal and to logs/RUN_ID.txt; runs/RUN_ID holds the artifact and the report.
+
+    LOAD_MODEL_PATH=final_model.int8.ptz python examples/train_gpt.py
+
+trains nothing and scores the weights in that file: a script's .pt or .ptz, a .safetensors, an artifact or a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from pathlib import Path
 
 import pgolf
 from pgolf.environment import config_from_environment
+from pgolf.evaluate import ValidationData
 from pgolf.finish import Report
 from pgolf.trainer import StepRecord
 
@@ -32,7 +37,8 @@ def main() -> None:
     environ = dict(os.environ) if "DATA_PATH" in os.environ else {**COMMUNITY_DATA, **os.environ}
     config, warnings = config_from_environment(environ)
     run_id = environ.get("RUN_ID") or str(uuid.uuid4())
-    trainer = pgolf.Trainer(config, run_dir=Path("runs", run_id))
+    weights = environ.get("LOAD_MODEL_PATH", "").strip()
+    work = scoring(config, weights) if weights else training(config, run_id)
 
     Path("logs").mkdir(exist_ok=True)
     with open(f"logs/{run_id}.txt", "a", encoding="utf-8") as file:
@@ -45,14 +51,59 @@ def main() -> None:
         log(file.name)
         for warning in warnings:
             log(f"warning: {warning}")
+        work(log)
+
+
+def training(config: pgolf.Config, run_id: str) -> Callable[[Log], None]:
+    """A whole run, to be done when there is a log; what it needs is opened at once."""
+    trainer = pgolf.Trainer(config, run_dir=Path("runs", run_id))
+
+    def work(log: Log) -> None:
         log_setup(trainer, log)
         train(trainer, log)
         log_results(trainer.finish(code=__file__), config, log)
 
+    return work
+
+
+def scoring(config: pgolf.Config, weights: str) -> Callable[[Log], None]:
+    """The score of the weights in a file, in the model that the environment describes; nothing is trained."""
+    model = pgolf.GPT(config.model, seed=None)
+    model.load_state_dict(pgolf.load_state_dict(weights))
+    validation = ValidationData.load(
+        config.train.data_path,
+        config.train.tokenizer_path or None,
+        vocab_size=config.model.vocab_size,
+        bos_id=config.model.bos_id,
+    )
+
+    def work(log: Log) -> None:
+        log_version(model, log)
+        log(f"load_model_path:{weights}")
+        log(f"model_params:{model.num_parameters}")
+        log(eval_mode(config))
+        score = pgolf.evaluate(
+            model,
+            validation,
+            method=config.eval.method,
+            seq_len=config.eval_seq_len,
+            stride=config.eval.eval_stride,
+            tail=config.eval.tail,
+            batch_seqs=config.eval.eval_batch_seqs,
+        )
+        log(f"loaded_model {losses(score.loss, score.bpb, 4)} eval_time:{1000 * score.seconds:.0f}ms")
+        log(f"loaded_model_exact {losses(score.loss, score.bpb, 8)}")
+
+    return work
+
+
+def log_version(model: pgolf.GPT, log: Log) -> None:
+    log(f"Running pgolf {pgolf.__version__} on Python {sys.version.split()[0]}, {model.description}")
+
 
 def log_setup(trainer: pgolf.Trainer, log: Log) -> None:
     model, train, data = trainer.config.model, trainer.config.train, trainer.data
-    log(f"Running pgolf {pgolf.__version__} on Python {sys.version.split()[0]}, {trainer.model.description}")
+    log_version(trainer.model, log)
     tokenizer = train.tokenizer_path or data.tokenizer
     log(f"val_bpb:{f'enabled tokenizer_kind=sentencepiece tokenizer_path={tokenizer}' if tokenizer else 'disabled'}")
     log(f"train_loader:dataset:{data.path.resolve().name} train_shards:{len(data.train)}")
@@ -99,11 +150,16 @@ def log_results(report: Report, config: pgolf.Config, log: Log) -> None:
     # Parsers look for "int8+zlib" and "int8_zlib": the scripts kept these words when they went on to int6 and zstd.
     log(f"Total submission size int8+zlib: {report.total_bytes} bytes")
     log(f"size_limit: {report.limit_bytes} bytes {'fits' if report.fits else 'EXCEEDED'}")
-    windows = f"stride:{config.eval.eval_stride} batch_seqs:{config.eval.eval_batch_seqs}"
-    log(f"final_eval_mode:{f'sliding_window {windows}' if report.score_method == 'sliding' else report.score_method}")
+    log(eval_mode(config))
     scored = report.score_loss, report.score_bpb
     log(f"final_int8_zlib_roundtrip {losses(*scored, 4)} eval_time:{1000 * report.score_seconds:.0f}ms")
     log(f"final_int8_zlib_roundtrip_exact {losses(*scored, 8)}")
+
+
+def eval_mode(config: pgolf.Config) -> str:
+    windows = f"stride:{config.eval.eval_stride} batch_seqs:{config.eval.eval_batch_seqs}"
+    method = config.eval.method
+    return f"final_eval_mode:{f'sliding_window {windows}' if method == 'sliding' else method}"
 
 
 def losses(loss: float, bpb: float | None, digits: int) -> str:

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import pgolf
+from pgolf.config import Config
 from pgolf.environment import VARIABLES
+from pgolf.evaluate import Score
 from tests.conftest import CORPUS_VOCAB
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_gpt.py"
@@ -41,6 +44,9 @@ SMALL = {
     "SWA_START_FRAC": "1",
     "EVAL_STRIDE": "32",
 }
+
+
+TAIL = Config.from_recipe("tiny").eval.tail
 
 
 def run_script(folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -103,6 +109,52 @@ def test_the_result_is_the_reports(finished: tuple[Path, str]) -> None:
     assert re.findall(r"^Total submission size int8\+zlib: (\d+) bytes$", output, re.M) == [str(artifact + code)]
     assert re.findall(r"^peak memory allocated: (\d+) MiB reserved: (\d+) MiB$", output, re.M)
     assert "\nfinal_eval_mode:sliding_window stride:32 batch_seqs:32\n" in output
+
+
+@pytest.mark.parametrize("kind", ["artifact", "checkpoint", ".pt", ".safetensors", ".ptz"])
+def test_weights_in_a_file_are_scored_and_nothing_is_trained(
+    finished: tuple[Path, str], small_corpus: Path, tmp_path: Path, kind: str
+) -> None:
+    run = finished[0] / "runs" / "first"
+    path = {
+        "artifact": run / "model.pgolf",
+        "checkpoint": next(run.glob("checkpoint/step-00000013.npz")),
+    }.get(kind, tmp_path / f"final_model{kind}")
+    if kind == ".ptz":
+        pgolf.convert(run / "model.pgolf", path)
+    elif kind.startswith("."):
+        pgolf.save_state_dict(pgolf.load(run / "checkpoint" / "step-00000013.npz"), path)
+    done = run_script(tmp_path, DATA_PATH=str(small_corpus), RUN_ID="again", LOAD_MODEL_PATH=str(path))
+    assert done.returncode == 0, done.stderr
+    score = pgolf.evaluate(pgolf.load(path), small_corpus, seq_len=64, stride=32, tail=TAIL)
+    assert f"\nloaded_model_exact {losses(score, 8)}\n" in done.stdout
+    assert re.search(rf"^loaded_model {losses(score, 4)} eval_time:\d+ms$", done.stdout, re.M)
+    assert f"\nload_model_path:{path}\n" in done.stdout and "\nfinal_eval_mode:sliding_window stride:32" in done.stdout
+    assert "train_loss" not in done.stdout and not (tmp_path / "runs").exists()
+    assert (tmp_path / "logs" / "again.txt").read_text(encoding="utf-8").endswith(done.stdout)
+    if kind in ("artifact", ".ptz"):  # the finished run's own score, of the artifact
+        assert EXACT.search(finished[1])[0] == f"final_int8_zlib_roundtrip_exact {losses(score, 8)}"
+
+
+def losses(score: Score, digits: int) -> str:
+    return f"val_loss:{score.loss:.{digits}f} val_bpb:{score.bpb:.{digits}f}"
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"LOAD_MODEL_PATH": "no.pt"}, "There is no file no.pt with weights."),
+        ({"NUM_LAYERS": "3"}, "The state dict does not fit this model; missing: blocks.2.resid_mix"),
+        ({"MODEL_DIM": "64"}, r"tok_emb.weight has shape \(512, 32\); expected \(512, 64\)"),
+    ],
+)
+def test_weights_of_another_model_than_the_environments_are_refused(
+    finished: tuple[Path, str], small_corpus: Path, tmp_path: Path, environ: dict[str, str], message: str
+) -> None:
+    weights = {"LOAD_MODEL_PATH": str(finished[0] / "runs" / "first" / "model.pgolf")}
+    done = run_script(tmp_path, DATA_PATH=str(small_corpus), **{**weights, **environ})
+    assert done.returncode == 1 and re.match(rf"train_gpt.py: {message}", done.stderr), done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_averaging_is_announced(finished: tuple[Path, str]) -> None:

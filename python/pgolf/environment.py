@@ -220,6 +220,11 @@ _ONE_PROCESS = "the script trains in one process, so it must be {}"
 VARIABLES: dict[str, Variable] = {
     "RECIPE": Variable("the built-in recipe whose values hold where a variable is unset", "default: base", str),
     "RUN_ID": Variable("the names of the run folder and the log", "default: a random one", str),
+    "LOAD_MODEL_PATH": Variable(
+        "the file whose weights are scored, in place of a training run",
+        "a .pt, .safetensors or .ptz file, an artifact or a checkpoint; empty: train",
+        str,
+    ),
     **{name: _key(f"{table}.{name.lower()}") for table, names in _NAMESAKES.items() for name in names.split()},
     "VAL_BATCH_SIZE": _key("train.val_batch_tokens", "in tokens, as in the scripts"),
     "ADAM_WEIGHT_DECAY": _key("train.weight_decay", "#286, #289 and #997's name of WEIGHT_DECAY"),
@@ -244,9 +249,6 @@ VARIABLES: dict[str, Variable] = {
     ),
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": _refusal(
         "it belongs to the scripts' plain int8 export; CONTROL_TENSOR_NAME_PATTERNS says which tensors stay fp32"
-    ),
-    "LOAD_MODEL_PATH": _refusal(
-        "a PyTorch file is not read; pgolf eval scores an artifact, and pgolf train --resume goes on with a run", ""
     ),
     "NUM_UNIQUE_LAYERS": _refusal("every block has its own weights, so it must be 0", "0"),
     "REQUIRE_ZSTD": _refusal("artifacts are always zstd's, so it must be 0 or 1", "0", "1"),
