@@ -318,6 +318,44 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
         inspect_run(tmp_path)
 
 
+# The community's files
+
+
+def test_weights_of_the_community(run: Path, tmp_path: Path) -> None:
+    model = pgolf.load(run / "model.pgolf")
+    pgolf.convert(run / "model.pgolf", tmp_path / "m.ptz")
+    pgolf.save_state_dict(model, tmp_path / "m.pt")
+    pgolf.save_state_dict(model, tmp_path / "m.safetensors")
+    artifact = inspect_artifact(run / "model.pgolf")
+    encodings = {tensor.name: tensor.encoding for tensor in artifact.tensors}
+    for name, kind, quantised in (
+        ("m.ptz", "bundle", True),
+        ("m.pt", "torch", False),
+        ("m.safetensors", "safetensors", False),
+    ):
+        value = last_json("inspect", tmp_path / name)
+        assert (value["kind"], value["format"], value["quantised"], value["why_not"]) == (
+            "weights",
+            kind,
+            quantised,
+            None,
+        )
+        assert value["bytes"] == (tmp_path / name).stat().st_size
+        assert value["model"]["num_layers"] == model.config.num_layers
+        assert {entry[0]: tuple(entry[2]) for entry in value["tensors"]} == {
+            tensor.name: tensor.shape for tensor in artifact.tensors
+        }
+        if quantised:
+            assert {entry[0]: entry[1] for entry in value["tensors"]} == encodings
+    pgolf.save_state_dict(
+        {"smeargate.gate": np.zeros(4), "bigram_hash.proj.weight": np.ones((2, 3))}, tmp_path / "m.pt"
+    )
+    value = last_json("inspect", tmp_path / "m.pt")
+    assert value["model"] is None and value["why_not"].startswith("it has no tensor tok_emb.weight")
+    printed = pgolf_("inspect", tmp_path / "m.pt").stdout
+    assert "2×3" in printed and "not pgolf's: it has no tensor tok_emb.weight" in printed
+
+
 # Which is which
 
 
@@ -325,6 +363,8 @@ def test_kinds(run: Path, small_corpus: Path, tmp_path: Path) -> None:
     shard = next(small_corpus.glob("*.bin"))
     kinds = {run: "run", run / "model.pgolf": "artifact", small_corpus: "data", shard: "data"}
     kinds[run / "checkpoint" / "step-00000006.npz"] = "checkpoint"
+    pgolf.save_state_dict(pgolf.load(run / "model.pgolf"), tmp_path / "m.pt")
+    kinds[tmp_path / "m.pt"] = "weights"
     assert {path: kind_of(path) for path in kinds} == kinds
     for path in (small_corpus, shard):
         assert last_json("inspect", path) == last_json("data", "inspect", path)

@@ -610,6 +610,25 @@ def test_a_damaged_file_is_refused_in_a_sentence_or_has_weights(
         assert all(np.isfinite(w).all() for w in loaded.state_dict().values())
 
 
+@given(data=st.data())
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_pickle_under_right_checksums_is_refused_or_has_weights(
+    tmp_path: Path, samples: dict[str, bytes], data: Any
+) -> None:
+    with zipfile.ZipFile(io.BytesIO(samples["x.pt"])) as archive:
+        (text,) = (archive.read(entry) for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
+    at = data.draw(st.integers(0, len(text) - 1))
+    put = data.draw(st.one_of(st.binary(min_size=1, max_size=3), st.sampled_from([b"R", b"b", b"Q", b"0", b"2", b"l"])))
+    path = tmp_path / "x.pt"
+    path.write_bytes(with_pickle(samples["x.pt"], text[:at] + put + text[at + data.draw(st.integers(0, 3)) :]))
+    try:
+        loaded = pgolf.load_state_dict(path)
+    except FormatError as error:
+        assert str(error).startswith(str(path)) and len(str(error).split()) > 5
+    else:
+        assert all(w.dtype == np.float32 and np.isfinite(w).all() for w in loaded.values())
+
+
 @pytest.mark.parametrize("name", ["x.pt", "zstd.ptz", "zlib.ptz"])
 def test_no_flipped_byte_of_a_weight_passes_unnoticed(tmp_path: Path, samples: dict[str, bytes], name: str) -> None:
     """The zip archive's checksums cover the tensors, in compressed files too."""

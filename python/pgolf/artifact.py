@@ -219,13 +219,18 @@ def read_artifact(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
     length = header["train_seq_len"]
     if length is not None and not (_is_count(length) and length > 0):
         raise FormatError(f"{path}: train_seq_len is {length!r}; a positive integer or null was expected.")
+    return header, decode_tensors(path, tensors)
+
+
+def decode_tensors(path: str | os.PathLike[str], tensors: Mapping[str, EncodedTensor]) -> dict[str, Float32Array]:
+    """What the tensors of a file stand for; raises FormatError, with the file and the tensor, for NaN or infinity."""
     arrays = {}
     for name, tensor in tensors.items():
         try:
             arrays[name] = decode_tensor(tensor)
         except ValueError as error:
             raise FormatError(f"{path}: the tensor {name!r}: {error}") from None
-    return header, arrays
+    return arrays
 
 
 def encode_state(state: Mapping[str, Float32Array], settings: ExportConfig) -> dict[str, EncodedTensor]:

@@ -1,4 +1,4 @@
-"""What is in a run folder, an artifact or a checkpoint. Files are only read: nothing in them is ever executed."""
+"""What is in a run folder or a file with weights. Files are only read: nothing in them is ever executed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pgolf.container import EncodedTensor
     from pgolf.finish import Report
 
-Kind = Literal["run", "artifact", "checkpoint", "data"]
+Kind = Literal["run", "artifact", "checkpoint", "weights", "data"]
 _CHECKPOINT_NUMBERS = ("version", "step", "position", "snapshots")
 
 Progress = Callable[[str, int, int], None]
@@ -31,11 +31,12 @@ Progress = Callable[[str, int, int], None]
 
 
 def kind_of(path: Path) -> Kind:
-    """What lies at a path, by its files or its first bytes; a shard is "data" too.
+    """What lies at a path, by its files or its first bytes; a shard is "data" too, "weights" the community's files.
 
     Raises FileNotFoundError where nothing is there, FormatError where it is nothing of pgolf's.
     """
     from pgolf.container import MAGIC as ARTIFACT_MAGIC
+    from pgolf.interchange import kind_of_weights
 
     if path.is_dir():
         if (path / "config.toml").is_file():
@@ -53,14 +54,15 @@ def kind_of(path: Path) -> Kind:
         start = file.read(8)
     if start == ARTIFACT_MAGIC:
         return "artifact"
-    if start.startswith(b"PK"):  # a zip file, as .npz files are
-        return "checkpoint"
     if start.startswith(SHARD_MAGIC.to_bytes(4, "little")):
         return "data"
-    raise FormatError(
-        f"{path}: the file begins with {start!r}; an artifact begins with {ARTIFACT_MAGIC!r}, a checkpoint with "
-        f"b'PK', a token shard with the number {SHARD_MAGIC}."
-    )
+    kind = kind_of_weights(path)
+    if kind == "artifact":  # what it calls everything that it does not know
+        raise FormatError(
+            f"{path}: the file begins with {start!r}; an artifact begins with {ARTIFACT_MAGIC!r}, a checkpoint with "
+            f"b'PK', a token shard with the number {SHARD_MAGIC}."
+        )
+    return "checkpoint" if kind == "checkpoint" else "weights"
 
 
 # ---- Artifacts
@@ -175,6 +177,60 @@ def _summarise(name: str, tensor: EncodedTensor) -> TensorSummary:
         raw_bytes=len(payload),
         compressed_bytes=len(compress(payload)),
         entropy=None if tensor.scale is None else entropy_bits(tensor.values),
+    )
+
+
+# ---- The community's files
+
+
+@dataclass(frozen=True)
+class WeightsSummary:
+    """A state dict or a bundle (docs/formats.md): (name, encoding, shape) of every tensor, bfloat16 read as fp32.
+
+    quantised: whether it is a bundle. model: by its own word or its shapes; None, with the reason why, where pgolf has
+    no such model.
+    """
+
+    path: Path
+    bytes: int
+    format: str
+    quantised: bool
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    model: ModelConfig | None
+    why_not: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, with JSON's types."""
+        model = None if self.model is None else self.model.to_dict()
+        return {**asdict(self), "path": str(self.path), "tensors": list(self.tensors), "model": model}
+
+
+def inspect_weights(path: Path) -> WeightsSummary:
+    """Read a .pt, .safetensors or .ptz file, whatever model's it is.
+
+    Raises FileNotFoundError where there is no such file, FormatError where it is damaged or hostile,
+    ModuleNotFoundError where its format's package is missing.
+    """
+    from pgolf.artifact import check_shapes
+    from pgolf.interchange import infer_config, kind_of_weights, read_contents
+
+    kind = kind_of_weights(path)
+    contents = read_contents(path, kind)
+    arrays = {name: tensor.values for name, tensor in contents.tensors.items()}
+    model, why_not = contents.model, None
+    try:
+        model = model or infer_config({name: w.shape for name, w in arrays.items()}, ModelConfig())
+        check_shapes(model, arrays)
+    except ValueError as error:
+        model, why_not = None, str(error)
+    return WeightsSummary(
+        path=path,
+        bytes=path.stat().st_size,
+        format=kind,
+        quantised=contents.quantised,
+        tensors=tuple((name, tensor.encoding, tensor.values.shape) for name, tensor in contents.tensors.items()),
+        model=model,
+        why_not=why_not,
     )
 
 

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, Literal, Union
 import numpy as np
 
 from pgolf import artifact, checkpoint
-from pgolf.artifact import ExportReport, check_shapes, decode_tensor, export_with, read_artifact
+from pgolf.artifact import ExportReport, check_shapes, decode_tensors, export_with, read_artifact
 from pgolf.bundle import Tensors, is_compressed, read_bundle
 from pgolf.config import Config, ExportConfig, ModelConfig, recipes
 from pgolf.container import MAGIC, MAX_CONTENT_BYTES, MAX_HEADER_BYTES, EncodedTensor, unpack
@@ -35,6 +34,8 @@ Kind = Literal["artifact", "checkpoint", "torch", "safetensors", "bundle"]
 Settings = str | Path | Config | ModelConfig | None
 
 _ZIP_MAGIC = b"PK\x03\x04"
+_CHECKPOINT_ENTRY = b"header.npy"  # the first in the archive
+_ZIP_NAME = slice(30, 30 + len(_CHECKPOINT_ENTRY))  # where a zip file has its first entry's name
 _PICKLE = b"\x80"  # how a pickle that is in no zip file begins
 STATE_DICT_ENDINGS = (".pt", ".safetensors")
 _WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)+")
@@ -75,8 +76,8 @@ def load(path: StrPath, device: str | None = None, dtype: str | None = None, con
         return artifact.load(path, device, dtype)
     if kind == "checkpoint":
         return checkpoint.load_model(Path(path), device=device, dtype=dtype)
-    contents = _read(Path(path), kind)
-    arrays = _decoded(path, contents.tensors)
+    contents = read_contents(Path(path), kind)
+    arrays = decode_tensors(path, contents.tensors)
     model_config, train_seq_len = contents.model, contents.train_seq_len
     if model_config is None:
         rest, train_seq_len = _settings(config)
@@ -114,7 +115,7 @@ def load_state_dict(path: StrPath) -> dict[str, Float32Array]:
     if kind == "checkpoint":
         arrays, values = checkpoint.load(Path(path))
         return checkpoint.final_weights(Path(path), arrays, values)
-    return _decoded(path, _read(Path(path), kind).tensors)
+    return decode_tensors(path, read_contents(Path(path), kind).tensors)
 
 
 def save_state_dict(model: GPT | Mapping[str, Any], path: StrPath) -> None:
@@ -173,7 +174,7 @@ def convert(source: StrPath, target: StrPath, config: Settings = None, code: Str
     kind = kind_of_weights(source)
     if kind == "artifact":
         stored = unpack(source)[1]
-    elif kind in ("torch", "bundle") and (contents := _read(Path(source), kind)).quantised:
+    elif kind in ("torch", "bundle") and (contents := read_contents(Path(source), kind)).quantised:
         stored = contents.tensors
     else:
         raise ValueError(f"{source}: its weights are not quantised; pgolf.export quantises the weights of a model.")
@@ -189,19 +190,31 @@ def kind_of_weights(path: StrPath) -> Kind:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path} with weights.")
     with open(path, "rb") as file:
-        start = file.read(9)
-        if start.startswith(_ZIP_MAGIC):
-            try:
-                with zipfile.ZipFile(file) as archive:
-                    return "checkpoint" if "header.npy" in archive.namelist() else "torch"
-            except Exception:  # zipfile has several for what is damaged; the format's own reader says what is wrong
-                return "torch"
+        start = file.read(_ZIP_NAME.stop)
+    if start.startswith(_ZIP_MAGIC):
+        return "checkpoint" if start[_ZIP_NAME] == _CHECKPOINT_ENTRY else "torch"
     # The length of a safetensors header comes before its brace; it may begin as a zlib stream does.
-    if not start.startswith(MAGIC) and start[5:] == b"\0\0\0{":
+    if not start.startswith(MAGIC) and start[5:9] == b"\0\0\0{":
         return "safetensors"
     if is_compressed(start):
         return "bundle"
     return "torch" if start.startswith(_PICKLE) else "artifact"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A file's tensors as they are stored, whether they are quantised, and what it says of its model; None: nothing."""
+
+    tensors: Tensors
+    quantised: bool = False
+    model: ModelConfig | None = None
+    train_seq_len: int | None = None
+
+
+def read_contents(path: Path, kind: Kind) -> Contents:
+    """What a torch file, a bundle or a safetensors file holds; raises as `load_state_dict`."""
+    contents = _read_safetensors(path) if kind == "safetensors" else Contents(*read_bundle(path))
+    return replace(contents, tensors=_unwrapped(contents.tensors))
 
 
 def infer_config(shapes: Mapping[str, tuple[int, ...]], rest: ModelConfig) -> ModelConfig:
@@ -252,21 +265,6 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], rest: ModelConfig) -> Mo
 # ---- Reading
 
 
-@dataclass(frozen=True)
-class _Contents:
-    """A file's tensors, whether they are quantised, and what the file says of its model; None: nothing."""
-
-    tensors: Tensors
-    quantised: bool = False
-    model: ModelConfig | None = None
-    train_seq_len: int | None = None
-
-
-def _read(path: Path, kind: Kind) -> _Contents:
-    contents = _read_safetensors(path) if kind == "safetensors" else _Contents(*read_bundle(path))
-    return replace(contents, tensors=_unwrapped(contents.tensors))
-
-
 def _unwrapped(tensors: Tensors) -> Tensors:
     """Without the prefixes that PyTorch's wrappers for compilation and several GPUs give to every name."""
     if not tensors or not all(_WRAPPERS.match(name) for name in tensors):
@@ -274,17 +272,7 @@ def _unwrapped(tensors: Tensors) -> Tensors:
     return {_WRAPPERS.sub("", name, count=1): tensor for name, tensor in tensors.items()}
 
 
-def _decoded(path: StrPath, tensors: Tensors) -> dict[str, Float32Array]:
-    arrays = {}
-    for name, tensor in tensors.items():
-        try:
-            arrays[name] = decode_tensor(tensor)
-        except ValueError as error:
-            raise FormatError(f"{path}: the tensor {name!r}: {error}") from None
-    return arrays
-
-
-def _read_safetensors(path: Path) -> _Contents:
+def _read_safetensors(path: Path) -> Contents:
     library = _safetensors(path)
     size = path.stat().st_size
     if size > MAX_CONTENT_BYTES:
@@ -302,7 +290,7 @@ def _read_safetensors(path: Path) -> _Contents:
     tensors = {name: EncodedTensor(*_safetensor(path, name, **entry)) for name, entry in entries}
     said = json.loads(data[8 : 8 + header_bytes]).get("__metadata__", {}).get("pgolf")
     if said is None:
-        return _Contents(tensors)
+        return Contents(tensors)
     try:
         values = json.loads(said)
         model, length = ModelConfig.from_dict(values["model"]), values["train_seq_len"]
@@ -310,7 +298,7 @@ def _read_safetensors(path: Path) -> _Contents:
             raise ValueError(f"train_seq_len is {length!r}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise FormatError(f"{path}: its metadata 'pgolf' is not what save_state_dict writes ({error}).") from None
-    return _Contents(tensors, model=model, train_seq_len=length)
+    return Contents(tensors, model=model, train_seq_len=length)
 
 
 def _safetensor(path: Path, name: str, dtype: str, shape: list[int], data: bytes) -> tuple[str, FloatArray]:

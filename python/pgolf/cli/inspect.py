@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pgolf.config import Config, ModelConfig
-    from pgolf.inspect import ArtifactSummary, CheckpointSummary, RunSummary
+    from pgolf.inspect import ArtifactSummary, CheckpointSummary, RunSummary, WeightsSummary
 
 
 def inspect_command(
     path: Annotated[
         Path,
-        typer.Argument(metavar="PATH", help="A run folder, an artifact, a checkpoint, a data folder or a shard."),
+        typer.Argument(metavar="PATH", help="A run folder, a file with weights, a data folder or a shard."),
     ],
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -35,7 +35,7 @@ def inspect_command(
     """
     from pgolf.cli.data import show_data
     from pgolf.data.inspect import inspect_data
-    from pgolf.inspect import inspect_artifact, inspect_checkpoint, inspect_run, kind_of
+    from pgolf.inspect import inspect_artifact, inspect_checkpoint, inspect_run, inspect_weights, kind_of
     from pgolf.progress import stages
 
     use_threads(threads)
@@ -44,13 +44,16 @@ def inspect_command(
     if kind == "data":
         show_data(inspect_data(path), console, as_json)
         return
-    summary: RunSummary | CheckpointSummary | ArtifactSummary
+    summary: RunSummary | CheckpointSummary | ArtifactSummary | WeightsSummary
     if kind == "run":
         summary = inspect_run(path)
         _show_run(summary, console)
     elif kind == "checkpoint":
         summary = inspect_checkpoint(path)
         _show_checkpoint(summary, console)
+    elif kind == "weights":
+        summary = inspect_weights(path)
+        _show_weights(summary, console)
     else:
         with stages(console) as show:
             summary = inspect_artifact(path, show)
@@ -98,6 +101,20 @@ def _tensor_table(artifact: ArtifactSummary) -> Table:
     bits = 8 * artifact.bytes / artifact.weights
     table.add_row("together", "", "", f"{raw:,}", f"{artifact.bytes:,}", f"{bits:.3f}", "", style="bold")
     return table
+
+
+def _show_weights(weights: WeightsSummary, console: Console) -> None:
+    table = data_table(("tensor", "shape", "encoding"), ())
+    for name, encoding, shape in weights.tensors:
+        table.add_row(name, "×".join(map(str, shape)) or "scalar", encoding)
+    console.print(table)
+    model = f"not pgolf's: {weights.why_not}" if weights.model is None else _model_text(weights.model)
+    rows = [
+        ("model", model),
+        ("quantised", "yes" if weights.quantised else "no"),
+        ("file", f"{weights.bytes:,} bytes, {weights.format}"),
+    ]
+    console.print(key_value_table(str(weights.path), rows))
 
 
 def _show_checkpoint(checkpoint: CheckpointSummary, console: Console) -> None:
