@@ -332,6 +332,19 @@ def test_any_tensors_pass_through_a_bundle(tmp_path: Path, tensors: dict[str, En
     assert pack_bundle(found) == path.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("declared", "largest", "stored"),
+    [("int5", 15, "int5"), ("int5", 16, "int8"), ("int6", -32, "int6"), ("int6", -33, "int8"), ("int8", -128, "int8"),
+     ("int7", 3, "int8"), ("fp16", 3, "int8"), (None, 3, "int8"), (["int6"], 3, "int8")],
+)  # fmt: skip
+def test_a_type_that_its_integers_do_not_fit_is_int8(tmp_path: Path, declared: Any, largest: int, stored: str) -> None:
+    w = {"a.q": torch.tensor([[0, largest]], dtype=torch.int8), "a.scale": torch.tensor([0.5]).half()}
+    path = tmp_path / "x.ptz"
+    path.write_bytes(reference.compressed(reference.torch_bytes({"w": w, "m": {"a": {"type": declared}}}), "zlib"))
+    assert read_bundle(path)[0]["a"].encoding == stored
+    np.testing.assert_array_equal(pgolf.load_state_dict(path)["a"], np.array([[0, largest / 2]], np.float32))
+
+
 def test_the_first_scripts_format_is_read(tmp_path: Path) -> None:
     q = torch.tensor([[3, -127], [0, 5]], dtype=torch.int8)
     scale = torch.tensor([0.5, 0.25], dtype=torch.float16)

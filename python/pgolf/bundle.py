@@ -172,10 +172,18 @@ def _quantised(name: str, key: str, q: Any, scale: Any, encoding: Any) -> Encode
         found = f"{q.dtype} of shape {q.shape} and {scale.dtype} of {scale.shape}" if arrays else "no two tensors"
         _fail(name, f"{key!r} has as integers and scales {found}; int8 and one scale, or one a row, were expected")
     if q.ndim == 2 and scale.ndim == 1 and scale.dtype == np.float16:
-        return EncodedTensor(encoding if encoding in ENCODINGS[:3] else "int8", q, scale)
+        return EncodedTensor(encoding if _fits(q, encoding) else "int8", q, scale)
     factors = scale.astype(np.float32).reshape(scale.shape + (1,) * (q.ndim - scale.ndim))
     with np.errstate(all="ignore"):  # NaN and infinity are refused where they are decoded
         return EncodedTensor("fp32", np.asarray(q.astype(np.float32) * factors, dtype=np.float32))
+
+
+def _fits(q: npt.NDArray[np.int8], encoding: Any) -> bool:
+    """Whether ``encoding`` is one of pgolf's integer encodings that holds these integers."""
+    if encoding not in ENCODINGS or not encoding.startswith("int"):
+        return False
+    half = 1 << (int(encoding[3:]) - 1)
+    return bool(((q >= -half) & (q < half)).all())
 
 
 def _fail(name: str, sentence: str) -> NoReturn:
