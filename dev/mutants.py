@@ -188,7 +188,7 @@ class Tree:
         """The test that fails on the mutant, or None for a survivor."""
         path = self.path / mutant.file
         original, stamp = path.read_text(encoding="utf-8"), path.stat()
-        native = not mutant.file.endswith(".py")
+        native = not mutant.file.endswith((".py", ".toml"))
         try:
             path.write_text(mutant.bend(original), encoding="utf-8")
             if mutant.file.startswith("csrc/cpu/"):

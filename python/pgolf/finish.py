@@ -33,7 +33,8 @@ class Report:
 
     Losses are nats per token, bpb bits per byte (None without a tokenizer). val_*: standard windows over the validation
     data, of the weights as trained, after averaging (None: nothing was averaged) and of the loaded artifact. score_*:
-    the artifact, scored by the [eval] table's method. Sizes in bytes; code_bytes and total_bytes None where no
+    the artifact, scored by the [eval] table's method; score_seq_len, score_stride and score_tail: with which windows
+    (stride and tail None where the method has none). Sizes in bytes; code_bytes and total_bytes None where no
     script was named. seconds: training time; score_seconds: scoring. memory: (what, MiB) of the run's memory.
     score_tokens, score_bytes: what the score is a mean over. data: fingerprints of the shards that were trained on and
     scored, {"train", "val"}. A report that an older version wrote lacks these.
@@ -46,6 +47,9 @@ class Report:
     val_loss_quantised: float
     val_bpb_quantised: float | None
     score_method: str
+    score_seq_len: int
+    score_stride: int | None
+    score_tail: str | None
     score_loss: float
     score_bpb: float | None
     score_seconds: float
@@ -102,7 +106,10 @@ def _finish(trainer: Trainer, folder: Path, progress: Progress, code: str | os.P
         val_bpb_averaged=averaged[1] if averaged else None,
         val_loss_quantised=quantised[0],
         val_bpb_quantised=quantised[1],
-        score_method=config.eval.method,
+        score_method=score.method,
+        score_seq_len=score.seq_len,
+        score_stride=score.stride,
+        score_tail=score.tail,
         score_loss=score.loss,
         score_bpb=score.bpb,
         score_seconds=time.perf_counter() - started,
