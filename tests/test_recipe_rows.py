@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,8 +33,7 @@ import pgolf.trainer
 from pgolf.artifact import export_with, read_artifact
 from pgolf.config import Config, ModelConfig
 from pgolf.container import unpack
-from pgolf.data.batches import BatchStream
-from pgolf.data.shards import ShardSet, find_data
+from pgolf.data.shards import find_data
 from pgolf.evaluate import evaluate
 from pgolf.finish import Report
 from pgolf.model import GPT, parameter_shapes
@@ -45,6 +44,8 @@ from tests.reference.model import fake_quantise, perturb, qat_clips
 from tests.reference.rng import init_state
 from tests.reference.trainer import ReferenceTrainer, newton_schulz
 from tests.test_cuda_library import COMPILER, python, stand_in
+from tests.test_trainer import Clock
+from tests.test_training import batches, use_float64
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -174,28 +175,9 @@ def perturbed(config: Config, data: Path, **arguments: Any) -> Trainer:
     return trainer
 
 
-def batches(config: Config, data: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    train = config.train
-    shards = ShardSet(find_data(data).train, config.model.vocab_size)
-    stream = BatchStream(shards, train.train_batch_tokens, train.grad_accum_steps, train.train_seq_len)
-    while True:
-        yield stream.next()
-
-
 def bigram_buckets(last: np.ndarray, this: np.ndarray, buckets: int) -> np.ndarray:
     """Of pairs of small token ids, no product of which leaves 32 bits."""
     return ((36313 * this) ^ (27191 * last)) % (buckets - 1)
-
-
-class Clock:
-    """Advances whenever it is read, which a step does when it begins and when it ends: each takes `pace` seconds."""
-
-    def __init__(self, pace: float) -> None:
-        self.now, self.pace = 0.0, pace
-
-    def perf_counter(self) -> float:
-        self.now += self.pace
-        return self.now
 
 
 @dataclass
@@ -717,7 +699,7 @@ def test_common_shapes(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", NAMES)
 def test_common_steps(recipe: str, tied: bool, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four steps in float64 against the reference with every value written out here."""
-    monkeypatch.setattr(pgolf.trainer, "GPT", lambda *args, **named: GPT(*args, **{**named, "dtype": "float64"}))
+    use_float64(monkeypatch)
     config = scaled(recipe, model__tie_embeddings=tied, train__max_wallclock_seconds=0)
     shape = {key.split(".")[1]: value for key, value in SMALL.items() if key.startswith("model.")}
     model = SimpleNamespace(
