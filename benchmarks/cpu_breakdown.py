@@ -64,11 +64,12 @@ class Bench:
     def measure(self, *steps: tuple[Row, int, Callable[[Any], Any]]) -> None:
         """Calls the steps in turn, each with what the one before returned, and adds their times to their rows."""
         samples: list[list[float]] = [[] for _ in steps]
-        for _ in range(self.repeats + 1):
-            passed = None
-            for taken, (_, _, step) in zip(samples, steps, strict=True):
-                passed = step(passed)
-                taken.append(ops._native(np.dtype(np.float32)).seconds)
+        with ops.timed() as seconds:
+            for _ in range(self.repeats + 1):
+                passed = None
+                for taken, (_, _, step) in zip(samples, steps, strict=True):
+                    passed = step(passed)
+                    taken.append(seconds())
         for taken, (row, calls, _) in zip(samples, steps, strict=True):
             row.add(calls, taken[1:])
 
@@ -107,7 +108,7 @@ class Bench:
         angle = self.array(T, D // 2)
         heads = [self.array(B, T, n, D) for n in (s.num_heads, s.num_kv_heads, s.num_kv_heads)]
         weights = [state[f"blocks.0.attn.c_{name}.weight"] for name in "qkv"]
-        scale, proj = state["blocks.0.attn_scale"], state["blocks.0.attn.proj.weight"]
+        proj = state["blocks.0.attn.proj.weight"]
         # A block's input may have a skip, its gradient what came back through one: each kind takes its own time.
         kinds = Counter((encoders <= i < 2 * encoders, 1 <= i <= encoders) for i in range(layers))
         for (has_skip, has_pending), count in kinds.items():
@@ -120,7 +121,7 @@ class Bench:
                 (qkv_rows[1], calls, lambda saved, p=pending: ops.qkv_backward(saved, *heads, dm=x, pending=p)),
             )
             self.measure(
-                (out_rows[0], calls, lambda _, m=mixed, a=a: ops.project_residual(m, a, proj, scale)[1]),
+                (out_rows[0], calls, lambda _, m=mixed, a=a: ops.project_residual(m, a, proj)[1]),
                 (out_rows[1], calls, lambda saved: ops.project_residual_backward(saved, x)),
             )
 
@@ -134,7 +135,7 @@ class Bench:
             (
                 self.row("mlp out, forward", forward(d, F)),
                 calls,
-                lambda _: ops.project_residual(x, h, out, state["blocks.0.mlp_scale"])[1],
+                lambda _: ops.project_residual(x, h, out)[1],
             ),
             (
                 self.row("mlp out, backward", backward(d, F)),

@@ -227,6 +227,7 @@ class Backend {
   virtual void* allocate(std::size_t bytes) = 0;  // throws DeviceError
   virtual void release(void* pointer) noexcept = 0;
   virtual std::size_t memory_limit() const = 0;  // bytes that it may take in all; 0: no limit is known
+  virtual std::size_t peak_memory() const = 0;   // the most bytes it has had allocated at once; 0: it does not count
   virtual void upload(void* to, const void* from, std::size_t bytes) = 0;  // from may change after the call
   virtual void download(void* to, const void* from, std::size_t bytes) = 0;
   virtual void zero(const TensorView& t) = 0;
@@ -273,6 +274,9 @@ class Backend {
   virtual void head_loss(const Head&) = 0;
   // Forward and backward in one pass over the logits: writes losses too.
   virtual void head_loss_backward(const Head&, const HeadGrads&) = 0;
+
+  // out[m, n] = a[m, k]·b[n, k]ᵀ, all S: the product whose rate everything else is compared with
+  virtual void product(const TensorView& a, const TensorView& b, const TensorView& out) = 0;
 
   // Weights and gradients of a step
   virtual void working_copies(std::span<const WorkingCopy> copies) = 0;

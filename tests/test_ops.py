@@ -715,6 +715,31 @@ def test_fake_quantised_weights_are_the_reference_s_bits(clip, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (513, 3, 70), (64, 130, 257)])
+def test_bare_products(m, n, k, dtype):
+    rng = np.random.default_rng(20)
+    a, b = draw(rng, m, k).astype(dtype), draw(rng, n, k).astype(dtype)
+    assert_close(ops.product(a, b), a.astype(float) @ b.astype(float).T, dtype, "product")
+
+
+def test_timing_repeats_an_operation_and_leaves_the_next_one_alone():
+    rng = np.random.default_rng(21)
+    u = draw(rng, 64, 96).astype(np.float32)
+    expected = ops.newton_schulz(u)
+    with ops.timed() as seconds:
+        assert same_bits(ops.newton_schulz(u), expected)
+        assert seconds() > 0
+    w, m, v = [u], [u], [u * u]
+    with ops.timed(repeats=3):
+        four_steps = ops.adam(w, w, m, v, step=1, lr=0.1)
+    for _ in range(4):
+        w, m, v = ops.adam(w, [u], m, v, step=1, lr=0.1)
+    assert all(same_bits(a[0], b[0]) for a, b in zip(four_steps, (w, m, v), strict=True))
+    with pytest.raises(ValueError, match="repeats is -1"), ops.timed(repeats=-1):
+        pass
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_sum_and_axpby(dtype):
     rng = np.random.default_rng(19)
     x, y = (draw(rng, 3, 20_001).astype(dtype) for _ in range(2))

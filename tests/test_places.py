@@ -182,6 +182,15 @@ def test_products_of_small_integers_are_exact(N: int, d: int, c: int, place: Pla
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 8, 8), (513, 40, 64), (130, 264, 96)])
+def test_bare_products_are_exact_on_small_integers(m: int, n: int, k: int, place: Place) -> None:
+    rng = np.random.default_rng(3)
+    a, b = integers(rng, m, k, most=1), integers(rng, n, k, most=1)
+    with ops.on(place.device, place.dtype):
+        assert np.array_equal(ops.product(a, b), a @ b.T)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize(("T", "D"), [(1, 64), (63, 32), (65, 64), (130, 40), (257, 128)])
 def test_zero_queries_give_prefix_means(T: int, D: int, place: Place) -> None:
     """Each key counts once: a missing or a doubled one shows. Prefix lengths that are powers of two are exact."""

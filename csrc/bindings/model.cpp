@@ -208,6 +208,11 @@ void bind_model(py::module_& m) {
              return self.gpt->training_bytes(B, T);
            })
       .def("memory_limit", [](NativeModel& self) { return self.gpt->backend().memory_limit(); })
+      .def("peak_memory",
+           [](NativeModel& self) {
+             std::lock_guard lock(self.mutex);
+             return self.gpt->backend().peak_memory();
+           })
       .def_readonly("step_allocations", &NativeModel::step_allocations,
                     "Native allocations made by the current step's calls so far.")
       .def(

@@ -14,6 +14,7 @@
 #include "core/error.h"
 #include "core/half.h"
 #include "core/parallel.h"
+#include "model/product_rate.h"
 
 namespace py = pybind11;
 
@@ -177,16 +178,21 @@ struct Ops {
   // Runs the operation itself, for benchmarks: staging and scratch are not in its time.
   template <class F>
   void timed(F&& operation) {
-    backend->synchronize();
-    const auto start = std::chrono::steady_clock::now();
-    operation();
-    backend->synchronize();
-    seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const auto run = [&](int times) {
+      backend->synchronize();
+      const auto start = std::chrono::steady_clock::now();
+      for (int i = 0; i < times; ++i) operation();
+      backend->synchronize();
+      return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / times;
+    };
+    seconds = run(1);
+    if (repeats > 0) seconds = run(repeats);
   }
 
   std::unique_ptr<Backend> backend;
   std::mutex mutex;
-  double seconds = 0;  // of the last operation
+  int repeats = 0;     // of every operation, after it has run: what it returns then is good for nothing but its time
+  double seconds = 0;  // of the last operation, or the mean of its repeats
 };
 
 template <class T>
@@ -464,6 +470,29 @@ void newton_schulz(Ops& self, const py::array& u, const py::array& out, int step
   });
 }
 
+void product(Ops& self, const py::dict& inputs, const py::dict& outputs) {
+  Staged arrays(*self.backend, inputs, outputs);
+  const TensorView a = arrays["a"], b = arrays["b"], out = arrays["out"];
+  self.run(arrays, [&] { self.timed([&] { self.backend->product(a, b, out); }); });
+}
+
+double rate_of_product(Ops& self, std::int64_t m, std::int64_t n, std::int64_t k,
+                       const py::array_t<float, py::array::c_style>& values, double seconds) {
+  require(m > 0 && n > 0 && k > 0 && values.size() > 0, "A product's rate needs sizes and values, at least one each.");
+  require(self.backend->master_dtype() == DType::f32, "A product's rate is measured in float32 or 16 bits.");
+  const Storage storage(*self.backend);
+  const float* data = values.data();
+  const std::int64_t count = values.size();
+  py::gil_scoped_release release;
+  std::lock_guard lock(self.mutex);
+  NativeCall call;
+  if (!storage.converts())
+    return product_rate(*self.backend, m, n, k,
+                        {reinterpret_cast<const unsigned char*>(data), static_cast<std::size_t>(count) * sizeof(float)},
+                        seconds);
+  return product_rate(*self.backend, m, n, k, storage.pack(data, count), seconds);
+}
+
 void quantize_rows(Ops& self, const py::array& w, int clip, const py::array& q, const py::array& scale) {
   Staged arrays(*self.backend);
   const TensorView from = arrays.add(w, false), to = arrays.add(q, true), scales = arrays.add(scale, true);
@@ -510,6 +539,7 @@ void bind_ops(py::module_& m) {
   py::class_<Ops> c(m, "Ops");
   c.def(py::init<int, const std::string&>(), py::arg("device"), py::arg("dtype"));
   c.def_readonly("seconds", &Ops::seconds);
+  c.def_readwrite("repeats", &Ops::repeats);
   c.def("description", [](const Ops& self) { return self.backend->description(); });
   def_forward(c, "embed", make_embed, &Backend::embed_forward);
   def_backward(c, "embed_backward", make_embed, make_embed_grads, &Backend::embed_backward);
@@ -529,6 +559,9 @@ void bind_ops(py::module_& m) {
   c.def("adam", &adam);
   c.def("muon", &muon);
   c.def("newton_schulz", &newton_schulz);
+  c.def("product", &product);
+  c.def("product_rate", &rate_of_product, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("values"),
+        py::arg("seconds"));
   c.def("working_copy", &working_copy);
   c.def("finish_projection", &finish_projection);
   c.def("quantize_rows", &quantize_rows);

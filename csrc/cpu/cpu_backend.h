@@ -25,6 +25,7 @@ class CpuBackend final : public Backend {
   void* allocate(std::size_t bytes) override;
   void release(void* pointer) noexcept override;
   std::size_t memory_limit() const override { return 0; }
+  std::size_t peak_memory() const override { return 0; }
   void upload(void* to, const void* from, std::size_t bytes) override;
   void download(void* to, const void* from, std::size_t bytes) override;
   void zero(const TensorView& t) override;
@@ -60,6 +61,7 @@ class CpuBackend final : public Backend {
   void head_loss(const Head&) override;
   void head_loss_backward(const Head&, const HeadGrads&) override;
 
+  void product(const TensorView& a, const TensorView& b, const TensorView& out) override;
   void working_copies(std::span<const WorkingCopy> copies) override;
   void finish_projections(std::span<const ProjectionEnd> projections) override;
   void add_sum(const TensorView& t, double* sum) override;

@@ -1,4 +1,4 @@
-// Projections back into the residual stream; their scale is part of the weights' working copy.
+// Projections back into the residual stream, whose scale is part of the weights' working copy; and the bare product.
 #include "cpu/cpu_backend.h"
 #include "cpu/rows.h"
 
@@ -60,10 +60,21 @@ void CpuBackend<T>::project_residual_backward(const ProjectResidual& op, const P
   gemm_weight_gradients<T>(N, c, T(1), op.a.as<T>(), {{dout, d, grads.w.as<T>()}});
 }
 
-#define PGOLF_INSTANTIATE(T)                                                     \
-  template OpBytes CpuBackend<T>::bytes(const ProjectResidual&) const;           \
-  template void CpuBackend<T>::project_residual_forward(const ProjectResidual&); \
-  template void CpuBackend<T>::project_residual_backward(const ProjectResidual&, const ProjectResidualGrads&);
+template <class T>
+void CpuBackend<T>::product(const TensorView& a, const TensorView& b, const TensorView& out) {
+  const i64 n = b.shape[0], k = b.shape[1];
+  for_row_chunks(a.shape[0], [&](i64 first, i64 count, int) {
+    T* rows = out.as<T>() + first * n;
+    gemm<T>(kPlain, kTransposed, count, n, k, T(1), a.as<T>() + first * k, k, b.as<T>(), k, T(0), rows, n);
+    round(rows, count * n);
+  });
+}
+
+#define PGOLF_INSTANTIATE(T)                                                                                   \
+  template OpBytes CpuBackend<T>::bytes(const ProjectResidual&) const;                                         \
+  template void CpuBackend<T>::project_residual_forward(const ProjectResidual&);                               \
+  template void CpuBackend<T>::project_residual_backward(const ProjectResidual&, const ProjectResidualGrads&); \
+  template void CpuBackend<T>::product(const TensorView&, const TensorView&, const TensorView&);
 PGOLF_INSTANTIATE(float)
 PGOLF_INSTANTIATE(double)
 

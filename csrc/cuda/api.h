@@ -125,6 +125,7 @@ struct CrossingOf<R (Backend::*)(A...) noexcept> {
   METHOD(void*, allocate, (std::size_t bytes), (bytes))                                                            \
   METHOD(void, release, (void* pointer) noexcept, (pointer))                                                       \
   METHOD(std::size_t, memory_limit, () const, ())                                                                  \
+  METHOD(std::size_t, peak_memory, () const, ())                                                                   \
   METHOD(void, upload, (void* to, const void* from, std::size_t bytes), (to, from, bytes))                         \
   METHOD(void, download, (void* to, const void* from, std::size_t bytes), (to, from, bytes))                       \
   METHOD(void, zero, (const TensorView& t), (t))                                                                   \
@@ -153,6 +154,7 @@ struct CrossingOf<R (Backend::*)(A...) noexcept> {
   METHOD(void, head_logits, (const Head& op), (op))                                                                \
   METHOD(void, head_loss, (const Head& op), (op))                                                                  \
   METHOD(void, head_loss_backward, (const Head& op, const HeadGrads& grads), (op, grads))                          \
+  METHOD(void, product, (const TensorView& a, const TensorView& b, const TensorView& out), (a, b, out))            \
   METHOD(void, working_copies, (std::span<const WorkingCopy> copies), (copies))                                    \
   METHOD(void, finish_projections, (std::span<const ProjectionEnd> projections), (projections))                    \
   METHOD(void, add_sum, (const TensorView& t, double* sum), (t, sum))                                              \

@@ -58,6 +58,7 @@ class CudaBackend final : public Backend {
   void* allocate(std::size_t bytes) override;
   void release(void* pointer) noexcept override;
   std::size_t memory_limit() const override;
+  std::size_t peak_memory() const override { return peak_; }
   void upload(void* to, const void* from, std::size_t bytes) override;
   void download(void* to, const void* from, std::size_t bytes) override;
   void zero(const TensorView& t) override;
@@ -88,6 +89,7 @@ class CudaBackend final : public Backend {
   void head_loss(const Head&) override;
   void head_loss_backward(const Head&, const HeadGrads&) override;
 
+  void product(const TensorView& a, const TensorView& b, const TensorView& out) override;
   void working_copies(std::span<const WorkingCopy> copies) override;
   void finish_projections(std::span<const ProjectionEnd> projections) override;
   void add_sum(const TensorView& t, double* sum) override;
@@ -122,7 +124,7 @@ class CudaBackend final : public Backend {
   cudaDeviceProp properties_{};
   Path path_ = Path::sm80;
   cudaStream_t stream_ = nullptr;
-  std::size_t allocated_ = 0, limit_ = 0;  // bytes
+  std::size_t allocated_ = 0, peak_ = 0, limit_ = 0;  // bytes
   bool graphs_ = true;
   double* partials_ = nullptr;  // [kPartials]
   std::unique_ptr<Blas> blas_;

@@ -84,6 +84,7 @@ void* CudaBackend::allocate(std::size_t bytes) {
   }
   check(status, "cudaMalloc");
   allocated_ += bytes;
+  peak_ = std::max(peak_, allocated_);
   blocks_.emplace_back(pointer, bytes);
   return pointer;
 }

@@ -1,4 +1,5 @@
 // Projections back into the residual stream. Their scale is part of w, so that all is plain products onto the residual.
+// And the bare product.
 //
 // Rounded to S. Forward onto x: out. Forward onto the mixed input: first the product a·wᵀ, which is small against the
 // residual, then out, of the positions that it has. Backward: da.
@@ -123,6 +124,10 @@ void CudaBackend::project_residual_backward(const ProjectResidual& op, const Pro
   const Dims s(op);
   gemm(s.linear(storage_).backward(grads.dout.data, op.w.data, grads.da.data));
   gemm(s.linear(storage_).weights(grads.dout.data, op.a.data, grads.w.data));
+}
+
+void CudaBackend::product(const TensorView& a, const TensorView& b, const TensorView& out) {
+  gemm(Linear{storage_, a.shape[0], a.shape[1], b.shape[0]}.forward(a.data, b.data, out.data, storage_));
 }
 
 }  // namespace pgolf::cuda

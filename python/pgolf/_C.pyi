@@ -49,6 +49,9 @@ class Model:
     def memory_limit(self) -> int:
         """Bytes that the device may be asked for in all; 0: no limit is known."""
 
+    def peak_memory(self) -> int:
+        """The most bytes that the device has had allocated at once for this model; 0: it does not count."""
+
     @property
     def step_allocations(self) -> int:
         """Native allocations made by the current step's calls so far."""
@@ -100,8 +103,20 @@ class Ops:
 
     def __init__(self, device: int, dtype: str) -> None: ...
     @property
-    def seconds(self) -> float: ...
+    def repeats(self) -> int:
+        """Times that every operation is run again, whose mean is ``seconds``; what it returns then means nothing."""
+
+    @repeats.setter
+    def repeats(self, count: int, /) -> None: ...
+    @property
+    def seconds(self) -> float:
+        """Of the last operation alone, without its arrays' way to the device and back."""
+
     def description(self) -> str: ...
+    def product(self, inputs: _Arrays, outputs: _Arrays, /) -> None: ...
+    def product_rate(self, m: int, n: int, k: int, values: npt.NDArray[np.float32], seconds: float) -> float:
+        """FLOP/s of an (m, k) by (n, k) product, filled with the values over and over; the median over so long."""
+
     def embed(self, inputs: _Arrays, outputs: _Arrays, /, **numbers: float) -> npt.NDArray[np.uint8]: ...
     def embed_backward(self, inputs: _Arrays, outputs: _Arrays, /, **numbers: float) -> None: ...
     def qkv(self, inputs: _Arrays, outputs: _Arrays, /, **numbers: float) -> npt.NDArray[np.uint8]: ...

@@ -22,7 +22,7 @@ argument, what was found and what was expected.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -574,6 +574,21 @@ def muon(
     return new_weights, new_momenta
 
 
+def product(a: Any, b: Any) -> FloatArray:
+    """`a·bᵀ`, stored as activations are; nothing of the model, but what a machine's limit is measured with.
+
+    Args:
+        a: [m, k].
+        b: [n, k].
+    """
+    call = _Arrays()
+    call.add("a", a, "m", "k")
+    call.add("b", b, "n", "k")
+    out = call.empty("m", "n")
+    call.native().product(call.arrays, {"out": out})
+    return out
+
+
 def newton_schulz(u: Any, steps: int = 5) -> FloatArray:
     """Muon's orthogonalisation of a matrix, as `pgolf.newton_schulz`, where and as `on` says.
 
@@ -783,6 +798,24 @@ def on(device: str, dtype: str | None = None) -> Iterator[None]:
         yield
     finally:
         _place.reset(token)
+
+
+@contextmanager
+def timed(repeats: int = 0) -> Iterator[Callable[[], float]]:
+    """For benchmarks: yields a function that tells the seconds of the last operation on float32 arrays.
+
+    They are those of the operation alone, without its arrays' way to the device and back. Enter it inside `on`.
+
+    Args:
+        repeats: above 0, an operation is run again so many times, and the seconds are the mean of those. What it
+            returns then means nothing: some of its arrays are inputs and outputs at once.
+    """
+    native = _native(np.dtype(np.float32))
+    native.repeats = _integer(repeats, "repeats", 0, 1_000_000)
+    try:
+        yield lambda: float(native.seconds)
+    finally:
+        native.repeats = 0
 
 
 @functools.cache
