@@ -138,8 +138,8 @@ def train(trainer: pgolf.Trainer, log: Log) -> None:
     if not config.iterations or trainer.step < config.iterations:
         seconds = trainer.seconds
         log(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{trainer.step}/{config.iterations}")
-    planned = sum(mebibytes for _, mebibytes in trainer.memory_table())
-    log(f"peak memory allocated: {planned:.0f} MiB reserved: {planned:.0f} MiB")
+    peak = trainer.peak_memory_mib or 0
+    log(f"peak memory allocated: {peak:.0f} MiB reserved: {peak:.0f} MiB")
     if trainer.snapshots >= 2:
         log(f"swa:applying averaged {trainer.snapshots} checkpoints")
 

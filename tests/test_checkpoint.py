@@ -22,7 +22,7 @@ from pgolf.config import Config
 from pgolf.data.files import atomic_write
 from pgolf.errors import FormatError
 from pgolf.trainer import Trainer
-from tests.test_trainer import assert_same_state, run, tiny
+from tests.test_trainer import assert_same_state, log_of, run, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,13 +34,6 @@ def stop_after(config: Config, data: Path, run_dir: Path, step: int) -> Trainer:
         if record.step == step:
             break
     return trainer
-
-
-def log_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The log's records without what depends on the clock."""
-    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    timed = ("seconds", "tokens_per_second")
-    return [{key: value for key, value in record.items() if key not in timed} for record in records]
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------

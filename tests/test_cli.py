@@ -830,6 +830,32 @@ def test_a_terminal_shows_a_bar_and_every_validation() -> None:
     assert "step 100 of 100 · loss 2.5000 · 100 tokens/s · lr ×0.50 · 0.0 s left" in text
 
 
+def test_under_the_bar_stands_what_the_machine_does() -> None:
+    console = terminal()
+    train = TrainConfig(iterations=100, max_wallclock_seconds=0.0)
+    machine = {"tokens_per_second": 80.0, "share_of_limit": 0.32, "memory_mib": 9012.4, "device": "NVIDIA H200"}
+    with training_progress(train, console) as show:
+        show(record(50, 5.0, **machine))
+    text = console.export_text()  # 100 tokens/s since the start, 80 in this step
+    assert re.search(r"100 tokens/s · lr ×0\.50 · 5\.0 s left *\n40\.0% of the limit · 9,012 MiB · NVIDIA H200", text)
+
+
+def test_lines_end_with_the_machine(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=40, color_system=None)
+    train = TrainConfig(iterations=100, max_wallclock_seconds=0.0, train_log_every=50)
+    with training_progress(train, console) as show:
+        show(record(0, 0.0, loss=None, lr_scale=None, tokens_per_second=None, val_loss=6.9, device="cpu avx2"))
+        show(record(50, 5.0, share_of_limit=0.4, memory_mib=90.0, device="cpu avx2"))
+        show(record(100, 10.0))
+    assert console.file.getvalue() == (
+        "step 0 · validation loss 6.9000\n"
+        "step 50 of 100 · loss 2.5000 · 100 tokens/s · lr ×0.50 · 5.0 s left · 40.0% of the limit · 90 MiB · cpu avx2\n"
+        "step 100 of 100 · loss 2.5000 · 100 tokens/s · lr ×0.50 · 0.0 s left\n"
+    )
+
+
 def test_a_stage_is_complete_when_the_next_one_begins() -> None:
     console = terminal()
     with stages(console) as show:

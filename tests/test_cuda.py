@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import pgolf
-from pgolf import _C, ops
+from pgolf import _C, ops, speed
 from pgolf.config import Config, ModelConfig
 from pgolf.errors import DeviceError, NonFiniteError
 from pgolf.model import GPT
@@ -448,6 +448,29 @@ def test_the_whole_job(small_corpus: Path, tmp_path: Path, dtype: str) -> None:
     list(again)
     again.finish()
     assert (tmp_path / "again" / "model.pgolf").read_bytes() == artifact
+
+
+# Speed ----------------------------------------------------------------------------------------------------------------
+
+
+def test_records_tell_share_memory_and_gpu(small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is measured after the first step, with no step under way, and moves no bit."""
+    monkeypatch.setenv("PGOLF_CACHE", str(tmp_path / "cache"))
+    first = Trainer(tiny(iterations=8), small_corpus, device="cuda")
+    assert first.limit is None
+    records = list(first)
+    steps = [record for record in records if record.step]
+    assert [record.share_of_limit is None for record in steps] == [True] + [False] * 7
+    assert all(0 < record.share_of_limit < 1 for record in steps[1:])
+    assert {record.device for record in records} == {_C.cuda_status().devices[0].name}
+    planned = sum(size for what, size in first.memory_table() if not what.startswith(" "))
+    assert 0 < steps[0].memory_mib <= steps[-1].memory_mib <= first.peak_memory_mib
+    assert planned <= first.peak_memory_mib < planned + 256
+    assert first.limit is not None and first.limit.product.startswith("8192×8192×8192 ")
+    assert speed.known_limit("cuda") == first.limit
+    again = Trainer(tiny(iterations=8), small_corpus, device="cuda")
+    assert all(record.share_of_limit is not None for record in again if record.step)
+    assert_same_state(first, again)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ def test_this_machine(tmp_path: Path) -> None:
     assert set(tmp_path.iterdir()) == before
     names = [check.name for check in checks]
     assert names == [
-        "pgolf", "packages", "processor", "threads", "OpenBLAS", "memory", "GPU", "matplotlib", "huggingface-hub",
-        "torch", "safetensors", "disk",
+        "pgolf", "packages", "processor", "threads", "OpenBLAS", "memory", "GPU", "limit", "matplotlib",
+        "huggingface-hub", "torch", "safetensors", "disk",
     ]  # fmt: skip
     assert not [check for check in checks if check.status == "broken"]
     assert found(checks, "pgolf").found.startswith(f"{pgolf.__version__}, Python {sys.version.split()[0]}")

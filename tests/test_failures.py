@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from pgolf import checkpoint
+from pgolf.config import Config
 from pgolf.data.shards import read_shard, write_shard
-from pgolf.trainer import Trainer
+from pgolf.trainer import step_settings
 from tests.test_interrupt import (
     CONFIG,
     NEXT_BATCH,
@@ -24,11 +25,11 @@ from tests.test_interrupt import (
     child,
     command_in,
     held,
-    log_of,
     pgolf_,
     train,
     wait_for,
 )
+from tests.test_trainer import log_of
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +165,13 @@ def test_a_loss_that_is_not_finite(
     step: int, config_file: Path, small_corpus: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The updates before grow beyond what float32 can square, as with a learning rate that is much too high."""
-    settings = Trainer._step_settings
+    launched: list[float] = []
 
-    def too_high(self: Trainer, *args: Any) -> dict[str, Any]:
-        return settings(self, *args) | ({"lr": [1e30] * 4} if self.step == step - 2 else {})
+    def too_high(config: Config, lr_scale: float, momentum: float) -> dict[str, Any]:
+        launched.append(lr_scale)
+        return step_settings(config, lr_scale, momentum) | ({"lr": [1e30] * 4} if len(launched) == step - 1 else {})
 
-    monkeypatch.setattr(Trainer, "_step_settings", too_high)
+    monkeypatch.setattr("pgolf.trainer.step_settings", too_high)
     run = tmp_path / "run"
     result = pgolf_(*train(config_file, small_corpus, run))
     monkeypatch.undo()

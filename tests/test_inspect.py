@@ -247,8 +247,11 @@ def test_a_run_that_was_stopped(stopped: Path) -> None:
         file.write('{"step": 6, "tok')  # killed while it wrote
     summary = inspect_run(stopped)
     assert (summary.step, summary.report, summary.artifact_bytes) == (5, None, None)
+    last = json.loads((stopped / "log.jsonl").read_text().splitlines()[4])
+    assert (summary.share_of_limit, summary.memory_mib) == (last["share_of_limit"], last["memory_mib"])
     shown = pgolf_("inspect", stopped)
     assert shown.exit_code == 0 and "not finished" in shown.stdout
+    assert f"{last['share_of_limit']:.1%} of the limit, {last['memory_mib']:,.0f} MiB, cpu " in shown.stdout
     assert shown.stdout.endswith(f"To go on after step 4:\n    pgolf train --run-dir {stopped} --resume\n")
     value = last_json("inspect", stopped)
     assert (value["finished"], value["report"], value["val_loss"]) == (False, None, None)
@@ -260,7 +263,7 @@ def test_a_run_that_has_just_begun(stopped: Path, tmp_path: Path) -> None:
         if log is not None:
             (tmp_path / "log.jsonl").write_text(log)
         summary = inspect_run(tmp_path)
-        assert (summary.step, summary.curves, summary.checkpoint) == (0, None, None)
+        assert (summary.step, summary.curves, summary.checkpoint, summary.device) == (0, None, None, None)
         shown = pgolf_("inspect", tmp_path)
         assert shown.exit_code == 0 and "not finished" in shown.stdout and "●" not in shown.stdout
 
@@ -287,8 +290,10 @@ def test_limits_are_those_of_the_run(tmp_path: Path) -> None:
         ("log.jsonl", "[" * 100_000 + "\n", "log.jsonl, line 1: this is no step record"),
         ("log.jsonl", '{"step": -1}\n', "log.jsonl, line 1: this is no step record"),
         ("log.jsonl", f'{{"step": 1, "loss": {10**400}}}\n', "log.jsonl, line 1: this is no step record"),
-        ("log.jsonl", '{"step": 1, "loss": 2, "seconds": 1e999}\n', "seconds of the last record are no numbers"),
-        ("log.jsonl", '{"step": 1, "loss": 2, "tokens": "many"}\n', "tokens or seconds of the last record are no"),
+        ("log.jsonl", '{"step": 1, "loss": 2, "seconds": 1e999}\n', "in the last record tokens, seconds, "),
+        ("log.jsonl", '{"step": 1, "loss": 2, "tokens": "many"}\n', "in the last record tokens, seconds, "),
+        ("log.jsonl", '{"step": 1, "loss": 2, "memory_mib": []}\n', "share_of_limit or memory_mib is no number"),
+        ("log.jsonl", '{"step": 1, "loss": 2, "share_of_limit": NaN}\n', "in the last record"),
         ("report.json", "[]", "report.json: this is not the report of a run"),
         ("config.toml", "[model]\nnum_layer = 1\n", "model.num_layer is no key"),
     ],

@@ -33,6 +33,7 @@ from pgolf.cli.interrupts import watched_interrupts
 from pgolf.data.batches import BatchStream
 from pgolf.inspect import checkpoint_step
 from pgolf.trainer import Trainer
+from tests.test_trainer import log_of
 
 CONFIG = """
 extends = "tiny"
@@ -171,12 +172,6 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert all(np.array_equal(array, others[name]) for name, array in arrays.items())
     assert values["position"] == other_values["position"]
     assert log_of(run) == log_of(other)
-
-
-def log_of(run: Path) -> list[dict[str, Any]]:
-    timed = ("seconds", "tokens_per_second")
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key not in timed} for record in records]
 
 
 # Once

@@ -14,7 +14,7 @@ from pgolf.config import Config, TrainConfig
 from pgolf.errors import FormatError
 from pgolf.replay import Replay
 from pgolf.trainer import Trainer
-from tests.test_trainer import Clock, assert_same_state, run, tiny
+from tests.test_trainer import Clock, assert_same_state, log_of, run, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,16 +57,11 @@ def logged(small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return trainer, tmp_path / "run" / "log.jsonl"
 
 
-def untimed(path: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in ("seconds", "tokens_per_second")} for record in records]
-
-
 def test_a_replayed_run_has_the_same_bits(logged: tuple[Trainer, Path], small_corpus: Path, tmp_path: Path) -> None:
     first, log = logged
     again, _ = run(timed(replay=str(log)), small_corpus, run_dir=tmp_path / "again")
     assert_same_state(first, again)
-    assert untimed(log) == untimed(tmp_path / "again" / "log.jsonl")
+    assert log_of(log.parent) == log_of(tmp_path / "again")
     assert again.seconds != first.seconds
     assert first.use_average() and again.use_average()
     for name, value in first.model.state_dict().items():

@@ -26,7 +26,7 @@ from pgolf.errors import FormatError, NonFiniteError
 from pgolf.evaluate import evaluate
 from pgolf.finish import Report
 from pgolf.tokenizer import Tokenizer
-from pgolf.trainer import StepRecord, Trainer
+from pgolf.trainer import MEASURED, StepRecord, Trainer
 from tests.conftest import CORPUS_VOCAB
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,6 +73,12 @@ def assert_same_state(one: Trainer, two: Trainer) -> None:
     assert {k: v for k, v in values.items() if k not in timed} == {
         k: v for k, v in other_values.items() if k not in timed
     }
+
+
+def log_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The log's records without what depends on clock and machine."""
+    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
 
 
 class Clock:

@@ -53,6 +53,7 @@ def examine(folder: Path) -> list[Check]:
         *_native(),
         _memory(),
         _gpu(),
+        _limit(),
         *(_optional(name, *what) for name, what in _OPTIONAL.items()),
         _disk(folder),
     ]
@@ -78,18 +79,23 @@ def _native() -> Iterator[Check]:
     yield _openblas()
 
 
-def _instruction_set(cpu_isa: Callable[[], str]) -> Check:
+def processor() -> str:
+    """The processor's name, as it gives it."""
     lines = (line.partition(":") for line in _read("/proc/cpuinfo").splitlines())
-    processor = next((value.strip() for key, _, value in lines if key.strip() == "model name"), platform.machine())
+    return next((value.strip() for key, _, value in lines if key.strip() == "model name"), platform.machine())
+
+
+def _instruction_set(cpu_isa: Callable[[], str]) -> Check:
+    name = processor()
     try:
         isa = cpu_isa()
     except ValueError as error:
         return Check("processor", "broken", str(error), "unset PGOLF_CPU_ISA")
     if os.environ.get("PGOLF_CPU_ISA"):
-        return Check("processor", "limited", f"{processor}; {isa}, as PGOLF_CPU_ISA says", "unset PGOLF_CPU_ISA")
+        return Check("processor", "limited", f"{name}; {isa}, as PGOLF_CPU_ISA says", "unset PGOLF_CPU_ISA")
     if isa == "plain":
-        return Check("processor", "limited", f"{processor}; plain code, as it has neither avx512 nor avx2")
-    return Check("processor", "ok", f"{processor}; {isa}")
+        return Check("processor", "limited", f"{name}; plain code, as it has neither avx512 nor avx2")
+    return Check("processor", "ok", f"{name}; {isa}")
 
 
 def _threads(get_num_threads: Callable[[], int]) -> Check:
@@ -199,6 +205,20 @@ def _mend_cuda(missing: str) -> str | None:
         "cuBLASLt": "pip install 'pgolf[cuda]'",
     }
     return commands.get(missing)
+
+
+def _limit() -> Check:
+    """What steps are compared with, on the device that a run would take."""
+    try:
+        from pgolf import speed
+        from pgolf.model import resolve_device
+
+        limit = speed.known_limit(resolve_device(None)[0])
+    except (ImportError, ValueError):  # of a native core that does not work, another check tells
+        return Check("limit", "limited", "not known without the native core")
+    if limit is None:
+        return Check("limit", "ok", "not measured yet: the first run does it, or pgolf doctor --measure")
+    return Check("limit", "ok", f"{limit}, measured {limit.date[:10]}")
 
 
 def _optional(name: str, use: str, mend: str) -> Check:

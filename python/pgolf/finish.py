@@ -35,9 +35,10 @@ class Report:
     data, of the weights as trained, after averaging (None: nothing was averaged) and of the loaded artifact. score_*:
     the artifact, scored by the [eval] table's method; score_seq_len, score_stride and score_tail: with which windows
     (stride and tail None where the method has none). Sizes in bytes; code_bytes and total_bytes None where no
-    script was named. seconds: training time; score_seconds: scoring. memory: (what, MiB) of the run's memory.
+    script was named. seconds: training time; score_seconds: scoring. memory: (what, MiB) of what training keeps.
     score_tokens, score_bytes: what the score is a mean over. data: fingerprints of the shards that were trained on and
-    scored, {"train", "val"}. A report that an older version wrote lacks these.
+    scored, {"train", "val"}. share_of_limit, peak_memory_mib: as a StepRecord's share_of_limit and memory_mib, of the
+    whole training. limit_tflops: the limit itself. None where they are not known, as in reports of older versions.
     """
 
     val_loss: float
@@ -72,6 +73,9 @@ class Report:
     score_tokens: int | None = None
     score_bytes: int | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    share_of_limit: float | None = None
+    limit_tflops: float | None = None
+    peak_memory_mib: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,6 +92,7 @@ def _finish(trainer: Trainer, folder: Path, progress: Progress, code: str | os.P
     from pgolf.plot import plot_loss
 
     config, model = trainer.config, trainer.model
+    rate, peak = trainer.tokens / trainer.seconds if trainer.seconds else 0.0, trainer.peak_memory_mib
     progress("validate", 0, 1)
     before = trainer.validation_loss()
     progress("average", 0, 1)
@@ -121,7 +126,7 @@ def _finish(trainer: Trainer, folder: Path, progress: Progress, code: str | os.P
         steps=trainer.step,
         tokens=trainer.tokens,
         seconds=trainer.seconds,
-        tokens_per_second=trainer.tokens / trainer.seconds if trainer.seconds else 0.0,
+        tokens_per_second=rate,
         snapshots=trainer.snapshots,
         parameters=model.num_parameters,
         seed=config.train.seed,
@@ -137,6 +142,9 @@ def _finish(trainer: Trainer, folder: Path, progress: Progress, code: str | os.P
         score_tokens=score.tokens,
         score_bytes=score.bytes,
         data=trainer.data_fingerprints,
+        share_of_limit=trainer.share_of_limit(rate) if rate else None,
+        limit_tflops=trainer.limit.flops / 1e12 if trainer.limit else None,
+        peak_memory_mib=peak,
     )
     if trainer.run_dir is not None:
         with atomic_write(trainer.run_dir / "report.json") as file:

@@ -308,7 +308,8 @@ def checkpoint_step(path: Path) -> int:
 class RunSummary:
     """A run folder.
 
-    step, tokens, seconds: of the last record in the log; 0 where there is none. curves: None before the first loss.
+    step, tokens, seconds: of the last record in the log; 0 where there is none. share_of_limit, memory_mib, device: of
+    the same, None where it does not tell. curves: None before the first loss.
     checkpoint: the newest, if there is one. report: of the finished run; None before. artifact_bytes: None before there
     is one.
     """
@@ -318,6 +319,9 @@ class RunSummary:
     step: int
     tokens: int
     seconds: float
+    share_of_limit: float | None
+    memory_mib: float | None
+    device: str | None
     curves: Curves | None
     checkpoint: Path | None
     report: Report | None
@@ -332,6 +336,9 @@ class RunSummary:
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "share_of_limit": self.share_of_limit,
+            "memory_mib": self.memory_mib,
+            "device": self.device,
             **({} if self.curves is None else self.curves.last_losses),
             "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
             "report": None if self.report is None else self.report.to_dict(),
@@ -353,8 +360,13 @@ def inspect_run(path: Path) -> RunSummary:
     last = records[-1] if records else {"step": 0}
     try:
         tokens, seconds = int(last.get("tokens", 0)), _finite(last.get("seconds", 0))
+        share, memory = (
+            None if last.get(name) is None else _finite(last[name]) for name in ("share_of_limit", "memory_mib")
+        )
     except (TypeError, ValueError, OverflowError):
-        raise FormatError(f"{log}: tokens or seconds of the last record are no numbers.") from None
+        names = "tokens, seconds, share_of_limit or memory_mib"
+        raise FormatError(f"{log}: in the last record {names} is no number.") from None
+    device = last.get("device")
     try:
         curves = Curves.of(records)
     except ValueError:  # there is no loss yet
@@ -365,6 +377,9 @@ def inspect_run(path: Path) -> RunSummary:
         step=int(last["step"]),
         tokens=tokens,
         seconds=seconds,
+        share_of_limit=share,
+        memory_mib=memory,
+        device=device if isinstance(device, str) else None,
         curves=curves,
         checkpoint=newest(path / "checkpoint"),
         report=read_report(path / "report.json"),

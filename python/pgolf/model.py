@@ -72,6 +72,11 @@ class GPT:
         """Device, instruction set, dtype and threads, as reports name them."""
         return str(self._native.description())
 
+    @property
+    def device_name(self) -> str:
+        """The GPU's name, or the CPU's instruction set: "NVIDIA H200", "cpu avx512"."""
+        return self.description.split(", ")[0].removeprefix("cuda ")
+
     def memory_table(self) -> list[tuple[str, float]]:
         """What lies in memory now, as (what, MiB); indented rows share their arena's memory over time."""
         return [(what, size / 2**20) for what, size in self._native.memory_table()]

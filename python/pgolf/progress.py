@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 if TYPE_CHECKING:
     import os
@@ -44,16 +45,28 @@ def training_progress(train: TrainConfig, console: Console) -> Iterator[Callable
         BarColumn(),
         TextColumn("{task.fields[status]}"),
     )
-    with Progress(*columns, console=console) as bar:
+    with _TrainingProgress(*columns, console=console) as bar:
         task = bar.add_task("training", total=1.0, status="")
 
         def show(record: StepRecord) -> None:
             if record.val_loss is not None:
                 console.print(_validation_line(record))
             status = " · ".join(_status(record, train))
+            bar.machine = " · ".join(_machine(record))
             bar.update(task, completed=_share_done(record, train), status=status)
 
         yield show
+
+
+class _TrainingProgress(Progress):
+    """A bar, and under it a line about the machine."""
+
+    machine = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if self.machine:
+            yield Text(self.machine, no_wrap=True, overflow="ellipsis")
 
 
 @contextmanager
@@ -134,6 +147,26 @@ def _status(record: StepRecord, train: TrainConfig) -> list[str]:
     return status
 
 
+def _machine(record: StepRecord) -> list[str]:
+    """How much of which machine the run so far has used, as far as it is known."""
+    share = record.share_of_limit
+    if share is not None and record.tokens_per_second and record.seconds:
+        share *= record.tokens / record.seconds / record.tokens_per_second
+    return machine_parts(share, record.memory_mib, record.device)
+
+
+def machine_parts(share_of_limit: float | None, memory_mib: float | None, device: str | None) -> list[str]:
+    """A StepRecord's fields of these names as people read them, those that are known."""
+    parts = []
+    if share_of_limit is not None:
+        parts.append(f"{share_of_limit:.1%} of the limit")
+    if memory_mib is not None:
+        parts.append(f"{memory_mib:,.0f} MiB")
+    if device is not None:
+        parts.append(device)
+    return parts
+
+
 def _validation_line(record: StepRecord) -> str:
     line = f"step {record.step:,} · validation loss {record.val_loss:.4f}"
     return line if record.val_bpb is None else f"{line} · {record.val_bpb:.4f} bits per byte"
@@ -142,7 +175,7 @@ def _validation_line(record: StepRecord) -> str:
 def _print_record(record: StepRecord, train: TrainConfig, console: Console) -> None:
     every = train.train_log_every
     if every and record.step and record.step % every == 0:
-        console.print(" · ".join(_status(record, train)), soft_wrap=True)
+        console.print(" · ".join(_status(record, train) + _machine(record)), soft_wrap=True)
     if record.val_loss is not None:
         console.print(_validation_line(record), soft_wrap=True)
 

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -27,12 +27,12 @@ from typing import Any
 
 import numpy as np
 
-from pgolf import _C, checkpoint
+from pgolf import _C, checkpoint, speed
 from pgolf.config import Config
 from pgolf.data.batches import BatchStream
 from pgolf.data.files import atomic_write, naming, remove_partials
 from pgolf.data.shards import ShardSet, find_data
-from pgolf.errors import FormatError, NonFiniteError
+from pgolf.errors import DeviceError, FormatError, NonFiniteError
 from pgolf.evaluate import ValidationData, evaluate, plan_windows
 from pgolf.finish import Progress, Report, finish_run
 from pgolf.model import GPT
@@ -65,6 +65,10 @@ class StepRecord:
     seconds: training time so far, validation excluded. tokens_per_second: of this step. val_loss, val_bpb: None unless
     measured after this step. skipped: the step overflowed float16 and changed no weight; grad_norm is None then, and
     loss where it overflowed itself. saturated: hidden values of the MLPs that float16 could not hold and cut off.
+    share_of_limit: the step's useful arithmetic (`pgolf.speed.flop_per_token`) over its time, as a share of what the
+    machine was measured to reach; None where that is not known yet. memory_mib: the most that the model has had
+    allocated on a GPU, without what CUDA takes itself; on a CPU the process's largest resident set; None where the
+    system does not say. device: the GPU's name, or the CPU's instruction set.
     """
 
     step: int
@@ -81,6 +85,13 @@ class StepRecord:
     val_bpb: float | None = None
     skipped: bool = False
     saturated: int = 0
+    share_of_limit: float | None = None
+    memory_mib: float | None = None
+    device: str | None = None
+
+
+MEASURED = ("seconds", "tokens_per_second", "share_of_limit", "memory_mib", "device")
+"""Fields of a StepRecord that clock and machine decide; a resumed or replayed run repeats all others exactly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +159,10 @@ class Trainer:
         self.model.train_seq_len = train.train_seq_len
         self._native = self.model._native
         self._optimizer = _C.Optimizer(self._native, train.muon_backend_steps)
+        self._flop = speed.flop_per_token(model, train.train_seq_len)
+        self.limit = speed.known_limit(self.model.device)
+        """What this machine reaches at most; None until it is measured, after the first step."""
+        self._measures_limit, self._measured_limit = self.limit is None, False
         if train.ema_decay > 0:
             self._optimizer.start_ema()
         self._ahead = 0 if self.model.device == "cpu" else _GPU_STEPS_AHEAD
@@ -185,6 +200,16 @@ class Trainer:
         return self.step * self.config.train.train_batch_tokens
 
     @property
+    def peak_memory_mib(self) -> float | None:
+        """As a StepRecord's memory_mib, up to now."""
+        peak = self._native.peak_memory() or speed.peak_rss()
+        return None if peak is None else peak / 2**20
+
+    def share_of_limit(self, tokens_per_second: float) -> float | None:
+        """What a training speed is of the limit; None where that is not known."""
+        return None if self.limit is None else tokens_per_second * self._flop / self.limit.flops
+
+    @property
     def snapshots(self) -> int:
         """Weights added to the running mean so far."""
         return int(self._optimizer.snapshots)
@@ -197,7 +222,8 @@ class Trainer:
     def __iter__(self) -> Iterator[StepRecord]:
         """Trains until the schedule ends the run. An iteration that was left can be taken up by another one."""
         if self.step == 0 and self._validated < 0 and self.schedule.validate(0, self.done):
-            self._taken.append(StepRecord(0, 0, None, None, None, False, False, None, 0.0, None))
+            device = self.model.device_name
+            self._taken.append(StepRecord(0, 0, None, None, None, False, False, None, 0.0, None, device=device))
         while self._taken or not self.done:
             if not self._taken:
                 self._taken.append(self._next_step())
@@ -216,6 +242,8 @@ class Trainer:
     def _next_step(self) -> StepRecord:
         """The next finished step. The device is given steps ahead, but none beyond one that is looked at afterwards."""
         with self.model._training:  # nobody else's gradients in between
+            if self._measures_limit and self._clock and not self._flights:
+                self._measure_limit()
             while len(self._flights) <= self._ahead and not self._rests_after(self.step + len(self._flights)):
                 self._launch()
             return self._land()
@@ -226,8 +254,16 @@ class Trainer:
             return True
         if not self._flights:
             return False
+        if self._measures_limit:
+            return True
         every = self.config.train.checkpoint_every
         return self.schedule.validate(step, False) or (every > 0 and step % every == 0)
+
+    def _measure_limit(self) -> None:
+        """Between two steps, so that it is no training time, and after the first, which is waited for most."""
+        self._measures_limit, self._measured_limit = False, True
+        with suppress(DeviceError):  # no room for it; what else is wrong, the next step will say
+            self.limit = speed.measure_limit(self.model.device)
 
     def _launch(self) -> None:
         """Gives the device one optimizer step, whole or not at all: an interrupted one can be given again."""
@@ -252,7 +288,7 @@ class Trainer:
             raise
         with _uninterrupted():
             snapshots = self.snapshots
-            ticket = self._optimizer.step(self._step_settings(lr_scale, momentum))
+            ticket = self._optimizer.step(step_settings(self.config, lr_scale, momentum))
             if train.ema_decay > 0:
                 self._optimizer.update_ema(train.ema_decay)
             if snapshot:
@@ -272,7 +308,9 @@ class Trainer:
             self._clock = now
             self.step, self.seconds = self.step + 1, self.seconds + elapsed
             self.model.provenance = {"steps": self.step, "tokens": self.tokens, "seed": self.config.train.seed}
-            loss = loss_sum / tokens
+            loss, share = loss_sum / tokens, self.share_of_limit(tokens / elapsed)
+            if share is not None and share > 1 and not self._measured_limit:
+                self._measures_limit = True  # the machine was busy when the limit was measured
             return StepRecord(
                 step=self.step,
                 tokens=self.tokens,
@@ -286,6 +324,9 @@ class Trainer:
                 tokens_per_second=tokens / elapsed,
                 skipped=not finite,
                 saturated=saturated,
+                share_of_limit=share,
+                memory_mib=self.peak_memory_mib,
+                device=self.model.device_name,
             )
 
     def _stop(self, flight: _Flight) -> None:
@@ -326,21 +367,6 @@ class Trainer:
         room = _GPU_MEMORY_SHARE * limit - self._optimizer.bytes() - 4 * 4 * self.model.num_parameters
         sizes = [n for n in _GPU_MICRO_BATCH_SIZES if n == 1 or self._native.training_bytes(n, length) <= room]
         return _largest(sizes, _GPU_MICRO_BATCH_TOKENS, sequences, length)
-
-    def _step_settings(self, lr_scale: float, momentum: float) -> dict[str, Any]:
-        """What one optimizer step needs; groups in the order matrix, embedding, scalar, head."""
-        train = self.config.train
-        embed_lr = train.tied_embed_lr if self.config.model.tie_embeddings else train.embed_lr
-        rates = (train.matrix_lr, embed_lr, train.scalar_lr, train.head_lr)
-        return {
-            "lr": [lr_scale * rate for rate in rates],
-            "weight_decay": [train.muon_weight_decay, train.weight_decay, train.weight_decay, 0.0],
-            "beta1": train.beta1,
-            "beta2": train.beta2,
-            "eps": train.adam_eps,
-            "momentum": momentum,
-            "clip": train.grad_clip_norm,
-        }
 
     def validation_loss(self, model: GPT | None = None) -> tuple[float, float | None]:
         """Mean loss in nats and bits per byte (None without a tokenizer) on the validation data, standard method."""
@@ -496,6 +522,22 @@ class Trainer:
     def __repr__(self) -> str:
         where = f", run folder {self.run_dir}" if self.run_dir is not None else ""
         return f"Trainer(step {self.step}, {self.seconds:.1f} s trained, {self.model!r}{where})"
+
+
+def step_settings(config: Config, lr_scale: float = 1.0, momentum: float = 0.95) -> dict[str, Any]:
+    """What one native optimizer step needs; groups in the order matrix, embedding, scalar, head."""
+    train = config.train
+    embed_lr = train.tied_embed_lr if config.model.tie_embeddings else train.embed_lr
+    rates = (train.matrix_lr, embed_lr, train.scalar_lr, train.head_lr)
+    return {
+        "lr": [lr_scale * rate for rate in rates],
+        "weight_decay": [train.muon_weight_decay, train.weight_decay, train.weight_decay, 0.0],
+        "beta1": train.beta1,
+        "beta2": train.beta2,
+        "eps": train.adam_eps,
+        "momentum": momentum,
+        "clip": train.grad_clip_norm,
+    }
 
 
 @contextmanager

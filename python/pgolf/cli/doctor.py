@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -14,7 +15,13 @@ from pgolf.cli.output import console_for, print_json
 _STYLES = {"ok": "green", "limited": "yellow", "broken": "bold red"}
 
 
-def doctor_command(as_json: JsonOption = False) -> None:
+def doctor_command(
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure first what the device reaches at most, which steps are compared with."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Say what this machine can run, why not the rest, and which command would mend it.
 
     The exit code is 1 where something is broken, so that pgolf cannot work at all.
@@ -25,6 +32,11 @@ def doctor_command(as_json: JsonOption = False) -> None:
 
     from pgolf.doctor import examine
 
+    if measure:
+        from pgolf.model import resolve_device
+        from pgolf.speed import measure_limit
+
+        measure_limit(resolve_device(None)[0])
     checks = examine(Path.cwd())
     console = console_for(as_json)
     width = max(len(check.name) for check in checks)

@@ -139,7 +139,7 @@ def _show_run(run: RunSummary, console: Console) -> None:
     from pgolf.cli.models import resume_command
     from pgolf.cli.train import report_table
     from pgolf.inspect import checkpoint_step
-    from pgolf.progress import duration
+    from pgolf.progress import duration, machine_parts
 
     train = run.config.train
     rows = [
@@ -150,6 +150,7 @@ def _show_run(run: RunSummary, console: Console) -> None:
         ("state", "finished" if run.report is not None else "not finished"),
         ("steps, tokens", f"{run.step:,}, {run.tokens:,}"),
         ("training time", duration(run.seconds)),
+        ("last step", ", ".join(machine_parts(run.share_of_limit, run.memory_mib, run.device)) or "unknown"),
         ("newest checkpoint", "none" if run.checkpoint is None else run.checkpoint.name),
         ("artifact", "none" if run.artifact_bytes is None else f"{run.artifact_bytes:,} bytes"),
     ]

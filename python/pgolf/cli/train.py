@@ -158,6 +158,17 @@ def _picture(run_dir: Path) -> str:
     return f"There is no {picture.name}: plots need matplotlib; install it with: pip install 'pgolf[plot]'"
 
 
+def _training_time(report: Report) -> list[str]:
+    from pgolf.progress import duration
+    from pgolf.speed import rate_text
+
+    parts = [duration(report.seconds), f"{report.tokens_per_second:,.0f} tokens/s"]
+    if report.share_of_limit is not None and report.limit_tflops is not None:
+        limit = rate_text(report.limit_tflops * 1e12)
+        parts.append(f"{report.share_of_limit:.1%} of the limit of {limit}")
+    return parts
+
+
 def report_table(report: Report) -> Table:
     """A run's report as a table."""
     from pgolf.progress import duration
@@ -184,8 +195,10 @@ def report_table(report: Report) -> Table:
         ("limit", f"{report.limit_bytes:,} bytes, {'it fits' if report.fits else 'exceeded'}"),
         ("parameters", f"{report.parameters:,}"),
         ("steps, tokens", f"{report.steps:,}, {report.tokens:,}"),
-        ("training time", f"{duration(report.seconds)}, {report.tokens_per_second:,.0f} tokens/s"),
+        ("training time", ", ".join(_training_time(report))),
         ("scoring time", duration(report.score_seconds)),
         ("device", report.device),
     ]
+    if report.peak_memory_mib is not None:
+        rows.append(("peak memory", f"{report.peak_memory_mib:,.0f} MiB"))
     return key_value_table("Report", rows)
