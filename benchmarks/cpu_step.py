@@ -11,21 +11,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import common
 from cpu_workers import SHAPES, THREADS, Shape, Worker
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # Steps whose losses pgolf and the peer must show alike, from the same weights and on the same data.
 CHECK_STEPS, CHECK_TOLERANCE = 3, 1e-5
@@ -145,28 +140,6 @@ def check_agreement(name: str, windows: int) -> list[dict[str, Any]]:
     return losses
 
 
-def git_state() -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        run = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-        return run.stdout.strip()
-
-    return {"commit": git("rev-parse", "HEAD") or None, "modified": bool(git("status", "--porcelain", "-uno"))}
-
-
-def machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
-
-
 def table(shapes: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = ["| work | pgolf | eager | compiled | pgolf / eager | pgolf / compiled |", "| --- |" + " ---: |" * 5]
@@ -221,9 +194,9 @@ def main() -> None:
         return
 
     result: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "git": git_state(),
+        "date": common.now(),
+        **common.git_state(),
+        "machine": common.cpu_machine(),
         "threads": THREADS,
         "protocol": {key: getattr(args, key) for key in ("warm_up", "blocks", "steps_per_block", "windows", "quick")},
         "shapes": {},
@@ -239,14 +212,7 @@ def main() -> None:
     result["table"] = table(result["shapes"])
     print("\n" + result["table"])
 
-    out = args.out
-    if out is None and not args.quick:
-        stem = f"{result['date'][:10]}-{(result['git']['commit'] or 'unknown')[:7]}"
-        out = ROOT / "benchmarks" / "results" / "cpu_step" / f"{stem}.json"
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"\nwritten: {out}")
+    common.write_result(result, "cpu_step", args.out, args.quick)
     if void:
         sys.exit(
             f"void for {', '.join(void)}: the peer without bigram ran below {LEAST_SHARE:.0%} of what it reaches at "

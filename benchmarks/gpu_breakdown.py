@@ -9,8 +9,8 @@ import argparse
 import collections
 import re
 
+from common import WORK, batch_of, settings
 from torch.profiler import ProfilerActivity, profile
-from train_step import SETTINGS, WORK, batch_of
 
 from pgolf import _C
 from pgolf.model import GPT
@@ -32,7 +32,7 @@ def main() -> None:
         model._native.begin_step(False)
         model._native.micro_step(ids, targets, 1 / ids.size)
         model._native.end_step()
-        optimizer.wait(optimizer.step(SETTINGS))
+        optimizer.wait(optimizer.step(settings()))
 
     for _ in range(3):
         step()

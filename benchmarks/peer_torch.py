@@ -6,7 +6,8 @@ iteration per matrix. Parameters have docs/spec.md's names, so that state dictio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,6 +158,12 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets[:, first:].flatten(), reduction=reduction)
 
 
+def gpt_like(config: Any, seq_len: int) -> GPT:
+    """The model of a pgolf [model] table."""
+    names = ("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "bigram_vocab_size", "bigram_dim")
+    return GPT(**{name: getattr(config, name) for name in names}, hidden=config.mlp_hidden, seq_len=seq_len)
+
+
 def newton_schulz(u: Tensor, steps: int = 5) -> Tensor:
     x = u.T if u.size(0) > u.size(1) else u
     x = x.bfloat16() if x.is_cuda else x
@@ -230,11 +237,16 @@ class Training:
 
 
 @torch.inference_mode()
-def sliding_loss(model: GPT, tokens: Tensor, seq_len: int, stride: int, batch: int) -> float:
-    """The mean loss over windows of seq_len tokens, `stride` apart; each later one scores its last `stride` targets."""
+def sliding_loss(
+    model: GPT, tokens: Tensor, seq_len: int, stride: int, batch: int, compiled: Callable[..., Tensor] | None = None
+) -> float:
+    """The mean loss over windows of seq_len tokens, `stride` apart; each later one scores its last `stride` targets.
+
+    compiled: the model compiled, which is given the batches of windows, but not the first one, of another shape.
+    """
     total = model(tokens[None, :seq_len], tokens[None, 1 : seq_len + 1], reduction="none").double().sum()
     windows = tokens.unfold(0, seq_len + 1, stride)[1:]
-    for part in windows.split(batch):
-        losses = model(part[:, :-1], part[:, 1:], first=seq_len - stride, reduction="none")
+    for part in map(Tensor.contiguous, windows.split(batch)):
+        losses = (compiled or model)(part[:, :-1], part[:, 1:], first=seq_len - stride, reduction="none")
         total += losses.double().sum()
     return total.item() / (seq_len + len(windows) * stride)

@@ -1,8 +1,10 @@
-"""Training steps and sliding evaluation on one GPU, beside PyTorch: ms, tokens/s, ratios, memory, start-up.
+"""Training steps beside PyTorch's, on one GPU or the CPU: ms, tokens/s, % of the limit, ratios, memory; start-up.
 
-    python benchmarks/train_step.py                        # pgolf alone: about a minute
-    python benchmarks/train_step.py --peer compiled        # and the natural PyTorch model under torch.compile
-    python benchmarks/train_step.py --work base,small --steps 5 --out result.json
+    python benchmarks/train_step.py                                   # pgolf alone: about a minute
+    python benchmarks/train_step.py --work base --peers compiled      # and the natural model under torch.compile
+    python benchmarks/train_step.py --work small --peers compiled     # in one micro-batch, and in 8 as published
+    python benchmarks/train_step.py --work base --script train_gpt.py --data DIR      # and a public script
+    python benchmarks/train_step.py --quick --device cpu              # does it run?
 
 benchmarks/README.md says what is measured and how to read it.
 """
@@ -10,126 +12,70 @@ benchmarks/README.md says what is measured and how to read it.
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import gc
+import itertools
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+import common
+from common import WORK, Work
 
-import pgolf
-from pgolf import _C
-from pgolf.config import ModelConfig
-from pgolf.model import GPT
-
-ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = {
-    "lr": [0.02, 0.03, 0.02, 0.008],
-    "weight_decay": [0.04, 0.04, 0.04, 0.0],
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "eps": 1e-8,
-    "momentum": 0.95,
-    "clip": 0.3,
-}
+# Steps of a public script: between two of its validations, which wait for the GPU, so many.
+SCRIPT_INTERVAL, SCRIPT_INTERVALS = 10, 3
+SCRIPT_VALIDATION_WINDOWS = 64
 
 
-@dataclass(frozen=True)
-class Work:
-    """A training step: model, sequence length, sequences of a step and of a micro-batch."""
+def used_mib(device: str) -> float | None:
+    """Of the GPU's memory, by all its users."""
+    if device == "cpu":
+        return None
+    import torch
 
-    model: dict[str, Any]
-    length: int
-    sequences: int
-    micro: int
-
-    @property
-    def tokens(self) -> int:
-        return self.length * self.sequences
-
-    @property
-    def config(self) -> ModelConfig:
-        return ModelConfig(**self.model)
-
-
-BASE = {"num_layers": 10, "bigram_vocab_size": 10_240}
-WORK = {
-    "base": Work(BASE, 2048, 384, 48),
-    "small": Work(BASE, 2048, 64, 64),
-    "pr289": Work({"num_layers": 11, "bigram_vocab_size": 2048}, 1024, 512, 96),
-    "d640": Work({**BASE, "model_dim": 640, "num_heads": 10, "num_kv_heads": 5}, 2048, 96, 32),
-    "V8192": Work({**BASE, "vocab_size": 8192}, 2048, 96, 32),
-}
-
-
-def median_ms(call: Callable[[], object], repeats: int) -> float:
-    """Of `repeats` calls, each between two events."""
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers refer to: GPU, driver, copy rate (read + write) and rate of an 8192³ bfloat16 product."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(a)
-    median_ms(lambda: torch.mm(a, b, out=out), 50)
-    tflops = 2 * 8192**3 / median_ms(lambda: torch.mm(a, b, out=out), 150) / 1e9
-    large = torch.empty(2**30, device="cuda", dtype=torch.uint8)
-    other = torch.empty_like(large)
-    median_ms(lambda: other.copy_(large), 5)
-    copy = 2 * large.numel() / median_ms(lambda: other.copy_(large), 30) / 1e9
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.split()[0]
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver,
-        "torch": torch.__version__,
-        "product_tflops": round(tflops, 1),
-        "copy_tb_per_s": round(copy, 3),
-    }
-
-
-def flop_per_token(work: Work) -> float:
-    """Forward and backward, causal attention counted once; the arithmetic that a step cannot do without."""
-    c = work.config
-    d, kv = c.model_dim, c.num_kv_heads * (c.model_dim // c.num_heads)
-    layer = 2 * d * (d + 2 * kv + d + 2 * c.mlp_hidden) + 2 * work.length * d
-    return 3 * (c.num_layers * layer + 2 * d * c.vocab_size)
-
-
-def batch_of(work: Work, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    stream = np.random.default_rng(seed).integers(0, work.config.vocab_size, (work.sequences, work.length + 1))
-    return np.ascontiguousarray(stream[:, :-1], np.int32), np.ascontiguousarray(stream[:, 1:], np.int32)
-
-
-def used_mib() -> float:
     free, total = torch.cuda.mem_get_info()
     return (total - free) / 2**20
 
 
-def measure_pgolf(work: Work, steps: int, dtype: str) -> dict[str, Any]:
-    before = used_mib()
-    model = GPT(work.config, seed=1, device="cuda", dtype=dtype)
+def release_memory(device: str) -> None:
+    """What the program before has left in PyTorch's caches, so that the next one's memory is its own."""
+    import torch
+
+    torch._dynamo.reset()
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def found(seconds: Sequence[float], before: float | None, device: str) -> dict[str, Any]:
+    after = used_mib(device)
+    return {
+        "ms": statistics.median(seconds) * 1e3,
+        "least": min(seconds) * 1e3,
+        "mib": None if before is None or after is None else after - before,
+    }
+
+
+def measure_pgolf(work: Work, args: argparse.Namespace) -> dict[str, Any]:
+    from pgolf import _C
+    from pgolf.model import GPT
+
+    before = used_mib(args.device)
+    model = GPT(work.config, seed=1, device=args.device, dtype=args.dtype)
     optimizer = _C.Optimizer(model._native, 5)
-    ids, targets = batch_of(work)
+    ids, targets = common.batch_of(work)
     scale = 1 / ids.size
-    optimizer.warm_up(sorted({work.micro, work.sequences % work.micro} - {0}), work.length, scale, False, True)
+    if args.device != "cpu":
+        sizes = sorted({work.micro, work.sequences % work.micro} - {0})
+        optimizer.warm_up(sizes, work.length, scale, False, True)
 
     def step() -> int:
         model._native.begin_step(False)
@@ -137,69 +83,150 @@ def measure_pgolf(work: Work, steps: int, dtype: str) -> dict[str, Any]:
             part = slice(first, first + work.micro)
             model._native.micro_step(ids[part], targets[part], scale)
         model._native.end_step()
-        return int(optimizer.step(SETTINGS))
+        return int(optimizer.step(common.settings()))
 
     for _ in range(2):
         optimizer.wait(step())
-    times = []
-    tickets = [step()]
-    last = None
-    for _ in range(steps + 1):
-        tickets.append(step())
-        optimizer.wait(tickets.pop(0))
-        now = time.perf_counter()
-        if last is not None:
-            times.append((now - last) * 1e3)
-        last = now
-    loss, _, finite, _ = optimizer.wait(tickets.pop())
+    ends = []
+    ticket = step()
+    for _ in range(args.steps + 1):  # as the trainer does, a step is given before the one before it is waited for
+        following = step()
+        optimizer.wait(ticket)
+        ticket = following
+        ends.append(time.perf_counter())
+    loss, _, finite, _ = optimizer.wait(ticket)
     assert finite
-    return {"ms": statistics.median(times), "least": min(times), "mib": used_mib() - before, "loss": loss * scale}
+    seconds = [after - earlier for earlier, after in itertools.pairwise(ends)]
+    return {
+        **found(seconds, before, args.device),
+        "allocated_mib": model._native.peak_memory() / 2**20 or None,
+        "loss": loss * scale,
+    }
 
 
-def measure_peer(work: Work, steps: int, compiled: bool, micro: int) -> dict[str, Any]:
+def measure_peer(work: Work, args: argparse.Namespace, compiled: bool, micro: int) -> dict[str, Any]:
+    """The natural model; where a GPU's memory is too small for its micro-batches, in smaller ones."""
+    import torch
+
+    while True:
+        release_memory(args.device)
+        try:
+            return {**_measure_peer(work, args, compiled, micro), "micro_batch_seqs": micro}
+        except torch.OutOfMemoryError:
+            if micro == 1:
+                raise
+        micro //= 2
+
+
+def _measure_peer(work: Work, args: argparse.Namespace, compiled: bool, micro: int) -> dict[str, Any]:
     import peer_torch
+    import torch
 
-    c = work.config
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    torch.backends.cuda.enable_flash_sdp(False)
-    before = used_mib()
-    model = peer_torch.GPT(
-        vocab_size=c.vocab_size,
-        model_dim=c.model_dim,
-        num_layers=c.num_layers,
-        num_heads=c.num_heads,
-        num_kv_heads=c.num_kv_heads,
-        hidden=c.mlp_hidden,
-        seq_len=work.length,
-        bigram_vocab_size=c.bigram_vocab_size,
-        bigram_dim=c.bigram_dim,
-    ).cuda()
-    training = peer_torch.Training(model, compiled, dtype=torch.bfloat16)
-    ids, targets = (torch.tensor(a, device="cuda").long() for a in batch_of(work))
-
-    def step() -> None:
-        training.step_in_parts([(ids[i : i + micro], targets[i : i + micro]) for i in range(0, work.sequences, micro)])
-
+    before = used_mib(args.device)
+    model = peer_torch.gpt_like(work.config, work.length).to(args.device)
+    training = peer_torch.Training(model, compiled, dtype=common.autocast_dtype(args.dtype))
+    ids, targets = (torch.tensor(a, device=args.device).long() for a in common.batch_of(work))
+    parts = [(ids[i : i + micro], targets[i : i + micro]) for i in range(0, work.sequences, micro)]
+    start = time.perf_counter()
     for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    times = [median_ms(step, 1) for _ in range(steps)]
-    return {"ms": statistics.median(times), "least": min(times), "mib": used_mib() - before}
+        training.step_in_parts(parts)
+    common.synchronize(args.device)
+    warm = time.perf_counter() - start
+    seconds = common.each_second(lambda: training.step_in_parts(parts), args.device, args.steps)
+    return {**found(seconds, before, args.device), "first_steps_seconds": warm}
 
 
-def sliding(work: Work, dtype: str, windows: int = 2048) -> float:
-    """Windows of T tokens, stride 64, a second."""
-    model = GPT(work.config, seed=1, device="cuda", dtype=dtype)
-    rng = np.random.default_rng(1)
-    tokens = rng.integers(2, work.config.vocab_size, work.length + 64 * (windows - 1) + 1).astype(np.uint16)
-    best = 0.0
-    for count in (64, windows, windows):
-        part = tokens[: work.length + 64 * (count - 1) + 1]
-        score = pgolf.evaluate(model, part, method="sliding", seq_len=work.length, stride=64)
-        best = max(best, score.windows / score.seconds) if count == windows else best
-    return best
+# ---- A public script
 
+
+def environment_of(work: Work, folder: Path, tokenizer: Path) -> dict[str, str]:
+    """The community's variables that make a script train this work, validate every few steps and log no others."""
+    c, steps = work.config, SCRIPT_INTERVAL * (SCRIPT_INTERVALS + 1)
+    values = {
+        "DATA_PATH": folder,
+        "TOKENIZER_PATH": tokenizer,
+        "RUN_ID": "benchmark",
+        "ITERATIONS": steps,
+        "MAX_WALLCLOCK_SECONDS": 0,
+        "WARMUP_STEPS": 2,
+        "VAL_LOSS_EVERY": SCRIPT_INTERVAL,
+        "TRAIN_LOG_EVERY": 1_000_000,
+        "TRAIN_BATCH_TOKENS": work.tokens,
+        "TRAIN_SEQ_LEN": work.length,
+        "VOCAB_SIZE": c.vocab_size,
+        "NUM_LAYERS": c.num_layers,
+        "MODEL_DIM": c.model_dim,
+        "NUM_HEADS": c.num_heads,
+        "NUM_KV_HEADS": c.num_kv_heads,
+        "MLP_MULT": c.mlp_mult,
+        "BIGRAM_VOCAB_SIZE": c.bigram_vocab_size,
+        "BIGRAM_DIM": c.bigram_dim,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+VALIDATED = re.compile(r"step:(\d+)/\d+ val_loss:\S+ .*?train_time:([0-9.]+)ms")
+
+
+def step_seconds(lines: Iterator[str]) -> list[float]:
+    """Seconds of a step between the script's validations, whose lines these are; the first steps, which compile, go."""
+    marks = []
+    for line in lines:
+        if match := VALIDATED.search(line):
+            marks.append((int(match[1]), float(match[2]) / 1e3))
+            if len(marks) == SCRIPT_INTERVALS + 2:
+                break
+    return [(late - early) / (end - begin) for (begin, early), (end, late) in itertools.pairwise(marks[1:])]
+
+
+def measure_script(script: Path, work: Work, data: Path) -> dict[str, Any]:
+    """Runs the script in a process of its own, and ends it after its last step: nobody waits for its export.
+
+    Raises ValueError where it logged no steps, with the end of what it said.
+    """
+    import pgolf
+    from pgolf.data.shards import find_data
+
+    source = find_data(data)
+    if source.tokenizer is None:
+        raise ValueError(f"{data} holds no tokenizer, which the script needs: a *.model of {work.config.vocab_size}.")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for index, shard in enumerate(source.train):
+            (folder / f"fineweb_train_{index:06d}.bin").symlink_to(Path(shard).resolve())
+        tokens = pgolf.read_shard(source.val[0])[: SCRIPT_VALIDATION_WINDOWS * work.length + 1]
+        pgolf.write_shard(folder / "fineweb_val_000000.bin", tokens)
+        environment = {**os.environ, **environment_of(work, folder, Path(source.tokenizer).resolve())}
+        said: list[str] = []
+        process = subprocess.Popen(
+            [sys.executable, "-u", str(script.resolve())],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # with the compiler's workers, which are ended with it
+        )
+        assert process.stdout is not None
+
+        def lines() -> Iterator[str]:
+            for line in process.stdout:
+                said.append(line)
+                yield line
+
+        try:
+            seconds = step_seconds(lines())
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+    if not seconds:
+        raise ValueError(f"{script} logged no two validations; the last that it said:\n{''.join(said[-20:])}")
+    return {"ms": statistics.median(seconds) * 1e3, "least": min(seconds) * 1e3, "script": script.name}
+
+
+# ---- Start-up
 
 START = """
 import time; start = time.perf_counter()
@@ -223,55 +250,73 @@ def start_up() -> dict[str, float]:
     """Seconds from an interpreter to the first optimizer step of the base model, in the second process that tries."""
     names = ("import", "driver and libraries", "initial weights", "warm-up and recording", "first step")
     for _ in range(2):
-        ran = subprocess.run([sys.executable, "-c", START % SETTINGS], capture_output=True, text=True, check=True)
+        ran = subprocess.run(
+            [sys.executable, "-c", START % common.settings()], capture_output=True, text=True, check=True
+        )
     return {name: round(float(value), 3) for name, value in zip(names, ran.stdout.split(), strict=True)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", default="base,small,pr289", help=f"from: {', '.join(WORK)}")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--peer", choices=("eager", "compiled"))
-    parser.add_argument("--peer-work", default="base")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-
-    result: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
-        "dtype": args.dtype,
-        "work": {},
-    }
-    limit = result["machine"]["product_tflops"] * 1e12
-    print(json.dumps(result["machine"]), flush=True)
-    for name in filter(None, args.work.split(",")):
-        work = WORK[name]
-        found = result["work"][name] = {"pgolf": measure_pgolf(work, args.steps, args.dtype)}
-        ms = found["pgolf"]["ms"]
-        found["pgolf"]["tokens_per_second"] = work.tokens / ms * 1e3
-        found["pgolf"]["share_of_limit"] = flop_per_token(work) * work.tokens / (ms / 1e3) / limit
-        print(
-            f"{name}: {ms:.1f} ms, {work.tokens / ms / 1e3:.3f} M tokens/s, "
-            f"{100 * found['pgolf']['share_of_limit']:.1f} % of the limit, {found['pgolf']['mib']:,.0f} MiB",
-            flush=True,
-        )
-        if args.peer and name in args.peer_work.split(","):
-            peer = found[args.peer] = measure_peer(work, args.steps, args.peer == "compiled", work.micro)
-            print(f"{name}: {args.peer} PyTorch {peer['ms']:.1f} ms; pgolf is {peer['ms'] / ms:.2f} times as fast")
-    result["sliding_windows_per_second"] = sliding(WORK["base"], args.dtype)
-    print(f"sliding evaluation: {result['sliding_windows_per_second']:,.0f} windows/s", flush=True)
-    result["start_up"] = start_up()
-    print(f"start to first step: {sum(result['start_up'].values()):.2f} s", result["start_up"], flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+def named(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
-def commit() -> str:
-    """What was built; dev/gpu.sh knows it where there is no repository."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return os.environ.get("PGOLF_COMMIT") or found.stdout.strip()
+def measure(name: str, args: argparse.Namespace, limit_tflops: float) -> dict[str, Any]:
+    """pgolf and its peers on one work, a line each."""
+    from pgolf.speed import flop_per_token
+
+    work = WORK[name].quick() if args.quick else WORK[name]
+    programs: dict[str, Any] = {"pgolf": measure_pgolf(work, args)}
+
+    def show(who: str, program: dict[str, Any]) -> None:
+        rate = work.tokens / program["ms"] * 1e3
+        share = flop_per_token(work.config, work.length) * rate / (limit_tflops * 1e12)
+        program |= {"tokens_per_second": rate, "share_of_limit": share}
+        line = f"{name}: {who} {program['ms']:.1f} ms, {rate / 1e6:.3f} M tokens/s, {share:.1%} of the limit"
+        if program.get("mib") is not None:
+            line += f", {program['mib']:,.0f} MiB"
+        if who != "pgolf":
+            program["ratio"] = program["ms"] / programs["pgolf"]["ms"]
+            line += f"; pgolf is {program['ratio']:.2f} times as fast"
+        print(line, flush=True)
+
+    show("pgolf", programs["pgolf"])
+    for kind in args.peers:
+        for micro in work.peer_micro:
+            program = measure_peer(work, args, kind == "compiled", micro)
+            count = work.sequences // program["micro_batch_seqs"]
+            who = f"{kind}, {count} micro-batch{'es' * (count > 1)}"
+            programs[who] = program
+            show(who, program)
+    release_memory(args.device)
+    if args.script is not None:
+        programs["script"] = measure_script(args.script, work, args.data)
+        show(args.script.name, programs["script"])
+    return programs
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=named, default=["base", "small", "pr289"], help=f"from: {', '.join(WORK)}")
+    parser.add_argument("--steps", type=int, default=5, help="measured of each program, after its first ones")
+    parser.add_argument("--peers", type=named, default=[], help="from: eager, compiled")
+    parser.add_argument("--script", type=Path, help="a public train_gpt.py, run with the community's variables")
+    parser.add_argument("--data", type=Path, help="for the script: a folder with shards and a tokenizer")
+    parser.add_argument("--no-start", action="store_true", help="leave the start-up out")
+    common.add_common_arguments(parser)
+    args = parser.parse_args(arguments)
+    for option, known, given in (("--work", WORK, args.work), ("--peers", ("eager", "compiled"), args.peers)):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"{option} has {', '.join(unknown)}; expected some of {', '.join(known)}")
+    if args.script is not None and (args.data is None or not args.script.is_file()):
+        parser.error("--script needs a file, and with --data a folder with shards and a tokenizer")
+    common.resolve(args)
+
+    result = common.new_result(args)
+    result["work"] = {name: measure(name, args, result["machine"]["limit_tflops"]) for name in args.work}
+    if args.device != "cpu" and not args.no_start:
+        result["start_up"] = start_up()
+        print(f"start to first step: {sum(result['start_up'].values()):.2f} s", result["start_up"], flush=True)
+    common.write_result(result, "train_step", args.out, args.quick)
 
 
 if __name__ == "__main__":

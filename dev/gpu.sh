@@ -4,7 +4,7 @@
 #   dev/gpu.sh build              here: extension and CUDA backend for one architecture and one Python, packed into carry/
 #   dev/gpu.sh older              here: after build, the backend for compute capability 7.5 and 8.0 as PTX
 #   dev/gpu.sh data BOOKS         here: adds a folder with books.jsonl.zst and its tokenizer to carry/
-#   dev/gpu.sh run [PART …]       there, with this checkout and carry/: tests, sanitize, bench (all three), paths, or some of them
+#   dev/gpu.sh run [PART …]       there, with this checkout and carry/: tests, sanitize, bench (all three), or any of these, paths, sliding, ops
 #
 #   PGOLF_GPU_ARCHITECTURE=90a-real   PGOLF_GPU_PYTHON=python3.12   PGOLF_GPU_OUT=DIR: where `run` leaves its files (carry/out)
 set -euo pipefail
@@ -104,6 +104,14 @@ paths() {
 
 bench() {
   python3 benchmarks/train_step.py --out "$out/train_step.json" ${BENCH_ARGS:-}
+}
+
+sliding() {
+  python3 benchmarks/sliding_eval.py --out "$out/sliding_eval.json" ${BENCH_ARGS:-}
+}
+
+ops() {
+  python3 benchmarks/ops.py --out "$out/ops.json" ${BENCH_ARGS:-}
 }
 
 run() {

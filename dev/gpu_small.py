@@ -11,18 +11,11 @@ import sys
 import numpy as np
 
 from pgolf import _C, ops
-from pgolf.config import ModelConfig
+from pgolf.config import Config, ModelConfig
 from pgolf.model import GPT
+from pgolf.trainer import step_settings
 
-SETTINGS = {
-    "lr": [0.02, 0.03, 0.02, 0.008],
-    "weight_decay": [0.04, 0.04, 0.04, 0.0],
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "eps": 1e-8,
-    "momentum": 0.95,
-    "clip": 0.3,
-}
+SETTINGS = step_settings(Config.from_recipe("base"))
 # d 96, a head width that fills no tile of 16; an untied head; sequences that fill no tile.
 SMALL = {
     "vocab_size": 97,
