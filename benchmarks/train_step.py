@@ -49,7 +49,8 @@ def release_memory(device: str) -> None:
     """What the program before has left in PyTorch's caches, so that the next one's memory is its own."""
     import torch
 
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # something was compiled
+        torch._dynamo.reset()
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()

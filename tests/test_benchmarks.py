@@ -9,10 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import pgolf
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
