@@ -412,7 +412,7 @@ def table(rows: Sequence[Row], tflops: float, tb_per_s: float) -> str:
         return " | " if seconds is None else f"{seconds * 1e6:,.1f} | {seconds / row.seconds:.2f}"
 
     for row in rows:
-        rate = f"{row.flop / row.seconds / 1e12:.1f}" if row.flop else ""
+        rate = f"{row.flop / row.seconds / 1e12:.3g}" if row.flop else ""
         lines.append(
             f"| {row.name} | {row.seconds * 1e6:,.1f} | {rate} | {row.bytes / row.seconds / 1e9:,.0f} | "
             f"{row.share(tflops, tb_per_s):.0%} | {beside(row.library, row)} | {beside(row.peer, row)} |"

@@ -246,7 +246,8 @@ def sliding_loss(
     """
     total = model(tokens[None, :seq_len], tokens[None, 1 : seq_len + 1], reduction="none").double().sum()
     windows = tokens.unfold(0, seq_len + 1, stride)[1:]
+    score = model if compiled is None else compiled
     for part in map(Tensor.contiguous, windows.split(batch)):
-        losses = (compiled or model)(part[:, :-1], part[:, 1:], first=seq_len - stride, reduction="none")
+        losses = score(part[:, :-1], part[:, 1:], first=seq_len - stride, reduction="none")
         total += losses.double().sum()
     return total.item() / (seq_len + len(windows) * stride)

@@ -44,12 +44,14 @@ class Case:
 
 
 def random_weights(model: GPT) -> dict[str, np.ndarray]:
-    """As a trained model's in size: what starts as zeros would hide every error behind it."""
+    """As a trained model's in size: what starts as zeros would hide every error behind it, and small logits all."""
     rng = np.random.default_rng(5)
     state = model.state_dict()
     for name, value in state.items():
         noise = np.asarray(rng.standard_normal(value.shape), np.float32)
-        if value.ndim == 2 and not value.any():
+        if name == "tok_emb.weight":
+            state[name] = value * np.float32(0.1 / value.std())  # logits of a standard deviation of 0.1·√d
+        elif value.ndim == 2 and not value.any():
             state[name] = noise * np.float32(0.5 / math.sqrt(value.shape[1]))
         elif value.ndim < 2 or not value.std(axis=1).any():
             state[name] = np.asarray(value + np.float32(0.05) * noise)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,7 @@ def test_sliding_evaluation_scores_as_the_eager_peer_does(tmp_path: Path) -> Non
     assert pgolf_["windows_per_second"] > 0 and eager["ratio"] > 0
     assert result["windows"] == {"length": 32, "stride": 8, "count": 41, "peer_batch": 4}
     assert pgolf_["loss"] == result["float32_loss"]  # which is what it computes in here
+    assert abs(pgolf_["loss"] - math.log(64)) > 0.05  # which logits that are all small would show
     assert eager["away_from_float32"] < 1e-5
 
 
