@@ -3,7 +3,8 @@
 #   VENV=.venv-3.12     where the environment lies
 #   PGOLF_WERROR=ON     compiler warnings are errors
 #   PGOLF_CUDA=off      no CUDA backend, which is built where nvcc is found (docs/gpu.md)
-#   PGOLF_CUDA_ARCHITECTURES=86-real   the GPUs it is built for; this machine's, or the H100 alone where there is none
+#   PGOLF_CUDA_ARCHITECTURES=86-real   the GPUs it is built for; this machine's, or the H100 alone where there is none;
+#                       for make wheel, all that pgolf supports
 #   PYTEST_ARGS="-k x"  passed on to pytest
 
 VENV ?= .venv
@@ -11,6 +12,7 @@ PYTHON ?=
 PGOLF_WERROR ?= OFF
 PYTEST_ARGS ?=
 PGOLF_CUDA ?= auto
+WHEEL_ARCHITECTURES := $(or $(PGOLF_CUDA_ARCHITECTURES),all)
 ifndef PGOLF_CUDA_ARCHITECTURES
 PGOLF_CUDA_ARCHITECTURES := $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo native || echo 90a-real)
 endif
@@ -40,13 +42,18 @@ SANITIZED = env PYTHONPATH=$(SANITIZE)/site PYTHONMALLOC=malloc \
     LD_PRELOAD="$$($(SANITIZE_CXX) -print-file-name=libasan.so) $$($(SANITIZE_CXX) -print-file-name=libstdc++.so)" \
     $(BIN)/python
 
-.PHONY: help demo test test-isa dev lint sanitize fuzz mutants check-all clean
+# Tests of what is installed rather than of mathematics, for `make test-wheel`.
+WHEEL_TESTS := $(addprefix tests/test_,package.py recipes.py doctor.py cuda_library.py)
+
+.PHONY: help demo test test-isa dev wheel test-wheel lint sanitize fuzz mutants check-all clean
 .NOTPARALLEL:  # one pip at a time
 
 help:
 	@echo "make demo    train, squeeze and score a small model on this machine's own documentation (minutes)"
 	@echo "make test    run all tests"
 	@echo "make dev     install for development: Python changes apply at once, C++ changes after make dev"
+	@echo "make wheel   a wheel for other machines, with the code of all supported GPUs, in dist/ (half an hour)"
+	@echo "make test-wheel  install it where there is no compiler, and run it"
 	@echo "make lint    check style, types and stubs"
 	@echo "make test-isa  run all tests on each instruction set: plain, AVX2, AVX-512"
 	@echo "make mutants  bend the mathematics piece by piece; every time a test must fail (MUTANTS='rope skip': some)"
@@ -68,6 +75,12 @@ test-isa: $(VENV)/.tested-with $(PGOLF)
 	done
 
 dev: $(VENV)/.tested-with $(VENV)/.dev
+
+wheel: $(VENV)/.packed-with
+	PGOLF_CUDA_ARCHITECTURES="$(WHEEL_ARCHITECTURES)" PGOLF_WERROR=$(PGOLF_WERROR) $(BIN)/python dev/wheel.py
+
+test-wheel: $(VENV)/.tested-with
+	$(BIN)/python dev/try_wheel.py $(WHEEL) --tests $(WHEEL_TESTS)
 
 lint: $(VENV)/.tested-with $(PGOLF)
 	$(BIN)/ruff check .
@@ -109,6 +122,10 @@ $(VENV)/.tools: requirements/build.txt dev/find_python.sh
 
 $(VENV)/.tested-with: requirements/test.txt $(VENV)/.tools
 	$(PIP) -r requirements/test.txt
+	@touch $@
+
+$(VENV)/.packed-with: requirements/wheel.txt $(VENV)/.tools
+	$(PIP) -r requirements/wheel.txt
 	@touch $@
 
 $(VENV)/.fuzzed-with: requirements/fuzz.txt $(VENV)/.tested-with

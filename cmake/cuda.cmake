@@ -1,12 +1,12 @@
 # The CUDA backend: a shared library beside _C, without Python, which opens it on demand (docs/gpu.md).
 #   PGOLF_CUDA                "auto": built where a CUDA compiler of version 13.0 or newer is found; "on": must be; "off"
 #   PGOLF_CUDA_ARCHITECTURES  CMake's notation, separated by commas, semicolons or spaces; "native": the GPUs of this
-#                             machine; empty: native where there is a GPU, else what all supported GPUs need
+#                             machine; "all": what all supported GPUs need; empty: native where there is a GPU, else all
 # Each can be given with -D or as an environment variable.
 include(CheckLanguage)
 
 set(PGOLF_CUDA "" CACHE STRING "Build the CUDA backend: auto, on or off")
-set(PGOLF_CUDA_ARCHITECTURES "" CACHE STRING "GPU architectures of the CUDA backend, or native")
+set(PGOLF_CUDA_ARCHITECTURES "" CACHE STRING "GPU architectures of the CUDA backend, native or all")
 set(PGOLF_CUDA_ALL_ARCHITECTURES 75-real 80-real 86-real 89-real 90a-real 120-real 80-virtual)
 set(PGOLF_CUDA_LEAST 13.0)
 
@@ -119,7 +119,7 @@ if(architectures STREQUAL "" OR architectures STREQUAL "native")
   endif()
   set(architectures "${native}")
 endif()
-if(NOT architectures)
+if(NOT architectures OR architectures STREQUAL "all")
   set(architectures ${PGOLF_CUDA_ALL_ARCHITECTURES})
 endif()
 set(CMAKE_CUDA_ARCHITECTURES ${architectures})
@@ -152,6 +152,7 @@ endif()
 target_compile_options(pgolf_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr --extended-lambda
                                           $<$<NOT:$<BOOL:${MSVC}>>:-Xcompiler=${cuda_host_warnings}>>)
 target_link_libraries(pgolf_cuda PRIVATE Threads::Threads ${CMAKE_DL_LIBS})
+pgolf_portable(pgolf_cuda)
 if(UNIX)
   set(cuda_exports "${CMAKE_CURRENT_SOURCE_DIR}/cmake/cuda_exports.map")
   target_link_options(pgolf_cuda PRIVATE LINKER:-z,now LINKER:-z,defs "LINKER:--version-script=${cuda_exports}")

@@ -4,7 +4,9 @@
 #   dev/gpu.sh build              here: extension and CUDA backend for one architecture and one Python, packed into carry/
 #   dev/gpu.sh older              here: after build, the backend for compute capability 7.5 and 8.0 as PTX
 #   dev/gpu.sh data BOOKS         here: adds a folder with books.jsonl.zst and its tokenizer to carry/
-#   dev/gpu.sh run [PART …]       there, with this checkout and carry/: tests, sanitize, bench (all three), or any of these, paths, sliding, ops
+#   dev/gpu.sh wheel              here: the newest wheel in dist/ for that Python, and what it requires, in carry/wheel
+#   dev/gpu.sh run [PART …]       there, with this checkout and carry/: tests, sanitize, bench (all three), or any of these, paths,
+#                                 sliding, ops, wheel
 #
 #   PGOLF_GPU_ARCHITECTURE=90a-real   PGOLF_GPU_PYTHON=python3.12   PGOLF_GPU_OUT=DIR: where `run` leaves its files (carry/out)
 set -euo pipefail
@@ -54,6 +56,16 @@ older() {
 data() {
   mkdir -p $pack/books
   cp "$1"/books.jsonl.zst "$1"/books_1024_bpe.model $pack/books/
+}
+
+# As wheels: the machine there has no network, and pip no index.
+pack_wheel() {
+  local python=$venv/bin/python wheel
+  wheel=$($python -c 'import sys; sys.path[0] = "dev"; import try_wheel; print(try_wheel.newest_wheel())')
+  rm -rf $pack/wheel && mkdir -p $pack/wheel
+  $python -m pip download --quiet --disable-pip-version-check --only-binary :all: --dest $pack/wheel "$wheel"
+  git rev-parse --short HEAD >$pack/commit
+  du -sh $pack/wheel
 }
 
 # A line of the table that ends a run.
@@ -114,6 +126,15 @@ ops() {
   python3 benchmarks/ops.py --out "$out/ops.json" ${BENCH_ARGS:-}
 }
 
+# In an empty environment, with the cuBLASLt that comes with this machine's PyTorch: the wheel has none, and it is too large
+# to carry.
+wheel() {
+  local cublaslt
+  cublaslt=$(python3 -c 'import glob, sys; print(*(f for p in sys.path for f in glob.glob(p + "/nvidia/cu13/lib/libcublasLt.so.13")))')
+  env -u PYTHONPATH PGOLF_CUBLASLT="${PGOLF_CUBLASLT:-${cublaslt%% *}}" \
+    python3 dev/try_wheel.py $pack/wheel/pgolf-*.whl --packages $pack/wheel --device cuda
+}
+
 run() {
   out=${PGOLF_GPU_OUT:-$PWD/$pack/out}
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
@@ -131,7 +152,8 @@ run() {
 
 case "${1:-}" in
   build | older) "$1" ;;
+  wheel) pack_wheel ;;
   data) data "${2:?the folder with books.jsonl.zst}" ;;
   run) shift; run "$@" ;;
-  *) sed -n '2,10p' "$0"; exit 2 ;;
+  *) sed -n '2,12p' "$0"; exit 2 ;;
 esac

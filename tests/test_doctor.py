@@ -240,16 +240,19 @@ def test_gpus() -> None:
     )
 
 
+COMPILE = "pip install --force-reinstall --no-deps --no-binary pgolf pgolf"
+
+
 @pytest.mark.parametrize(
     ("missing", "mend"),
     [
-        ("backend", "PGOLF_CUDA=on pip install --force-reinstall --no-deps pgolf"),
-        ("working backend", "PGOLF_CUDA=on pip install --force-reinstall --no-deps pgolf"),
+        ("backend", f"PGOLF_CUDA=on {COMPILE}"),
+        ("working backend", f"PGOLF_CUDA=on {COMPILE}"),
         ("driver", None),
         ("newer driver", None),
         ("GPU", None),
         ("newer GPU", None),
-        ("code for GPU", "PGOLF_CUDA_ARCHITECTURES=native pip install --force-reinstall --no-deps pgolf"),
+        ("code for GPU", f"PGOLF_CUDA_ARCHITECTURES=native {COMPILE}"),
         ("cuBLASLt", "pip install 'pgolf[cuda]'"),
     ],
 )

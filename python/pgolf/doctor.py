@@ -196,7 +196,8 @@ def _mend_cuda(missing: str) -> str | None:
     setting = settings.get(missing)
     if setting is not None and os.environ.get(setting):
         return f"unset {setting}"
-    install = "pip install --force-reinstall --no-deps pgolf"
+    # Compiled here: a wheel's code is for the GPUs that it was made for.
+    install = "pip install --force-reinstall --no-deps --no-binary pgolf pgolf"
     compiler = "" if shutil.which("nvcc") else "PGOLF_NVCC=wheels "
     commands = {
         "backend": f"{compiler}PGOLF_CUDA=on {install}",
