@@ -1,6 +1,6 @@
 """Installs a wheel where there is no compiler, in an empty environment and an empty folder, and runs it.
 
-    python dev/try_wheel.py                                      the newest in dist/ for this Python
+    python dev/try_wheel.py                                      the newest in dist/ or dist/trial/ for this Python
     python dev/try_wheel.py WHEEL --packages DIR --device cuda   packages from wheels in a folder, no network; on a GPU
     python dev/try_wheel.py --tests tests/test_package.py        then these tests against what was installed
 
@@ -158,7 +158,7 @@ def run_tests(trial: Trial, tests: list[str]) -> None:
 
 def newest_wheel() -> Path:
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    wheels = sorted((ROOT / "dist").glob(f"pgolf-*-{tag}-{tag}-*.whl"), key=lambda path: path.stat().st_mtime)
+    wheels = sorted((ROOT / "dist").rglob(f"pgolf-*-{tag}-{tag}-*.whl"), key=lambda path: path.stat().st_mtime)
     if not wheels:
         raise Failed(f"There is no wheel for {tag} in {ROOT / 'dist'}: make wheel")
     return wheels[-1]

@@ -1,11 +1,12 @@
 """Builds the wheel that others install, checks it, and says what is in it (docs/release.md).
 
-    python dev/wheel.py                    compiled in build/wheel, checked, then moved to dist/
+    python dev/wheel.py                    compiled in build/wheel, checked, then moved to dist/ or dist/trial/
     python dev/wheel.py dist/pgolf-….whl   checks this one
 
-PGOLF_CUDA=off leaves the CUDA backend out, PGOLF_CUDA_ARCHITECTURES names other GPUs than all supported ones,
-PGOLF_WERROR=ON makes warnings errors. `make wheel` runs this in an environment with requirements/wheel.txt. A wheel
-that is not as it should be is refused: exit status 1, a sentence for each defect, and dist/ stays as it was.
+PGOLF_CUDA=off leaves the CUDA backend out, PGOLF_CUDA_ARCHITECTURES names other GPUs than all supported ones: such a
+wheel, whose name is that of a whole one, goes to dist/trial/. PGOLF_WERROR=ON makes warnings errors. `make wheel` runs
+this in an environment with requirements/wheel.txt. A wheel that is not as it should be is refused: exit status 1, a
+sentence for each defect, and dist/ stays as it was.
 """
 
 from __future__ import annotations
@@ -268,7 +269,8 @@ def main() -> int:
                 os.chdir(ROOT)
                 built = build(Path(temporary), cuda, ",".join(architectures or []))
                 path = repair(built, Path(temporary) / "repaired")
-                target = ROOT / "dist" / path.name
+                whole = set(architectures or []) == set(all_architectures())
+                target = ROOT / "dist" / ("" if whole else "trial") / path.name
             else:
                 target = path
             wheel = read(path)
@@ -277,15 +279,13 @@ def main() -> int:
             if found:
                 raise Refused(f"{wheel.name} is refused: {' '.join(found)}")
             if path != target:
-                target.parent.mkdir(exist_ok=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, target.with_suffix(".part"))
                 os.replace(target.with_suffix(".part"), target)
             print(target)
     except Refused as refusal:
         print(refusal, file=sys.stderr)
         return 1
-    if architectures is not None and set(architectures) != set(all_architectures()):
-        print("This wheel lacks GPUs that pgolf supports: it is for trials, not for others.")
     return 0
 
 

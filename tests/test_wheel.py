@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -272,3 +273,18 @@ def test_each_function_goes_where_it_lay_with_the_newest_version_up_to_2_28() ->
 def test_an_older_glibc_keeps_its_own_libraries() -> None:
     lines = ["0000000000012340 T pthread_mutex_lock@@GLIBC_2.2.5", "0000000000012340 T fopen@@GLIBC_2.2.5"]
     assert older_glibc.by_library(lines, []) == {"libm.so.6": {}}
+
+
+def test_the_command_refuses_in_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "pgolf-1.0-cp311-cp311-linux_x86_64.whl"
+    pack(path, {"pgolf/__init__.py": b""})
+    command = [sys.executable, str(ROOT / "dev" / "wheel.py"), str(path)]
+    for name, value, said in (
+        ("PGOLF_CUDA_ARCHITECTURES", "90a-real", f"{path.name} is refused: Its name is {path.name}"),
+        ("PGOLF_CUDA_ARCHITECTURES", "native", "PGOLF_CUDA_ARCHITECTURES is 'native'"),
+    ):
+        done = subprocess.run(
+            command, env={**os.environ, "PGOLF_CUDA": "on", name: value}, capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
