@@ -134,19 +134,38 @@ def memory_folder() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
-def seal_artifact(content: bytes) -> bytes:
-    """The container of docs/spec.md §4 around any content."""
+def seal_content(content: bytes) -> bytes:
+    """The container of docs/spec.md §4, version 1, around any content."""
+    return _preamble(1, len(content), zlib.crc32(content)) + _frame(content)
+
+
+def seal_streams(parts: bytes) -> bytes:
+    """The container of version 2 around what `_open_streams` took out of one."""
+    size, checksum, head_size = struct.unpack("<QII", parts[:16].ljust(16, b"\0"))
+    frame = _frame(parts[16 : 16 + head_size])
+    body = struct.pack("<I", len(frame)) + frame + parts[16 + head_size :]
+    return _preamble(2, size, checksum) + body + struct.pack("<I", zlib.crc32(body))
+
+
+def _open_streams(artifact: bytes) -> bytes:
+    """Size and CRC-32 of the content, then the head with its size and the streams: whatever no checksum depends on."""
     import zstandard
 
-    preamble = struct.pack("<8sIIQI", b"PGOLF\r\n\0", 1, 0, len(content), zlib.crc32(content))
-    frame = zstandard.ZstdCompressor(level=1, write_checksum=False, write_content_size=True).compress(content)
-    return preamble + struct.pack("<I", zlib.crc32(preamble)) + frame
+    size, checksum = struct.unpack_from("<QI", artifact, 16)
+    (frame_size,) = struct.unpack_from("<I", artifact, 32)
+    head = zstandard.ZstdDecompressor().decompress(artifact[36 : 36 + frame_size])
+    return struct.pack("<QII", size, checksum, len(head)) + head + artifact[36 + frame_size : -4]
 
 
-def _open_artifact(artifact: bytes) -> bytes:
+def _preamble(version: int, size: int, checksum: int) -> bytes:
+    preamble = struct.pack("<8sIIQI", b"PGOLF\r\n\0", version, 0, size, checksum)
+    return preamble + struct.pack("<I", zlib.crc32(preamble))
+
+
+def _frame(data: bytes) -> bytes:
     import zstandard
 
-    return zstandard.ZstdDecompressor().decompress(artifact[32:])
+    return zstandard.ZstdCompressor(level=1, write_checksum=False, write_content_size=True).compress(data)
 
 
 def _seal_checkpoint(content: bytes) -> bytes:
@@ -175,7 +194,7 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
     import numpy as np
 
     import pgolf
-    from pgolf import artifact, checkpoint, plot
+    from pgolf import artifact, checkpoint, container, plot
     from pgolf.config import Config, ModelConfig, TrainConfig
     from pgolf.data.manifest import HubEntry, Manifest, ShardEntry, SplitEntry, TokenizerEntry
     from pgolf.data.shards import ShardSet, find_data, load_tokens
@@ -239,10 +258,13 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
 
     shutil.copy(folder / "good_train_000001.bin", folder / "good_val_000001.bin")
     whole = (folder / "sample.pgolf").read_bytes()
+    content = container.pack_content(*container.unpack(whole))
     shard = (folder / "sample.bin").read_bytes()
     return {
         "artifact": Kind("damaged.pgolf", whole, pgolf.load),
-        "artifact, sealed": Kind("sealed.pgolf", _open_artifact(whole), pgolf.load, seal_artifact, 2),
+        "artifact, sealed": Kind("sealed.pgolf", _open_streams(whole), pgolf.load, seal_streams, 2),
+        "artifact 1": Kind("damaged_1.pgolf", seal_content(content), pgolf.load),
+        "artifact 1, sealed": Kind("sealed_1.pgolf", content, pgolf.load, seal_content, 2),
         "checkpoint": Kind("step-00000003.npz", saved, read_checkpoint),
         "checkpoint, sealed": Kind("step-00000004.npz", _open_checkpoint(saved), read_checkpoint, _seal_checkpoint),
         "shard": Kind("damaged.bin", shard, read_shard),

@@ -2,9 +2,9 @@
 
     python dev/fuzz_containers.py --minutes 10
 
-The first byte of an input says for which reader the rest is. Containers are tried as they are and, so that the fuzzer
-gets past the checksums, as content that is given right ones. The readers may refuse with FormatError, or
-FileNotFoundError for what a manifest names; another exception, a crash, 5 seconds or 1 GiB end the run, and libFuzzer
+The first byte of an input says for which reader the rest is. Containers of both versions are tried as they are and, so
+that the fuzzer gets past the checksums, as content that is given right ones. The readers may refuse with FormatError,
+or FileNotFoundError for what a manifest names; another exception, a crash, 5 seconds or 1 GiB end the run, and libFuzzer
 writes the input that did it to build/fuzz. Inputs that reached new code are kept in build/fuzz/corpus for the next run.
 """
 
@@ -25,7 +25,13 @@ from pgolf.errors import FormatError
 OUT = Path(__file__).resolve().parent.parent / "build" / "fuzz"
 SECONDS = 5
 MEMORY_MIB = 1024
-KINDS = ("artifact", "artifact, sealed", "shard", "manifest")
+SEALS = {
+    "artifact": bytes,
+    "artifact, sealed": corrupt.seal_streams,
+    "artifact 1": bytes,
+    "artifact 1, sealed": corrupt.seal_content,
+}
+KINDS = (*SEALS, "shard", "manifest")
 
 
 class Target:
@@ -39,10 +45,8 @@ class Target:
             return
         kind, content = KINDS[data[0] % len(KINDS)], data[1:]
         try:
-            if kind == "artifact":
-                container.unpack(content)
-            elif kind == "artifact, sealed":
-                container.unpack(corrupt.seal_artifact(content))
+            if kind in SEALS:
+                container.unpack(SEALS[kind](content))
             elif kind == "shard":
                 int(shards.read_shard(self._write("fuzz.bin", content)).sum())
             else:

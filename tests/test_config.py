@@ -147,7 +147,8 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"eval.eval_seq_len": 63}, ["eval.eval_stride = 64", "at most", "63"]),
     ({"eval.ttt_chunk_size": 2000}, ["eval.ttt_chunk_size = 2000", "eval.ttt_eval_seq_len = 1024"]),
     ({"export.policy": []}, ["export.policy = []", "[pattern, encoding]"]),
-    ({"export.policy": [["*", "int4"]]}, ["'int4' is no encoding", "int5, int6, int8, fp16, fp32"]),
+    ({"export.policy": [["*", "int3"]]}, ["'int3' is no encoding", "int5, int6, int7, int8, fp16, fp32 or int6:23"]),
+    ({"export.policy": [["*", "int5:16"]]}, ["'int5:16' has a clip above 15"]),
     ({"export.policy": [["*", ["int6"]]]}, ["['int6'] is no encoding"]),
     ({"export.policy": [["*"]]}, ["['*'] is not such a pair"]),
     ({"export.policy": "pr98"}, ["no recipe 'pr98'", "nearest is 'pr9"]),
@@ -294,7 +295,11 @@ changes = st.fixed_dictionaries(
         "train.warmdown_iters": st.integers(-(10**6), 10**6),
         "eval.method": st.sampled_from(["standard", "sliding", "ttt"]),
         "export.policy": st.lists(
-            st.tuples(texts.filter(bool), st.sampled_from(["int5", "int6", "int8", "fp16", "fp32"])), min_size=1
+            st.tuples(
+                texts.filter(bool),
+                st.sampled_from(["int4", "int5", "int6:23", "int7", "int8", "int8:99", "fp16", "fp32"]),
+            ),
+            min_size=1,
         ),
         "export.control_patterns": st.lists(texts.filter(bool)),
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 import tracemalloc
@@ -14,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pgolf import container
-from pgolf.container import EncodedTensor, pack, unpack
+from pgolf import _C, container
+from pgolf.container import EncodedTensor, encode_stream, pack, pack_content, unpack, version_of
 from pgolf.errors import FormatError
 
 RNG = np.random.default_rng(0)
@@ -40,19 +41,31 @@ def assert_same(found, expected):
                 assert a.tobytes() == b.tobytes()
 
 
-def file_bytes(content: bytes, *, size: int | None = None, frame: bytes | None = None, **fields) -> bytes:
-    """A container whose checksums are right, whatever the content and the other preamble fields are."""
+def preamble_bytes(content: bytes, *, size: int | None = None, **fields) -> bytes:
+    """A preamble whose own checksum is right, whatever its fields are."""
     preamble = struct.pack(
         "<8sIIQI",
-        fields.get("magic", b"PGOLF\r\n\0"),
+        b"PGOLF\r\n\0",
         fields.get("version", 1),
         fields.get("flags", 0),
         len(content) if size is None else size,
         fields.get("crc", zlib.crc32(content)),
     )
-    return (
-        preamble + struct.pack("<I", zlib.crc32(preamble)) + (container.compress(content) if frame is None else frame)
-    )
+    return preamble + struct.pack("<I", zlib.crc32(preamble))
+
+
+def file_bytes(content: bytes, *, frame: bytes | None = None, **fields) -> bytes:
+    """A container of version 1 whose checksums are right, whatever the content and the preamble's fields are."""
+    return preamble_bytes(content, **fields) + (container.compress(content) if frame is None else frame)
+
+
+def file_2(
+    head: bytes, streams: bytes = b"", *, content: bytes = bytes(1000), frame: bytes | None = None, **fields
+) -> bytes:
+    """The same of version 2: its head, and its streams in a row."""
+    frame = container.compress(head) if frame is None else frame
+    body = struct.pack("<I", fields.pop("frame_size", len(frame))) + frame + streams
+    return preamble_bytes(content, version=2, **fields) + body + struct.pack("<I", zlib.crc32(body))
 
 
 def content_of(header, payload: bytes = b"") -> bytes:
@@ -62,13 +75,10 @@ def content_of(header, payload: bytes = b"") -> bytes:
 
 
 def test_exact_bytes():
-    """The whole layout of docs/spec.md §4, written out by hand."""
+    """The whole layout of docs/spec.md §4, written out by hand; the streams are those of tests/test_coder.py."""
     data = pack(HEADER, TENSORS)
-    assert data[:16] == b"PGOLF\r\n\0" + bytes([1, 0, 0, 0, 0, 0, 0, 0])
+    assert data[:16] == b"PGOLF\r\n\0" + bytes([2, 0, 0, 0, 0, 0, 0, 0])
     size, content_crc, preamble_crc = struct.unpack("<QII", data[16:32])
-    content = zstandard.ZstdDecompressor().decompress(data[32:])
-    assert size == len(content)
-    assert content_crc == zlib.crc32(content)
     assert preamble_crc == zlib.crc32(data[:28])
 
     text = (
@@ -85,16 +95,54 @@ def test_exact_bytes():
     expected = struct.pack("<I", len(text)) + text
     for payload in payloads:
         expected += bytes(-len(expected) % 64) + payload
-    assert content == expected
+    assert (size, content_crc) == (len(expected), zlib.crc32(expected))
+    assert pack_content(HEADER, TENSORS) == expected
 
-    frame = zstandard.get_frame_parameters(data[32:])
-    assert (frame.content_size, frame.has_checksum, frame.dict_id) == (len(content), False, 0)
-    assert data[32:] == zstandard.ZstdCompressor(level=22).compress(content)
+    tensor = TENSORS["b.int6"]
+    streams = [
+        _C.encode_floats(TENSORS["a.fp32"].values.view(np.uint32)),
+        _C.encode_integers(tensor.values, tensor.scale.view(np.uint16)),
+        _C.encode_floats(TENSORS["c.scalar"].values.reshape(1, 1).view(np.uint16)),
+        _C.encode_floats(TENSORS["d.empty"].values.view(np.uint16)),
+    ]
+    assert streams == [encode_stream(TENSORS[name]) for name in sorted(TENSORS)]
+    head = struct.pack("<I", len(text)) + text + struct.pack("<4I", *map(len, streams))
+    frame = zstandard.ZstdCompressor(level=22).compress(head)
+    body = struct.pack("<I", len(frame)) + frame + b"".join(streams)
+    assert data[32:] == body + struct.pack("<I", zlib.crc32(body))
+
+
+GOLDEN_VALUES = (np.arange(40, dtype=np.int64).reshape(5, 8) * 7919 % 63 - 31).astype(np.int8)
+GOLDEN_TENSORS = {
+    "b.int6": EncodedTensor("int6", GOLDEN_VALUES, np.array([0.5, 0.25, 2.0**-14, 3, 0.1], np.float16)),
+    "a.fp32": EncodedTensor("fp32", np.array([[1, -2.5, 3e-9], [0, 65504, -1e30]], np.float32)),
+    "c.scalar": EncodedTensor("fp16", np.array(0.05, np.float16)),
+    "d.empty": EncodedTensor("fp16", np.empty((0, 7), np.float16)),
+}
+GOLDEN_1 = base64.b64decode(
+    "UEdPTEYNCgABAAAAAAAAAMABAAAAAAAAjFCVsriHzi8otS/9YMAALQcAxAvdAAAAeyJncsO2w59lIjpbMS41LG51bGwsdHJ1ZV0sInNlZWQiOjQy"
+    "LCJ0ZW5zb3JzIjp7ImEuZnAzMmVuY29kaW5nIjoiLCJzaGFwMiwzXX0sImIuaW50NjUsOGMuc2NhbGFyMWQuZW1wdHkwLDddfX19AIA/AAAgwI8o"
+    "TjHgf0fK8knxAOEN+ucTAO0ZBvMfDPnmEv/sGAXyHgv45RH+6xcE8R0K9+QQ/eoWA/AAOAA0AAQAQmYuAGYqABAAAtIYcEBu4a6AcDhnSqypFaBy"
+    "dwvDARsQ4LKA0/5MsGKz/XYtUA=="
+)
+
+
+def test_version_1_is_still_read(tmp_path):
+    """Golden bytes that the last version 1 of pgolf wrote."""
+    header, tensors = unpack(GOLDEN_1)
+    assert header == HEADER
+    assert_same(tensors, GOLDEN_TENSORS)
+    assert zstandard.ZstdDecompressor().decompress(GOLDEN_1[32:]) == pack_content(HEADER, GOLDEN_TENSORS)
+    (tmp_path / "1.pgolf").write_bytes(GOLDEN_1)
+    (tmp_path / "2.pgolf").write_bytes(pack(header, tensors))
+    assert [version_of(tmp_path / f"{version}.pgolf") for version in (1, 2)] == [1, 2]
+    assert_same(unpack(tmp_path / "2.pgolf")[1], GOLDEN_TENSORS)
 
 
 def test_bytes_depend_on_no_order():
     arrays = dict(reversed(TENSORS.items()))
     arrays["b.int6"] = EncodedTensor("int6", np.asfortranarray(arrays["b.int6"].values), arrays["b.int6"].scale)
+    arrays["a.fp32"] = EncodedTensor("fp32", np.asfortranarray(arrays["a.fp32"].values))
     assert pack(dict(reversed(HEADER.items())), arrays) == pack(HEADER, TENSORS)
 
 
@@ -120,7 +168,7 @@ floats = st.sampled_from([("fp16", np.float16), ("fp32", np.float32)]).flatmap(
     )
 )
 integers = st.tuples(
-    st.sampled_from(["int5", "int6", "int8"]),
+    st.sampled_from(["int4", "int5", "int6", "int7", "int8"]),
     hnp.arrays(np.int8, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=9)),
 ).map(lambda pair: EncodedTensor(*pair, np.linspace(0.1, 1, len(pair[1]), dtype=np.float16)))
 
@@ -136,20 +184,25 @@ def test_round_trip_of_anything(header, tensors):
     assert_same(found, tensors)
 
 
-def test_every_truncation_is_refused():
-    data = pack(HEADER, TENSORS)
+RANDOM = {
+    "w": EncodedTensor("int6", RNG.integers(-32, 32, (8, 16), np.int8), RNG.random(8).astype(np.float16)),
+    "x": EncodedTensor("fp32", RNG.standard_normal(6).astype(np.float32)),
+}
+BOTH = pytest.mark.parametrize(
+    "data", [file_bytes(pack_content(HEADER, RANDOM)), pack(HEADER, RANDOM)], ids=["version 1", "version 2"]
+)
+
+
+@BOTH
+def test_every_truncation_is_refused(data):
     for length in range(len(data)):
         with pytest.raises(FormatError):
             unpack(data[:length])
 
 
-def test_every_bit_flip_is_refused():
-    """Of tensors without repetition, that is: see the next test."""
-    tensors = {
-        "w": EncodedTensor("int6", RNG.integers(-32, 32, (8, 16), np.int8), RNG.random(8).astype(np.float16)),
-        "x": EncodedTensor("fp32", RNG.standard_normal(6).astype(np.float32)),
-    }
-    data = pack({"seed": 42}, tensors)
+@BOTH
+def test_every_bit_flip_is_refused(data):
+    """Version 1 where nothing repeats itself (see the next test); version 2 has a checksum for every byte."""
     for position in range(8 * len(data)):
         damaged = bytearray(data)
         damaged[position // 8] ^= 1 << position % 8
@@ -162,7 +215,8 @@ def test_every_bit_flip_is_refused():
 def test_random_damage_is_refused_or_harmless(data):
     """Content that repeats itself has several zstd encodings: damage may pass only where it changes no value."""
     tensors = {"w": EncodedTensor("int5", np.zeros((40, 40), np.int8), np.ones(40, np.float16))}
-    damaged = bytearray(pack(HEADER, tensors))
+    whole = data.draw(st.sampled_from([pack(HEADER, tensors), file_bytes(pack_content(HEADER, tensors))]))
+    damaged = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 3))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     try:
@@ -187,14 +241,14 @@ def entry(encoding, shape):
         (b"PK\3\4" * 20, "begins with b'PK"),
         (file_bytes(GOOD)[:20], "preamble has 20 bytes; 32"),
         (file_bytes(GOOD)[:31] + b"\0" + file_bytes(GOOD)[32:], "preamble has the CRC-32 .* expected"),
-        (file_bytes(GOOD, version=2), "version is 2; 1 was expected"),
+        (file_bytes(GOOD, version=3), "version is 3; 1 or 2 was expected"),
         (file_bytes(GOOD, flags=4), "flags are 0x4; 0"),
         (file_bytes(GOOD, size=(1 << 30) + 1), "declared size is 1,073,741,825 bytes; 4 to 1,073,741,824"),
         (file_bytes(GOOD, size=1 << 63), "declared size is 9,223,372,036,854,775,808 bytes"),
         (file_bytes(b"abc"), "declared size is 3 bytes"),
         (file_bytes(GOOD, size=len(GOOD) + 1), f"content size is {len(GOOD)}; {len(GOOD) + 1} were declared"),
-        (file_bytes(GOOD, frame=b""), "zstd frame was expected at byte 32"),
-        (file_bytes(GOOD, frame=b"not a zstd frame at all"), "zstd frame was expected at byte 32"),
+        (file_bytes(GOOD, frame=b""), "a zstd frame was expected"),
+        (file_bytes(GOOD, frame=b"not a zstd frame at all"), "a zstd frame was expected"),
         (file_bytes(GOOD) + b"\0", "bytes follow the zstd frame"),
         (file_bytes(GOOD) + bytes(5000), "bytes follow the zstd frame"),
         (file_bytes(GOOD) + container.compress(GOOD), "bytes follow the zstd frame"),
@@ -217,7 +271,7 @@ def entry(encoding, shape):
         (file_bytes(content_of({"tensors": []})), 'no object "tensors"'),
         (file_bytes(content_of({"tensors": {"w": 3}})), "entry for the tensor 'w' is 3"),
         (file_bytes(content_of({"tensors": {"w": {"shape": [1]}}})), '"encoding" and "shape" were expected'),
-        (file_bytes(content_of(entry("int4", [2, 2]))), "'w' has the encoding 'int4'; one of int5, int6"),
+        (file_bytes(content_of(entry("int3", [2, 2]))), "'w' has the encoding 'int3'; one of int4, int5, int6"),
         (file_bytes(content_of(entry(["fp16"], [2, 2]))), "'w' has the encoding .'fp16'.; one of"),
         (file_bytes(content_of(entry("fp16", 4))), "'w' has the shape 4; a list"),
         (file_bytes(content_of(entry("fp16", [2, -1]))), "'w' has the shape .2, -1.; a list"),
@@ -250,6 +304,65 @@ def test_bad_containers_are_named(tmp_path, data, message):
         unpack(path)
     assert str(caught.value).startswith(str(path))
     assert len(str(caught.value)) < 2000
+
+
+ONE = {"w": EncodedTensor("int6", GOLDEN_VALUES, np.ones(5, np.float16))}
+CONTENT = pack_content({}, ONE)
+HEAD = CONTENT[: 4 + int.from_bytes(CONTENT[:4], "little")]
+STREAM = encode_stream(ONE["w"])
+SIZES = struct.pack("<I", len(STREAM))
+
+
+def test_bad_parts_of_version_2_start_from_a_good_one():
+    good = file_2(HEAD + SIZES, STREAM, content=CONTENT)
+    assert good == pack({}, ONE)
+    assert_same(unpack(good)[1], ONE)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (preamble_bytes(CONTENT, version=2) + bytes(7), "less than 8 bytes follow the preamble"),
+        (file_2(HEAD, frame_size=1 << 31), "head claims 2,147,483,648 of .* bytes; at most"),
+        (file_2(HEAD, bytes(3 << 20), frame_size=3 << 20), "head claims 3,145,728 of .* at most 2,097,152"),
+        (file_2(HEAD, frame=b"no frame"), "a zstd frame was expected"),
+        (file_2(HEAD, frame=b""), "a zstd frame was expected"),
+        (file_2(b"abc"), "head has 3 bytes; 4 to 2,097,152"),
+        (file_2(bytes(3 << 20)), "head has 3,145,728 bytes; 4 to 2,097,152"),
+        (file_2(struct.pack("<I", (1 << 20) + 1) + bytes(2 << 19)), "header claims 1,048,577 bytes; at most 1,048,576"),
+        (file_2(struct.pack("<I", 50) + b"{}"), "header claims 50 bytes of a content of 6"),
+        (file_2(content_of(b"{")), "header is no UTF-8 JSON"),
+        (file_2(HEAD + SIZES, STREAM, content=CONTENT + b"\0"), "content has 115 bytes; the header's tensors need 114"),
+        (file_2(HEAD + SIZES, STREAM, size=1 << 31), "declared size is 2,147,483,648 bytes"),
+        (file_2(HEAD, STREAM, content=CONTENT), "0 bytes follow the header; 4, the size of each tensor's stream"),
+        (file_2(HEAD + SIZES * 2, STREAM, content=CONTENT), "8 bytes follow the header; 4, the size of each"),
+        (file_2(HEAD + SIZES, STREAM[:-1], content=CONTENT), r"streams have (\d+) bytes; the head's sizes add up to"),
+        (file_2(HEAD + SIZES, STREAM + b"\0", content=CONTENT), "the head's sizes add up to"),
+        (file_2(HEAD + b"\xff" * 4, STREAM, content=CONTENT), "the head's sizes add up to 4,294,967,295"),
+        (file_2(HEAD + SIZES, STREAM, content=CONTENT)[:-1] + b"\0", "bytes after the preamble have the CRC-32"),
+        (file_2(HEAD + SIZES, bytes(len(STREAM)), content=CONTENT), "content has the CRC-32 .* was expected"),
+        (file_2(HEAD + SIZES, STREAM, content=CONTENT, crc=5), "content has the CRC-32 .*; 00000005 was expected"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,
+)
+def test_bad_containers_of_version_2_are_named(tmp_path, data, message):
+    path = tmp_path / "bad.pgolf"
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match=message) as caught:
+        unpack(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_nothing_is_decoded_before_header_and_size_agree():
+    """A header that speaks of 900 MB in a file of 200 bytes: with another declared size it is refused at once."""
+    head = content_of(entry("fp32", [225_000_000]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match=r"content has 1,000 bytes; the header's tensors need 900,000,128"):
+            unpack(file_2(head + bytes(4), size=1000))
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_other_frame_headers_are_refused():
@@ -300,7 +413,7 @@ def test_bombs_stop_at_the_declared_size(monkeypatch, descriptor, message):
         ({"x": float("nan")}, {}, "JSON"),
         ({"x": [[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]}, {}, "nested more than 16 deep"),
         ({"x": "y" * (1 << 20)}, {}, "header takes 1,048,597 bytes; at most 1,048,576"),
-        ({}, {"w": EncodedTensor("int4", np.ones((2, 2), np.int8))}, "tensor 'w' has the encoding 'int4'"),
+        ({}, {"w": EncodedTensor("int3", np.ones((2, 2), np.int8))}, "tensor 'w' has the encoding 'int3'"),
         ({}, {"w": EncodedTensor("int8", np.ones(4, np.int8), np.ones(4, np.float16))}, r"\[rows, columns\]"),
         ({}, {"w": EncodedTensor("int8", np.ones((2, 2), np.int8))}, "'w' has a payload of 4 bytes; 8 were expected"),
         ({}, {"w": EncodedTensor("fp16", np.ones(2, np.float32))}, "'w' has a payload of 8 bytes; 4 were expected"),

@@ -94,7 +94,7 @@ def test_an_artifact(run: Path) -> None:
     path = run / "model.pgolf"
     summary = inspect_artifact(path)
     header, encoded = container.unpack(path)
-    assert (summary.bytes, summary.limit_bytes) == (path.stat().st_size, 16_000_000)
+    assert (summary.bytes, summary.limit_bytes, summary.version) == (path.stat().st_size, 16_000_000, 2)
     assert summary.model.to_dict() == header["model"]
     assert (summary.train_seq_len, summary.steps, summary.tokens, summary.seed) == (16, 6, 960, 42)
     assert (summary.pgolf, summary.zstd) == (pgolf.__version__, header["zstd"])
@@ -105,7 +105,7 @@ def test_an_artifact(run: Path) -> None:
         stored = encoded[tensor.name]
         assert (tensor.encoding, tensor.shape) == (stored.encoding, stored.values.shape)
         assert tensor.raw_bytes == len(stored.payload())
-        assert tensor.compressed_bytes == len(container.compress(stored.payload()))
+        assert tensor.compressed_bytes == len(container.encode_stream(stored))
         assert tensor.stored_bits == 8 * tensor.compressed_bytes / stored.values.size
         assert tensor.entropy == (None if stored.scale is None else entropy_bits(stored.values))
     assert summary.shared_bytes + sum(tensor.compressed_bytes for tensor in summary.tensors) == summary.bytes

@@ -1,5 +1,6 @@
 // fp16 numbers cross as uint16 bit patterns; pgolf.quantize checks shapes and arguments before it calls.
 #include "bindings/bindings.h"
+#include "quant/coder.h"
 #include "quant/rows.h"
 
 namespace py = pybind11;
@@ -38,6 +39,58 @@ Floats dequantize_rows(const Integers& q, const Halves& scale) {
   return w;
 }
 
+py::bytes as_bytes(const std::vector<std::uint8_t>& stream) {
+  return {reinterpret_cast<const char*>(stream.data()), stream.size()};
+}
+
+py::bytes encode_integers(const Integers& q, const Halves& scale) {
+  const py::ssize_t rows = q.shape(0), columns = q.shape(1);
+  const auto* q_in = q.data();
+  const auto* scale_in = scale.data();
+  std::vector<std::uint8_t> stream;
+  {
+    py::gil_scoped_release release;
+    stream = quant::encode_integers(q_in, scale_in, rows, columns);
+  }
+  return as_bytes(stream);
+}
+
+py::tuple decode_integers(std::string_view stream, py::ssize_t rows, py::ssize_t columns) {
+  Integers q({rows, columns});
+  Halves scale(rows);
+  auto* q_out = q.mutable_data();
+  auto* scale_out = scale.mutable_data();
+  {
+    py::gil_scoped_release release;
+    quant::decode_integers(reinterpret_cast<const std::uint8_t*>(stream.data()), stream.size(), rows, columns, q_out,
+                           scale_out);
+  }
+  return py::make_tuple(std::move(q), std::move(scale));
+}
+
+template <class Bits>
+py::bytes encode_floats(const py::array_t<Bits, py::array::c_style>& values) {
+  const py::ssize_t rows = values.shape(0), columns = values.shape(1);
+  const Bits* in = values.data();
+  std::vector<std::uint8_t> stream;
+  {
+    py::gil_scoped_release release;
+    stream = quant::encode_floats(in, rows, columns);
+  }
+  return as_bytes(stream);
+}
+
+template <class Bits>
+py::array decode_floats(std::string_view stream, py::ssize_t rows, py::ssize_t columns) {
+  py::array_t<Bits, py::array::c_style> values({rows, columns});
+  Bits* out = values.mutable_data();
+  {
+    py::gil_scoped_release release;
+    quant::decode_floats(reinterpret_cast<const std::uint8_t*>(stream.data()), stream.size(), rows, columns, out);
+  }
+  return values;
+}
+
 }  // namespace
 
 void bind_quant(py::module_& m) {
@@ -53,6 +106,12 @@ void bind_quant(py::module_& m) {
       "quantize_rows_quantile_floor",
       [](const Floats& w) { return quantize_matrix(w, quant::quantize_rows_quantile_floor); },
       py::arg("w").noconvert());
+  m.def("encode_integers", &encode_integers, py::arg("q").noconvert(), py::arg("scale").noconvert());
+  m.def("decode_integers", &decode_integers, py::arg("stream"), py::arg("rows"), py::arg("columns"));
+  m.def("encode_floats", &encode_floats<std::uint16_t>, py::arg("bits").noconvert());
+  m.def("encode_floats", &encode_floats<std::uint32_t>, py::arg("bits").noconvert());
+  m.def("decode_halves", &decode_floats<std::uint16_t>, py::arg("stream"), py::arg("rows"), py::arg("columns"));
+  m.def("decode_singles", &decode_floats<std::uint32_t>, py::arg("stream"), py::arg("rows"), py::arg("columns"));
   m.def("dequantize_rows", &dequantize_rows, py::arg("q").noconvert(), py::arg("scale").noconvert());
   m.def(
       "prune",

@@ -15,8 +15,9 @@ import zstandard
 from pgolf import __version__
 from pgolf.bundle import BUNDLE_ENDING, pack_bundle
 from pgolf.config import Config, ExportConfig, ModelConfig
-from pgolf.container import EncodedTensor, compress, pack, unpack
+from pgolf.container import EncodedTensor, encode_stream, pack, unpack
 from pgolf.data.files import atomic_write
+from pgolf.encoding import Encoding
 from pgolf.errors import FormatError, NonFiniteError
 from pgolf.model import GPT, parameter_shapes
 from pgolf.quantize import Float32Array, dequantize_rows, encode_plan, prune_weights, quantize_rows
@@ -24,18 +25,13 @@ from pgolf.threads import get_num_threads
 
 _PROVENANCE = ("steps", "tokens", "seed")
 _HEADER = {"model", "train_seq_len", *_PROVENANCE, "pgolf", "zstd"}
-_ROW_QUANTIZERS: dict[str, dict[str, Any]] = {
-    "int5": {"bits": 5},
-    "int6": {"bits": 6},
-    "int8": {"bits": 8, "method": "quantile_floor"},
-}
 
 
 @dataclass(frozen=True)
 class TensorReport:
     """How one tensor was stored.
 
-    raw_bytes: its payload before compression. compressed_bytes: that payload alone as a zstd frame of level 22.
+    encoding: the policy's. raw_bytes: its payload as plain values. compressed_bytes: its stream in the artifact.
     relative_error: ‖loaded − w‖ / ‖w‖, 0 where both are 0; max_error: max |loaded − w|; w is the weight before pruning.
     """
 
@@ -53,8 +49,7 @@ class ExportReport:
     """What an export wrote, against the limit; sizes in bytes.
 
     bytes: the artifact's size. code_bytes: the script's, None where none was named.
-    shared_bytes: the artifact less the tensors' compressed_bytes: preamble, header and padding, less what compressing
-        the tensors together saves; it may be negative.
+    shared_bytes: the artifact less the tensors' compressed_bytes: preamble, header and checksums.
     """
 
     path: str
@@ -145,7 +140,11 @@ def export_with(
     for name, w in state.items():
         if not np.isfinite(w).all():
             raise NonFiniteError(f"The tensor {name} holds NaN or infinity; only finite weights can be exported.")
-    encoded = encode_state(state, settings) if stored is None else {name: stored[name] for name in state}
+    if stored is None:
+        plan, encoded = encode_state(state, settings)
+    else:
+        encoded = {name: stored[name] for name in state}
+        plan = {name: tensor.encoding for name, tensor in encoded.items()}
     provenance = model.provenance or dict.fromkeys(_PROVENANCE)
     zstd = ".".join(map(str, zstandard.ZSTD_VERSION))
     header = {
@@ -155,13 +154,10 @@ def export_with(
         "pgolf": __version__,
         "zstd": zstd,
     }
-    is_bundle = target.suffix == BUNDLE_ENDING
-    # Level 22 is slow and releases the GIL: the artifact and each tensor alone are compressed side by side, by few
-    # enough threads for level 22's tables (tens of megabytes a thread).
-    with ThreadPoolExecutor(min(get_num_threads(), 8)) as pool:
-        artifact = pool.submit(pack_bundle, encoded) if is_bundle else pool.submit(pack, header, encoded)
-        tensors = tuple(pool.map(_report, state, state.values(), encoded.values()))
-        data = artifact.result()
+    with ThreadPoolExecutor(get_num_threads()) as pool:  # encoding releases the GIL
+        streams = dict(zip(encoded, pool.map(encode_stream, encoded.values()), strict=True))
+    data = pack_bundle(encoded) if target.suffix == BUNDLE_ENDING else pack(header, encoded, streams)
+    tensors = tuple(_report(name, w, plan[name], encoded[name], len(streams[name])) for name, w in state.items())
     with atomic_write(target) as file:
         file.write(data)
     return ExportReport(str(target), len(data), code_bytes, settings.limit_bytes, tensors, __version__, zstd)
@@ -233,8 +229,12 @@ def decode_tensors(path: str | os.PathLike[str], tensors: Mapping[str, EncodedTe
     return arrays
 
 
-def encode_state(state: Mapping[str, Float32Array], settings: ExportConfig) -> dict[str, EncodedTensor]:
+def encode_state(
+    state: Mapping[str, Float32Array], settings: ExportConfig
+) -> tuple[dict[str, str], dict[str, EncodedTensor]]:
     """Prune and encode a whole state dict of finite float32 arrays as ``settings`` say, in the order of ``state``.
+
+    Returns each tensor's encoding as the policy says it, and the tensors.
 
     Raises ValueError for a tensor that its encoding cannot hold, and for what ``encode_plan`` refuses.
     """
@@ -246,13 +246,16 @@ def encode_state(state: Mapping[str, Float32Array], settings: ExportConfig) -> d
             encoded[name] = encode_tensor(prune_weights(w, settings.prune), plan[name])
         except ValueError as error:
             raise ValueError(f"The tensor {name} cannot be stored as {plan[name]}: {error}") from None
-    return encoded
+    return plan, encoded
 
 
 def encode_tensor(w: Float32Array, encoding: str) -> EncodedTensor:
-    """A finite float32 array as ``encoding`` stores it; the integer encodings take matrices."""
-    if encoding in _ROW_QUANTIZERS:
-        return EncodedTensor(encoding, *quantize_rows(w, **_ROW_QUANTIZERS[encoding]))
+    """A finite float32 array as a policy's ``encoding`` stores it; the integer encodings take matrices."""
+    asked = Encoding.parse(encoding)
+    if asked.clip is not None:
+        return EncodedTensor(asked.stored, *quantize_rows(w, bits=8, clip=asked.clip))
+    if encoding == "int8":
+        return EncodedTensor(encoding, *quantize_rows(w, bits=8, method="quantile_floor"))
     if encoding == "fp32":
         return EncodedTensor(encoding, w)
     with np.errstate(over="ignore"):
@@ -289,17 +292,16 @@ def _code_bytes(script: Path) -> int:
     return script.stat().st_size
 
 
-def _report(name: str, w: Float32Array, tensor: EncodedTensor) -> TensorReport:
-    payload = tensor.payload()
+def _report(name: str, w: Float32Array, encoding: str, tensor: EncodedTensor, compressed_bytes: int) -> TensorReport:
     wanted = w.astype(np.float64)
     error = decode_tensor(tensor) - wanted
     error_norm = float(np.linalg.norm(error))
     return TensorReport(
         name=name,
-        encoding=tensor.encoding,
+        encoding=encoding,
         shape=w.shape,
-        raw_bytes=len(payload),
-        compressed_bytes=len(compress(payload)),
+        raw_bytes=len(tensor.payload()),
+        compressed_bytes=compressed_bytes,
         relative_error=error_norm / float(np.linalg.norm(wanted)) if error_norm else 0.0,
         max_error=float(np.abs(error).max(initial=0.0)),
     )

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from pgolf.config import ENCODINGS
 from pgolf.container import MAX_CONTENT_BYTES, EncodedTensor, compress
+from pgolf.encoding import ENCODINGS
 from pgolf.errors import FormatError
 from pgolf.torch_file import read_torch, write_torch
 

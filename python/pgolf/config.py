@@ -20,6 +20,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from pgolf.encoding import ENCODINGS, Encoding
 from pgolf.errors import FormatError
 
 if sys.version_info >= (3, 11):
@@ -34,7 +35,6 @@ _Reader = Callable[[Any], Any]
 _INT_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
 
-ENCODINGS = ("int5", "int6", "int8", "fp16", "fp32")
 _RECIPES = Path(__file__).with_name("recipes")
 
 _BASE_POLICY = (
@@ -120,15 +120,19 @@ def _patterns(value: Any) -> list[str]:
 def _policy(value: Any) -> list[tuple[str, str]]:
     if isinstance(value, str):
         return recipe_policy(value)
-    allowed = f"must be a recipe's name or a list of [pattern, encoding] pairs, encodings {', '.join(ENCODINGS)}"
+    allowed = (
+        f"must be a recipe's name or a list of [pattern, encoding] pairs, encodings {', '.join(ENCODINGS)} or int6:23"
+    )
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(allowed)
     pairs = []
     for pair in value:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[0], str) or not pair[0]:
             raise ValueError(f"{allowed}; {pair!r} is not such a pair")
-        if pair[1] not in ENCODINGS:
-            raise ValueError(f"{allowed}; {pair[1]!r} is no encoding")
+        try:
+            Encoding.parse(pair[1])
+        except ValueError as error:
+            raise ValueError(f"{allowed}; {error}") from None
         pairs.append((pair[0], pair[1]))
     return pairs
 

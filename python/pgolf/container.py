@@ -1,8 +1,11 @@
-"""The artifact container of docs/spec.md §4: a preamble, then one zstd frame that holds a JSON header and the tensors.
+"""The artifact container of docs/spec.md §4: a preamble, a JSON header and the tensors, each an entropy-coded stream.
+
+Version 2 is written; version 1, one zstd frame around all, is read too. Both stand for the same content, of which the
+preamble has size and checksum: the header, and the tensors as plain values.
 
 Nothing here knows what a model is, and reading runs no code of the file: there is no pickle. A reader trusts nothing:
-it holds at most 1 MiB of header and, once header and declared size agree, at most the declared size (1 GiB or less),
-and that only as the content really arrives.
+it holds at most 1 MiB of header, the file itself and, once header and declared size agree, at most the declared size
+(1 GiB or less); of version 1 that only as the content really arrives.
 """
 
 from __future__ import annotations
@@ -13,20 +16,27 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from pgolf.config import ENCODINGS
+from pgolf import _C
+from pgolf.encoding import ENCODINGS
 from pgolf.errors import FormatError
+from pgolf.threads import get_num_threads
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
 
 MAGIC = b"PGOLF\r\n\0"
-VERSION = 1
+VERSION = 2
+READ_VERSIONS = (1, 2)
 ALIGNMENT = 64
 MAX_CONTENT_BYTES = 1 << 30
 MAX_HEADER_BYTES = 1 << 20
@@ -43,13 +53,14 @@ _UNUSED_BIT = 0x10  # of the frame header descriptor, which decoders ignore (RFC
 _MAX_WINDOW_BYTES = 1 << 27  # level 22's
 # A block of 4 bytes may stand for 128 KiB, so a chunk of input makes at most 32 MiB of output.
 _CHUNK_BYTES = 1024
+_MAX_FRAME_BYTES = 2 * MAX_HEADER_BYTES  # of version 2's head, compressed or not: the header and 4 bytes a tensor
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedTensor:
     """A tensor as it is stored.
 
-    encoding: int5, int6, int8, fp16 or fp32.
+    encoding: one of ENCODINGS.
     values: int8 (rows, columns) for the integer encodings, else float16 or float32 of any shape.
     scale: (rows,) float16 for the integer encodings, else None.
     """
@@ -71,8 +82,17 @@ def compress(data: bytes | bytearray) -> bytes:
     ).compress(data)
 
 
-def pack(header: Mapping[str, Any], tensors: Mapping[str, EncodedTensor]) -> bytes:
-    """A container's bytes; equal for equal arguments and an equal zstd version.
+def encode_stream(tensor: EncodedTensor) -> bytes:
+    """A tensor's payload as version 2 stores it, entropy-coded without any other tensor (docs/spec.md §4)."""
+    if tensor.scale is not None:
+        scale = np.require(tensor.scale, np.float16, ["C", "A"]).view(np.uint16)
+        return _C.encode_integers(np.require(tensor.values, np.int8, ["C", "A"]), scale)
+    bits = np.dtype(f"u{tensor.values.dtype.itemsize}")
+    return _C.encode_floats(np.require(tensor.values, None, ["C", "A"]).reshape(_rows(tensor.values.shape)).view(bits))
+
+
+def pack_content(header: Mapping[str, Any], tensors: Mapping[str, EncodedTensor]) -> bytes:
+    """What a container's preamble has the size and the checksum of: header and tensors as plain values.
 
     Args:
         header: JSON values; the key "tensors" is the container's own.
@@ -105,8 +125,33 @@ def pack(header: Mapping[str, Any], tensors: Mapping[str, EncodedTensor]) -> byt
         content += payload
     if len(content) > MAX_CONTENT_BYTES:
         raise ValueError(f"The content takes {len(content):,} bytes; at most {MAX_CONTENT_BYTES:,} were expected.")
+    return bytes(content)
+
+
+def pack(
+    header: Mapping[str, Any], tensors: Mapping[str, EncodedTensor], streams: Mapping[str, bytes] | None = None
+) -> bytes:
+    """A container's bytes, of version 2; equal for equal arguments and an equal zstd version.
+
+    Args:
+        header: JSON values; the key "tensors" is the container's own.
+        tensors: encoded tensors by name.
+        streams: each tensor's :func:`encode_stream`, where they are known already.
+
+    Raises:
+        ValueError: as :func:`pack_content`.
+    """
+    content = pack_content(header, tensors)
+    (header_size,) = _U32.unpack_from(content)
+    names = sorted(tensors)
+    if streams is None:
+        streams = dict(zip(names, _on_threads(encode_stream, [tensors[name] for name in names]), strict=True))
+    stored = [streams[name] for name in names]
+    head = content[: _U32.size + header_size] + b"".join(_U32.pack(len(stream)) for stream in stored)
+    frame = compress(head)
+    body = b"".join([_U32.pack(len(frame)), frame, *stored])
     preamble = _PREAMBLE.pack(MAGIC, VERSION, 0, len(content), zlib.crc32(content))
-    return preamble + _U32.pack(zlib.crc32(preamble)) + compress(content)
+    return preamble + _U32.pack(zlib.crc32(preamble)) + body + _U32.pack(zlib.crc32(body))
 
 
 def unpack(source: bytes | str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, EncodedTensor]]:
@@ -134,6 +179,13 @@ def unpack(source: bytes | str | os.PathLike[str]) -> tuple[dict[str, Any], dict
         return _Reader(str(path), file).read()
 
 
+def version_of(path: str | os.PathLike[str]) -> int:
+    """The format's version of a container that :func:`unpack` reads."""
+    with Path(path).open("rb") as file:
+        _, version, *_ = _PREAMBLE.unpack(file.read(_PREAMBLE.size))
+    return int(version)
+
+
 class _Reader:
     """One reading of a container, from its first byte to its last."""
 
@@ -143,13 +195,95 @@ class _Reader:
         self._size = 0  # of the content, as the preamble declares it
 
     def read(self) -> tuple[dict[str, Any], dict[str, EncodedTensor]]:
-        checksum = self._read_preamble()
-        pieces = self._decompress()
+        version, checksum = self._read_preamble()
+        header, tensors = self._read_1(checksum) if version == 1 else self._read_2(checksum)
+        header.pop("tensors")
+        return header, tensors
+
+    def _read_1(self, checksum: int) -> tuple[dict[str, Any], dict[str, EncodedTensor]]:
+        """The rest of a version 1: one zstd frame that holds the content."""
+        pieces = self._decompress(self._file, self._size)
+        content, header_end = self._read_header(pieces, self._size)
+        header = self._parse(content[_U32.size : header_end])
+        offsets = self._layout(header["tensors"], header_end)
+        for piece in pieces:
+            content += piece
+        self._check(zlib.crc32(content), checksum)
+        view = memoryview(content).toreadonly()
+        tensors, previous_end = {}, header_end
+        for name, offset in offsets.items():
+            if any(view[previous_end:offset]):
+                self._fail(f"the bytes before the tensor {name!r} are not all zero; zeros were expected")
+            tensors[name] = _tensor_at(view, offset, **header["tensors"][name])
+            previous_end = offset + _payload_bytes(**header["tensors"][name])
+        return header, tensors
+
+    def _read_2(self, checksum: int) -> tuple[dict[str, Any], dict[str, EncodedTensor]]:
+        """The rest of a version 2: a zstd frame with header and stream sizes, the streams, a CRC-32 of all that."""
+        left = self._file.seek(0, os.SEEK_END) - _PREAMBLE.size - 3 * _U32.size
+        self._file.seek(_PREAMBLE.size + _U32.size)
+        if left < 0:
+            self._fail("less than 8 bytes follow the preamble; a head and a CRC-32 were expected")
+        start = self._file.read(_U32.size)
+        (frame_size,) = _U32.unpack(start)
+        most = min(left, _MAX_FRAME_BYTES)
+        if frame_size > most:
+            self._fail(f"the head claims {frame_size:,} of {left:,} bytes; at most {most:,} were expected")
+        frame = self._file.read(frame_size)
+        left -= frame_size
+        head, header, offsets = self._read_head(frame)
+        table, header_end = header["tensors"], len(head) - _U32.size * len(offsets)
+
+        sizes = [size for (size,) in _U32.iter_unpack(head[header_end:])]
+        if sum(sizes) != left:
+            self._fail(f"the streams have {left:,} bytes; the head's sizes add up to {sum(sizes):,}")
+        streams = {name: self._file.read(size) for name, size in zip(offsets, sizes, strict=True)}
+        stored = zlib.crc32(frame, zlib.crc32(start))
+        for stream in streams.values():
+            stored = zlib.crc32(stream, stored)
+        (expected,) = _U32.unpack(self._file.read(_U32.size))
+        if stored != expected:
+            self._fail(f"the bytes after the preamble have the CRC-32 {stored:08x}; {expected:08x} was expected")
+
+        decoded = _on_threads(lambda name: _decode_stream(streams[name], **table[name]), streams)
+        tensors = dict(zip(streams, decoded, strict=True))
+        found, end = zlib.crc32(head[:header_end]), header_end
+        for name, offset in offsets.items():
+            payload = tensors[name].payload()
+            found = zlib.crc32(payload, zlib.crc32(bytes(offset - end), found))
+            end = offset + len(payload)
+        self._check(found, checksum)
+        return header, tensors
+
+    def _read_head(self, frame: bytes) -> tuple[bytearray, dict[str, Any], dict[str, int]]:
+        """The head of a version 2, decompressed, the header in it, and where each tensor of the content starts."""
+        try:
+            size = zstandard.get_frame_parameters(frame).content_size
+        except zstandard.ZstdError as error:
+            self._fail(f"a zstd frame was expected ({error})")
+        if not _U32.size <= size <= _MAX_FRAME_BYTES:
+            self._fail(f"the head has {size:,} bytes; {_U32.size} to {_MAX_FRAME_BYTES:,} were expected")
+        pieces = self._decompress(io.BytesIO(frame), size)
+        head, header_end = self._read_header(pieces, size)
+        header = self._parse(head[_U32.size : header_end])
+        offsets = self._layout(header["tensors"], header_end)
+        for piece in pieces:
+            head += piece
+        expected = _U32.size * len(offsets)
+        if len(head) != header_end + expected:
+            self._fail(
+                f"{len(head) - header_end:,} bytes follow the header; "
+                f"{expected:,}, the size of each tensor's stream, were expected"
+            )
+        return head, header, offsets
+
+    def _read_header(self, pieces: Iterator[bytes], size: int) -> tuple[bytearray, int]:
+        """What has been decompressed of `size` bytes once the header is there, and where the header ends."""
         content = bytearray()
 
-        def fill(size: int) -> None:
-            """Extends content to `size` bytes or more; `_decompress` refuses a frame short of the declared size."""
-            while len(content) < size:
+        def fill(wanted: int) -> None:
+            """Extends content to `wanted` bytes or more; `_decompress` refuses a frame short of the declared size."""
+            while len(content) < wanted:
                 content.extend(next(pieces))
 
         fill(_U32.size)
@@ -157,34 +291,21 @@ class _Reader:
         if header_size > MAX_HEADER_BYTES:
             self._fail(f"the header claims {header_size:,} bytes; at most {MAX_HEADER_BYTES:,} were expected")
         header_end = _U32.size + header_size
-        if header_end > self._size:
-            self._fail(f"the header claims {header_size:,} bytes of a content of {self._size:,}; fewer were expected")
+        if header_end > size:
+            self._fail(f"the header claims {header_size:,} bytes of a content of {size:,}; fewer were expected")
         fill(header_end)
-        header = self._parse(content[_U32.size : header_end])
-        offsets, end = self._layout(header["tensors"], header_end)
-        if end != self._size:
-            self._fail(f"the content has {self._size:,} bytes; the header's tensors need {end:,}")
-        for piece in pieces:
-            content += piece
-        if (found := zlib.crc32(content)) != checksum:
-            self._fail(f"the content has the CRC-32 {found:08x}; {checksum:08x} was expected")
+        return content, header_end
 
-        table = header.pop("tensors")
-        view = memoryview(content).toreadonly()
-        tensors, previous_end = {}, header_end
-        for name, offset in offsets.items():
-            if any(view[previous_end:offset]):
-                self._fail(f"the bytes before the tensor {name!r} are not all zero; zeros were expected")
-            tensors[name] = _tensor_at(view, offset, **table[name])
-            previous_end = offset + _payload_bytes(**table[name])
-        return header, tensors
+    def _check(self, found: int, checksum: int) -> None:
+        if found != checksum:
+            self._fail(f"the content has the CRC-32 {found:08x}; {checksum:08x} was expected")
 
     def _fail(self, sentence: str) -> NoReturn:
         # What a hostile header says may be a megabyte long.
         raise FormatError(f"{self._name}: {sentence[:1000]}.")
 
-    def _read_preamble(self) -> int:
-        """Checks the preamble, sets the content's size and returns the content's CRC-32."""
+    def _read_preamble(self) -> tuple[int, int]:
+        """Checks the preamble, sets the content's size and returns version and the content's CRC-32."""
         preamble = self._file.read(_PREAMBLE.size + _U32.size)
         if not preamble.startswith(MAGIC):
             self._fail(f"the file begins with {preamble[: len(MAGIC)]!r}; an artifact's {MAGIC!r} was expected")
@@ -194,24 +315,24 @@ class _Reader:
         if (found := zlib.crc32(preamble[: _PREAMBLE.size])) != expected:
             self._fail(f"the preamble has the CRC-32 {found:08x}; {expected:08x} was expected")
         _, version, flags, self._size, checksum = _PREAMBLE.unpack_from(preamble)
-        if version != VERSION:
-            self._fail(f"the format's version is {version}; {VERSION} was expected")
+        if version not in READ_VERSIONS:
+            self._fail(f"the format's version is {version}; {' or '.join(map(str, READ_VERSIONS))} was expected")
         if flags != 0:
             self._fail(f"the preamble's flags are {flags:#x}; 0 was expected")
         if not _U32.size <= self._size <= MAX_CONTENT_BYTES:
             self._fail(f"the declared size is {self._size:,} bytes; {_U32.size} to {MAX_CONTENT_BYTES:,} were expected")
-        return int(checksum)
+        return version, checksum
 
-    def _decompress(self) -> Iterator[bytes]:
-        """Yields the content piece by piece; never more than the declared size, and at the end exactly that."""
-        start = self._file.read(_MAX_FRAME_HEADER_BYTES)
+    def _decompress(self, file: BinaryIO, size: int) -> Iterator[bytes]:
+        """Yields the frame in the rest of a file piece by piece; never more than `size`, at the end exactly that."""
+        start = file.read(_MAX_FRAME_HEADER_BYTES)
         try:
             frame = zstandard.get_frame_parameters(start)
         except zstandard.ZstdError as error:
-            self._fail(f"a zstd frame was expected at byte {_PREAMBLE.size + _U32.size} ({error})")
-        if frame.content_size != self._size:
-            self._fail(f"the zstd frame's content size is {frame.content_size:,}; {self._size:,} were declared")
-        window = min(self._size, _MAX_WINDOW_BYTES)
+            self._fail(f"a zstd frame was expected ({error})")
+        if frame.content_size != size:
+            self._fail(f"the zstd frame's content size is {frame.content_size:,}; {size:,} were declared")
+        window = min(size, _MAX_WINDOW_BYTES)
         if frame.window_size != window or frame.has_checksum or frame.dict_id or start[4] & _UNUSED_BIT:
             self._fail(
                 f"the zstd frame's header is {start[: zstandard.frame_header_size(start)].hex(' ')}; "
@@ -221,20 +342,20 @@ class _Reader:
         produced, chunk = 0, start
         while not decoder.eof:
             if not chunk:
-                self._fail(f"the file ends after {produced:,} of {self._size:,} decompressed bytes; it is truncated")
+                self._fail(f"the frame ends after {produced:,} of {size:,} decompressed bytes; it is truncated")
             try:
                 piece = decoder.decompress(chunk)
             except zstandard.ZstdError as error:
-                self._fail(f"the zstd frame is damaged after {produced:,} of {self._size:,} bytes ({error})")
+                self._fail(f"the zstd frame is damaged after {produced:,} of {size:,} bytes ({error})")
             produced += len(piece)
-            if produced > self._size:
-                self._fail(f"the zstd frame holds more than the declared {self._size:,} bytes")
+            if produced > size:
+                self._fail(f"the zstd frame holds more than the declared {size:,} bytes")
             yield piece
-            chunk = b"" if decoder.eof else self._file.read(_CHUNK_BYTES)
-        if produced != self._size:
-            self._fail(f"the zstd frame holds {produced:,} bytes; {self._size:,} were declared")
-        if decoder.unused_data or self._file.read(1):
-            self._fail("bytes follow the zstd frame; the end of the file was expected")
+            chunk = b"" if decoder.eof else file.read(_CHUNK_BYTES)
+        if produced != size:
+            self._fail(f"the zstd frame holds {produced:,} bytes; {size:,} were declared")
+        if decoder.unused_data or file.read(1):
+            self._fail("bytes follow the zstd frame; its end was expected")
 
     def _parse(self, text: bytes | bytearray) -> dict[str, Any]:
         try:
@@ -247,8 +368,8 @@ class _Reader:
             self._fail('the header has no object "tensors"; one entry for each tensor was expected')
         return header
 
-    def _layout(self, table: dict[str, Any], end: int) -> tuple[dict[str, int], int]:
-        """Where each tensor starts when the header ends at `end`, and where the last one ends."""
+    def _layout(self, table: dict[str, Any], end: int) -> dict[str, int]:
+        """Where each tensor of the content starts, if the last ends where it should; the header ends at `end`."""
         offsets = {}
         for name in sorted(table):
             entry = table[name]
@@ -261,7 +382,9 @@ class _Reader:
                 end = offsets[name] + _payload_bytes(**entry)
             except ValueError as error:
                 self._fail(f"the tensor {name!r} {error}")
-        return offsets, end
+        if end != self._size:
+            self._fail(f"the content has {self._size:,} bytes; the header's tensors need {end:,}")
+        return offsets
 
 
 def _aligned(offset: int) -> int:
@@ -289,6 +412,32 @@ def _tensor_at(view: memoryview, offset: int, encoding: str, shape: list[int]) -
     if encoding in _FLOATS:
         return EncodedTensor(encoding, values)
     return EncodedTensor(encoding, values, np.frombuffer(view, _FLOATS["fp16"], shape[0], offset + elements))
+
+
+def _decode_stream(stream: bytes, encoding: str, shape: list[int]) -> EncodedTensor:
+    """The tensor that a stream of version 2 stands for; every stream stands for one."""
+    if encoding not in _FLOATS:
+        values, scale = _C.decode_integers(stream, *shape)
+        tensor = EncodedTensor(encoding, values, scale.view(np.float16))
+    else:
+        decode = _C.decode_halves if encoding == "fp16" else _C.decode_singles
+        bits = decode(stream, *_rows(shape))
+        tensor = EncodedTensor(encoding, bits.view(f"f{bits.itemsize}").reshape(shape))
+    for array in (tensor.values, tensor.scale):
+        if array is not None:
+            array.flags.writeable = False
+    return tensor
+
+
+def _rows(shape: Sequence[int]) -> tuple[int, int]:
+    """A float tensor as its stream takes it: (rows, columns), the first axis of a matrix or more against the others."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (math.prod(shape), 1)
+
+
+def _on_threads(function: Callable[[_T], _U], values: Iterable[_T]) -> list[_U]:
+    """[function(value) for value in values], by as many threads as pgolf uses; `function` releases the GIL."""
+    with ThreadPoolExecutor(get_num_threads()) as pool:
+        return list(pool.map(function, values))
 
 
 def _is_deep(value: Any) -> bool:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
 
@@ -72,9 +73,9 @@ def kind_of(path: Path) -> Kind:
 class TensorSummary:
     """A tensor as it is stored.
 
-    raw_bytes: its payload before compression. compressed_bytes: that payload alone as a zstd frame of level 22.
-    entropy: of its integers, each for itself, in bits per weight: what a coder without context could reach; None for
-    fp16 and fp32.
+    raw_bytes: its payload as plain values. compressed_bytes: its stream; in an artifact of version 1, that payload
+    alone as a zstd frame of level 22. entropy: of its integers, each for itself, in bits per weight: what a coder
+    without context could reach; None for fp16 and fp32.
     """
 
     name: str
@@ -100,12 +101,13 @@ class ArtifactSummary:
     """An artifact; sizes in bytes.
 
     steps, tokens, seed: of the training; None for a model that no Trainer trained. pgolf, zstd: the versions that wrote
-    it. limit_bytes: of the challenge, for artifact and code together.
+    it. limit_bytes: of the challenge, for artifact and code together. version: of the container's format.
     """
 
     path: Path
     bytes: int
     limit_bytes: int
+    version: int
     model: ModelConfig
     train_seq_len: int | None
     steps: int | None
@@ -122,7 +124,7 @@ class ArtifactSummary:
 
     @property
     def shared_bytes(self) -> int:
-        """Preamble, header and padding, less what compressing the tensors together saves; may be negative."""
+        """Preamble, header and checksums; of version 1, less what compressing the tensors together saves."""
         return self.bytes - sum(tensor.compressed_bytes for tensor in self.tensors)
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,26 +135,28 @@ class ArtifactSummary:
 
 
 def inspect_artifact(path: Path, progress: Progress | None = None) -> ArtifactSummary:
-    """Read an artifact and compress each tensor alone, which takes seconds for one of 16 MB.
+    """Read an artifact and encode each tensor again, which takes seconds for one of 16 MB.
 
     Raises FileNotFoundError where there is no such file, FormatError where it is damaged or does not load.
     """
     from pgolf.artifact import load
-    from pgolf.container import unpack
+    from pgolf.container import unpack, version_of
 
     model = load(path, device="cpu")  # what cannot be loaded is no artifact
     header, encoded = unpack(path)
+    version = version_of(path)
     report = progress or (lambda what, done, total: None)
     tensors = []
-    # zstd releases the GIL; at level 22 a thread takes tens of megabytes.
+    # Both release the GIL; zstd's level 22 takes tens of megabytes a thread.
     with ThreadPoolExecutor(min(get_num_threads(), 8)) as pool:
-        for tensor in pool.map(_summarise, encoded, encoded.values()):
+        for tensor in pool.map(partial(_summarise, version), encoded, encoded.values()):
             tensors.append(tensor)
             report("compress each tensor", len(tensors), len(encoded))
     return ArtifactSummary(
         path=path,
         bytes=path.stat().st_size,
         limit_bytes=ExportConfig().limit_bytes,
+        version=version,
         model=model.config,
         **{name: header[name] for name in ("train_seq_len", "steps", "tokens", "seed", "pgolf", "zstd")},
         tensors=tuple(tensors),
@@ -166,8 +170,8 @@ def entropy_bits(values: npt.NDArray[np.int8]) -> float:
     return float(-(shares * np.log2(shares)).sum()) + 0.0  # no -0.0
 
 
-def _summarise(name: str, tensor: EncodedTensor) -> TensorSummary:
-    from pgolf.container import compress
+def _summarise(version: int, name: str, tensor: EncodedTensor) -> TensorSummary:
+    from pgolf.container import compress, encode_stream
 
     payload = tensor.payload()
     return TensorSummary(
@@ -175,7 +179,7 @@ def _summarise(name: str, tensor: EncodedTensor) -> TensorSummary:
         encoding=tensor.encoding,
         shape=tensor.values.shape,
         raw_bytes=len(payload),
-        compressed_bytes=len(compress(payload)),
+        compressed_bytes=len(compress(payload) if version == 1 else encode_stream(tensor)),
         entropy=None if tensor.scale is None else entropy_bits(tensor.values),
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgolf import _C
+from pgolf.encoding import Encoding
 from pgolf.model import as_array
 
 Float32Array = npt.NDArray[np.float32]
@@ -149,7 +150,7 @@ def encode_plan(
             return "fp32"
         for pattern, encoding in policy:
             if fnmatchcase(name, pattern):
-                if encoding.startswith("int") and len(shape) != 2:
+                if Encoding.parse(encoding).stored.startswith("int") and len(shape) != 2:
                     raise ValueError(
                         f"The policy's pattern {pattern!r} gives the tensor {name} of shape {shape} "
                         f"the encoding {encoding}, which is for 2-D tensors; fp16 or fp32 was expected."

@@ -76,7 +76,7 @@ def _show_artifact(artifact: ArtifactSummary, console: Console) -> None:
         ("model", _model_text(artifact.model)),
         ("training length", "unknown" if artifact.train_seq_len is None else f"{artifact.train_seq_len:,} tokens"),
         ("trained", trained),
-        ("written by", f"pgolf {artifact.pgolf}, zstd {artifact.zstd}"),
+        ("written by", f"pgolf {artifact.pgolf}, zstd {artifact.zstd}, format {artifact.version}"),
         ("artifact", f"{artifact.bytes:,} bytes"),
         ("limit, code included", f"{artifact.limit_bytes:,} bytes"),
         ("left for code" if left >= 0 else "too many", f"{abs(left):,} bytes"),
