@@ -4,8 +4,9 @@
 
 The first byte of an input says for which reader the rest is. Containers of both versions are tried as they are and, so
 that the fuzzer gets past the checksums, as content that is given right ones. The readers may refuse with FormatError,
-or FileNotFoundError for what a manifest names; another exception, a crash, 5 seconds or 1 GiB end the run, and libFuzzer
-writes the input that did it to build/fuzz. Inputs that reached new code are kept in build/fuzz/corpus for the next run.
+or FileNotFoundError for what a manifest names; another exception, a crash, 5 seconds or 1 GiB end the run, and
+libFuzzer writes the input that did it to build/fuzz. Inputs that reached new code are kept in build/fuzz/corpus for the
+next run.
 """
 
 from __future__ import annotations

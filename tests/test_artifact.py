@@ -248,7 +248,7 @@ def test_export_refusals_leave_the_old_file(tmp_path):
     refused(ValueError, "blocks.1.attn.c_q.weight cannot be stored as int6: Row 3 reaches", large, small_numel=10)
     refused(ValueError, "no recipe 'bass'; the nearest is 'base'", policy="bass")
     refused(ValueError, "'int3' is no encoding", policy=[("*", "int3")])
-    refused(ValueError, "'int6:32' has a clip above 31", policy=[("*", "int6:32")])
+    refused(ValueError, "'rms:0.4' is no encoding", policy=[("*", "rms:0.4")])
     refused(ValueError, "No pattern of the policy matches the tensor", policy=LIST[:-1], small_numel=10)
     with_a_cube = small_model()
     with_a_cube.state["cube"] = np.ones((30, 30, 30), np.float32)

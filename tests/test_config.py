@@ -147,8 +147,8 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"eval.eval_seq_len": 63}, ["eval.eval_stride = 64", "at most", "63"]),
     ({"eval.ttt_chunk_size": 2000}, ["eval.ttt_chunk_size = 2000", "eval.ttt_eval_seq_len = 1024"]),
     ({"export.policy": []}, ["export.policy = []", "[pattern, encoding]"]),
-    ({"export.policy": [["*", "int3"]]}, ["'int3' is no encoding", "int5, int6, int7, int8, fp16, fp32 or int6:23"]),
-    ({"export.policy": [["*", "int5:16"]]}, ["'int5:16' has a clip above 15"]),
+    ({"export.policy": [["*", "int3"]]}, ["'int3' is no encoding", "int5, int6, int8, fp16, fp32 or rms:4.5"]),
+    ({"export.policy": [["*", "rms:65"]]}, ["'rms:65' is no encoding"]),
     ({"export.policy": [["*", ["int6"]]]}, ["['int6'] is no encoding"]),
     ({"export.policy": [["*"]]}, ["['*'] is not such a pair"]),
     ({"export.policy": "pr98"}, ["no recipe 'pr98'", "nearest is 'pr9"]),
@@ -297,7 +297,7 @@ changes = st.fixed_dictionaries(
         "export.policy": st.lists(
             st.tuples(
                 texts.filter(bool),
-                st.sampled_from(["int4", "int5", "int6:23", "int7", "int8", "int8:99", "fp16", "fp32"]),
+                st.sampled_from(["int5", "int6", "int8", "rms:4.25", "rms:64", "fp16", "fp32"]),
             ),
             min_size=1,
         ),

@@ -46,6 +46,20 @@ def test_quantile_floor_equals_reference(w):
     assert_equal(quantize_rows(w, bits=8, method="quantile_floor"), reference.quantize_rows_int8(w))
 
 
+@given(matrices(2.0**13), st.sampled_from([0.5, 3.0, 7.25, 64.0]))
+def test_rms_equals_reference(w, steps):
+    assert_equal(quantize_rows(w, bits=8, method="rms", steps=steps), reference.quantize_rows_rms(w, steps))
+
+
+def test_rms_has_one_step_where_rows_have_room():
+    w = np.random.default_rng(0).standard_normal((64, 300)).astype(np.float32)
+    w[5] *= 100
+    q, scale = quantize_rows(w, bits=8, method="rms", steps=8)
+    step = np.float16(np.sqrt(np.mean(w.astype(np.float64) ** 2)) / 8)
+    assert (np.delete(scale, 5) == step).all() and scale[5] > step
+    assert np.abs(q[5]).max() == 127 and np.abs(np.delete(q, 5, 0)).max() < 10
+
+
 @pytest.mark.parametrize("columns", [1, 512, 700_001])  # the last clips its largest entries
 def test_quantile_floor_of_long_rows(columns):
     w = np.random.default_rng(columns).standard_normal((2, columns)).astype(np.float32) * 3
@@ -192,6 +206,11 @@ def test_scales_beyond_fp16_are_refused():
         (TypeError, "clip is True; an integer", np.ones((2, 2), np.float32), {"clip": True}),
         (ValueError, "method is 'max'; one of amax, quantile_floor", np.ones((2, 2), np.float32), {"method": "max"}),
         (ValueError, "bits=6, clip=None; bits=8", np.ones((2, 2), np.float32), {"method": "quantile_floor"}),
+        (ValueError, "bits=6, clip=None; bits=8", np.ones((2, 2), np.float32), {"method": "rms", "steps": 3.0}),
+        (ValueError, "'rms' needs steps, and no", np.ones((2, 2), np.float32), {"bits": 8, "method": "rms"}),
+        (ValueError, "'rms' needs steps, and no", np.ones((2, 2), np.float32), {"steps": 3.0}),
+        (ValueError, "steps is 0; a pos", np.ones((2, 2), np.float32), {"bits": 8, "method": "rms", "steps": 0}),
+        (ValueError, "Row 1 holds NaN", np.array([[1], [np.nan]]), {"bits": 8, "method": "rms", "steps": 3.0}),
     ],
 )
 def test_bad_arguments_of_quantize_rows(error, message, w, arguments):

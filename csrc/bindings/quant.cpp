@@ -106,6 +106,14 @@ void bind_quant(py::module_& m) {
       "quantize_rows_quantile_floor",
       [](const Floats& w) { return quantize_matrix(w, quant::quantize_rows_quantile_floor); },
       py::arg("w").noconvert());
+  m.def(
+      "quantize_rows_rms",
+      [](const Floats& w, double steps) {
+        return quantize_matrix(w, [steps](const float* source, auto rows, auto columns, auto* q, auto* scale) {
+          quant::quantize_rows_rms(source, rows, columns, steps, q, scale);
+        });
+      },
+      py::arg("w").noconvert(), py::arg("steps"));
   m.def("encode_integers", &encode_integers, py::arg("q").noconvert(), py::arg("scale").noconvert());
   m.def("decode_integers", &decode_integers, py::arg("stream"), py::arg("rows"), py::arg("columns"));
   m.def("encode_floats", &encode_floats<std::uint16_t>, py::arg("bits").noconvert());

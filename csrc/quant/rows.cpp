@@ -79,6 +79,24 @@ void quantize_rows_quantile_floor(const float* w, std::int64_t rows, std::int64_
   });
 }
 
+void quantize_rows_rms(const float* w, std::int64_t rows, std::int64_t columns, double steps, std::int8_t* q,
+                       std::uint16_t* scale) {
+  constexpr float high = kInt8Clip;
+  double squares = 0;  // in order, by one thread
+  for (std::int64_t i = 0; i < rows * columns; ++i) squares += double{w[i]} * w[i];
+  const double mean = squares / std::max(static_cast<double>(rows * columns), 1.0);
+  // What is not finite is named by its row below.
+  const auto step = std::isfinite(mean) ? static_cast<float>(std::sqrt(mean) / steps) : 0.0f;
+  for_each_row(w, rows, columns, q, scale, [=](const float* row, std::int8_t* q_row, std::uint16_t& row_scale) {
+    const auto largest = std::bit_cast<float>(largest_magnitude(row, columns));
+    row_scale = half_scale(std::max(step, largest / high));
+    const float sigma = float_from_half(row_scale);
+    for (std::int64_t i = 0; i < columns; ++i) {
+      q_row[i] = static_cast<std::int8_t>(round_clamp(row[i] / sigma, -high, high));
+    }
+  });
+}
+
 void dequantize_rows(const std::int8_t* q, const std::uint16_t* scale, std::int64_t rows, std::int64_t columns,
                      float* w) {
   for (std::int64_t r = 0; r < rows; ++r) {

@@ -19,6 +19,11 @@ void quantize_rows_amax(const float* w, std::int64_t rows, std::int64_t columns,
 void quantize_rows_quantile_floor(const float* w, std::int64_t rows, std::int64_t columns, std::int8_t* q,
                                   std::uint16_t* scale);
 
+// s = the root mean square of all of w, in float64; σ = fp16(max(s / steps, max|row| / 127)), at least 2⁻¹⁴;
+// q = clamp(round(w / σ), ±127). Rows whose magnitudes have room in 127 steps share one step. steps > 0.
+void quantize_rows_rms(const float* w, std::int64_t rows, std::int64_t columns, double steps, std::int8_t* q,
+                       std::uint16_t* scale);
+
 // w = q · scale in float32.
 void dequantize_rows(const std::int8_t* q, const std::uint16_t* scale, std::int64_t rows, std::int64_t columns,
                      float* w);

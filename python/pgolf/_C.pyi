@@ -169,6 +169,9 @@ def quantize_rows_amax(w: npt.NDArray[np.float32], clip: int) -> tuple[npt.NDArr
     """(rows, columns) -> integers of that shape and (rows,) fp16 scales as bit patterns."""
 
 def quantize_rows_quantile_floor(w: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint16]]: ...
+def quantize_rows_rms(
+    w: npt.NDArray[np.float32], steps: float
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint16]]: ...
 def dequantize_rows(q: npt.NDArray[np.int8], scale: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]: ...
 def encode_integers(q: npt.NDArray[np.int8], scale: npt.NDArray[np.uint16]) -> bytes:
     """(rows, columns) and (rows,) fp16 bit patterns -> their stream in an artifact."""

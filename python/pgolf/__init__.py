@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pgolf.artifact import export as export
+    from pgolf.budget import fit as fit
     from pgolf.config import Config as Config
     from pgolf.config import recipes as recipes
     from pgolf.data.shards import read_shard as read_shard
@@ -51,6 +52,7 @@ _HOME = {  # public name -> module
     "convert": "pgolf.interchange",
     "dequantize_rows": "pgolf.quantize",
     "export": "pgolf.artifact",
+    "fit": "pgolf.budget",
     "get_num_threads": "pgolf.threads",
     "load": "pgolf.interchange",
     "load_state_dict": "pgolf.interchange",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ import zstandard
 from pgolf import __version__
 from pgolf.bundle import BUNDLE_ENDING, pack_bundle
 from pgolf.config import Config, ExportConfig, ModelConfig
-from pgolf.container import EncodedTensor, encode_stream, pack, unpack
+from pgolf.container import EncodedTensor, encode_streams, pack, unpack
 from pgolf.data.files import atomic_write
 from pgolf.encoding import Encoding
 from pgolf.errors import FormatError, NonFiniteError
 from pgolf.model import GPT, parameter_shapes
 from pgolf.quantize import Float32Array, dequantize_rows, encode_plan, prune_weights, quantize_rows
-from pgolf.threads import get_num_threads
 
 _PROVENANCE = ("steps", "tokens", "seed")
 _HEADER = {"model", "train_seq_len", *_PROVENANCE, "pgolf", "zstd"}
@@ -131,36 +129,22 @@ def export_with(
     stored: the model's tensors, encoded before: written as they are, whatever policy and pruning the settings name.
     """
     settings.validate()
-    code_bytes = None if code is None else _code_bytes(Path(code))
+    code_bytes = None if code is None else script_bytes(code)
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {target.parent} for the artifact {target.name}.")
-    with np.errstate(over="ignore"):  # a float64 weight beyond float32 becomes an infinity, refused below
-        state = {name: w.astype(np.float32) for name, w in model.state_dict().items()}
-    for name, w in state.items():
-        if not np.isfinite(w).all():
-            raise NonFiniteError(f"The tensor {name} holds NaN or infinity; only finite weights can be exported.")
+    state = finite_state(model)
     if stored is None:
         plan, encoded = encode_state(state, settings)
     else:
         encoded = {name: stored[name] for name in state}
         plan = {name: tensor.encoding for name, tensor in encoded.items()}
-    provenance = model.provenance or dict.fromkeys(_PROVENANCE)
-    zstd = ".".join(map(str, zstandard.ZSTD_VERSION))
-    header = {
-        "model": model.config.to_dict(),
-        "train_seq_len": model.train_seq_len,
-        **{key: provenance[key] for key in _PROVENANCE},
-        "pgolf": __version__,
-        "zstd": zstd,
-    }
-    with ThreadPoolExecutor(get_num_threads()) as pool:  # encoding releases the GIL
-        streams = dict(zip(encoded, pool.map(encode_stream, encoded.values()), strict=True))
+    header, streams = header_of(model), encode_streams(encoded)
     data = pack_bundle(encoded) if target.suffix == BUNDLE_ENDING else pack(header, encoded, streams)
     tensors = tuple(_report(name, w, plan[name], encoded[name], len(streams[name])) for name, w in state.items())
     with atomic_write(target) as file:
         file.write(data)
-    return ExportReport(str(target), len(data), code_bytes, settings.limit_bytes, tensors, __version__, zstd)
+    return ExportReport(str(target), len(data), code_bytes, settings.limit_bytes, tensors, __version__, header["zstd"])
 
 
 def load(path: str | os.PathLike[str], device: str | None = None, dtype: str | None = None) -> GPT:
@@ -229,6 +213,28 @@ def decode_tensors(path: str | os.PathLike[str], tensors: Mapping[str, EncodedTe
     return arrays
 
 
+def finite_state(model: GPT) -> dict[str, Float32Array]:
+    """A model's weights as float32; raises NonFiniteError, naming the tensor, where they are not finite."""
+    with np.errstate(over="ignore"):  # a float64 weight beyond float32 becomes an infinity, refused below
+        state = {name: w.astype(np.float32) for name, w in model.state_dict().items()}
+    for name, w in state.items():
+        if not np.isfinite(w).all():
+            raise NonFiniteError(f"The tensor {name} holds NaN or infinity; only finite weights can be exported.")
+    return state
+
+
+def header_of(model: GPT) -> dict[str, Any]:
+    """An artifact's header, less its tensors."""
+    provenance = model.provenance or dict.fromkeys(_PROVENANCE)
+    return {
+        "model": model.config.to_dict(),
+        "train_seq_len": model.train_seq_len,
+        **{key: provenance[key] for key in _PROVENANCE},
+        "pgolf": __version__,
+        "zstd": ".".join(map(str, zstandard.ZSTD_VERSION)),
+    }
+
+
 def encode_state(
     state: Mapping[str, Float32Array], settings: ExportConfig
 ) -> tuple[dict[str, str], dict[str, EncodedTensor]]:
@@ -252,10 +258,8 @@ def encode_state(
 def encode_tensor(w: Float32Array, encoding: str) -> EncodedTensor:
     """A finite float32 array as a policy's ``encoding`` stores it; the integer encodings take matrices."""
     asked = Encoding.parse(encoding)
-    if asked.clip is not None:
-        return EncodedTensor(asked.stored, *quantize_rows(w, bits=8, clip=asked.clip))
-    if encoding == "int8":
-        return EncodedTensor(encoding, *quantize_rows(w, bits=8, method="quantile_floor"))
+    if asked.is_integer:
+        return EncodedTensor(asked.stored, *quantize_rows(w, **_row_quantizer(asked)))
     if encoding == "fp32":
         return EncodedTensor(encoding, w)
     with np.errstate(over="ignore"):
@@ -263,6 +267,15 @@ def encode_tensor(w: Float32Array, encoding: str) -> EncodedTensor:
     if not np.isfinite(halves).all():
         raise ValueError(f"the largest magnitude is {np.abs(w).max():g}, and fp16 ends at 65504.")
     return EncodedTensor(encoding, halves)
+
+
+def _row_quantizer(encoding: Encoding) -> dict[str, Any]:
+    """The arguments of quantize_rows."""
+    if encoding.steps is not None:
+        return {"bits": 8, "method": "rms", "steps": encoding.steps}
+    if encoding.stored == "int8":
+        return {"bits": 8, "method": "quantile_floor"}
+    return {"bits": int(encoding.stored.removeprefix("int"))}
 
 
 def decode_tensor(tensor: EncodedTensor) -> Float32Array:
@@ -286,7 +299,9 @@ def _settings(policy: str | Sequence[tuple[str, str]], prune: float | None, smal
     return settings
 
 
-def _code_bytes(script: Path) -> int:
+def script_bytes(code: str | os.PathLike[str]) -> int:
+    """The size of a script; raises FileNotFoundError where there is none."""
+    script = Path(code)
     if not script.is_file():
         raise FileNotFoundError(f"There is no script {script} whose bytes could be counted.")
     return script.stat().st_size

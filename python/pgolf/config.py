@@ -120,9 +120,8 @@ def _patterns(value: Any) -> list[str]:
 def _policy(value: Any) -> list[tuple[str, str]]:
     if isinstance(value, str):
         return recipe_policy(value)
-    allowed = (
-        f"must be a recipe's name or a list of [pattern, encoding] pairs, encodings {', '.join(ENCODINGS)} or int6:23"
-    )
+    encodings = ", ".join(ENCODINGS)
+    allowed = f"must be a recipe's name or a list of [pattern, encoding] pairs, encodings {encodings} or rms:4.5"
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(allowed)
     pairs = []

@@ -16,11 +16,10 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +28,7 @@ import zstandard
 from pgolf import _C
 from pgolf.encoding import ENCODINGS
 from pgolf.errors import FormatError
-from pgolf.threads import get_num_threads
-
-_T = TypeVar("_T")
-_U = TypeVar("_U")
+from pgolf.threads import on_threads
 
 MAGIC = b"PGOLF\r\n\0"
 VERSION = 2
@@ -91,6 +87,11 @@ def encode_stream(tensor: EncodedTensor) -> bytes:
     return _C.encode_floats(np.require(tensor.values, None, ["C", "A"]).reshape(_rows(tensor.values.shape)).view(bits))
 
 
+def encode_streams(tensors: Mapping[str, EncodedTensor]) -> dict[str, bytes]:
+    """:func:`encode_stream` of each, by as many threads as pgolf uses."""
+    return dict(zip(tensors, on_threads(encode_stream, tensors.values()), strict=True))
+
+
 def pack_content(header: Mapping[str, Any], tensors: Mapping[str, EncodedTensor]) -> bytes:
     """What a container's preamble has the size and the checksum of: header and tensors as plain values.
 
@@ -144,8 +145,7 @@ def pack(
     content = pack_content(header, tensors)
     (header_size,) = _U32.unpack_from(content)
     names = sorted(tensors)
-    if streams is None:
-        streams = dict(zip(names, _on_threads(encode_stream, [tensors[name] for name in names]), strict=True))
+    streams = encode_streams(tensors) if streams is None else streams
     stored = [streams[name] for name in names]
     head = content[: _U32.size + header_size] + b"".join(_U32.pack(len(stream)) for stream in stored)
     frame = compress(head)
@@ -245,7 +245,7 @@ class _Reader:
         if stored != expected:
             self._fail(f"the bytes after the preamble have the CRC-32 {stored:08x}; {expected:08x} was expected")
 
-        decoded = _on_threads(lambda name: _decode_stream(streams[name], **table[name]), streams)
+        decoded = on_threads(lambda name: _decode_stream(streams[name], **table[name]), streams)
         tensors = dict(zip(streams, decoded, strict=True))
         found, end = zlib.crc32(head[:header_end]), header_end
         for name, offset in offsets.items():
@@ -432,12 +432,6 @@ def _decode_stream(stream: bytes, encoding: str, shape: list[int]) -> EncodedTen
 def _rows(shape: Sequence[int]) -> tuple[int, int]:
     """A float tensor as its stream takes it: (rows, columns), the first axis of a matrix or more against the others."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (math.prod(shape), 1)
-
-
-def _on_threads(function: Callable[[_T], _U], values: Iterable[_T]) -> list[_U]:
-    """[function(value) for value in values], by as many threads as pgolf uses; `function` releases the GIL."""
-    with ThreadPoolExecutor(get_num_threads()) as pool:
-        return list(pool.map(function, values))
 
 
 def _is_deep(value: Any) -> bool:

@@ -17,6 +17,7 @@ from pgolf.data.files import atomic_write
 from pgolf.errors import FormatError
 
 if TYPE_CHECKING:
+    from pgolf.budget import FitReport
     from pgolf.trainer import StepRecord
 
 StrPath = Union[str, "os.PathLike[str]"]
@@ -118,6 +119,32 @@ def plot_runs(runs: Mapping[str, Curves], out: StrPath) -> None:
         raise ValueError("A plot needs at least one run; none was given.")
     figure = new_figure()
     _draw_runs(figure, runs)
+    save_figure(figure, out)
+
+
+def plot_frontier(fitted: FitReport, out: StrPath) -> None:
+    """Draw what ``pgolf.fit`` found into a PNG file, which is replaced whole: bits per byte (or loss) against bytes.
+
+    Raises ModuleNotFoundError where matplotlib is not installed.
+    """
+    with_bpb = fitted.exact_bpb is not None
+    figure = new_figure()
+    axes = figure.add_subplot()
+    line = sorted((*fitted.frontier, fitted.chosen), key=lambda point: point.bytes)
+    for points, style in (
+        (line, {"color": _TRAINING, "marker": "o", "label": "fitted"}),
+        ([fitted.recipe], {"color": _VALIDATION, "marker": "s", "linestyle": "", "label": "the recipe's policy"}),
+        ([fitted.chosen], {"color": _INK, "marker": "*", "markersize": 12, "linestyle": "", "label": "written"}),
+    ):
+        axes.plot([p.bytes / 1e6 for p in points], [p.bpb if with_bpb else p.loss for p in points], **style)
+    exact = fitted.exact_bpb if with_bpb else fitted.exact_loss
+    axes.axhline(exact, color=_INK, linewidth=0.8, linestyle="--", label="before quantisation")
+    axes.set_xlabel("artifact, million bytes", color=_INK)
+    axes.set_ylabel("bits per byte" if with_bpb else "loss, nats per token", color=_INK)
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, labelcolor=_INK)
     save_figure(figure, out)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import numpy as np
@@ -18,33 +18,37 @@ Float32Array = npt.NDArray[np.float32]
 Int8Array = npt.NDArray[np.int8]
 Float16Array = npt.NDArray[np.float16]
 
-METHODS = ("amax", "quantile_floor")
+METHODS = ("amax", "quantile_floor", "rms")
 PRUNED_ABOVE = 65_536
 """Only 2-D tensors with more elements than this are pruned."""
 
 
 def quantize_rows(
-    w: Any, bits: int = 6, clip: int | None = None, method: str = "amax"
+    w: Any, bits: int = 6, clip: int | None = None, method: str = "amax", steps: float | None = None
 ) -> tuple[Int8Array, Float16Array]:
     """Quantise each row of a matrix to signed integers with one fp16 scale.
 
     ``"amax"``: σ = fp16(max(max|row| / clip, 1e-12)), at least 2⁻¹⁴, and q = clamp(round(w / σ), −clip − 1, clip).
     ``"quantile_floor"``, the int8 of the public submissions (openai/parameter-golf #180): t = the 99.99984 % quantile
     of |row|, σ = max(t / 127, 1 / 127) in float32, q = clamp(round(clamp(w, ±t) / σ), ±127); fp16(σ) is returned.
+    ``"rms"``, one step for all rows that have room for it: s = the root mean square of w, in float64; σ =
+    fp16(max(s / steps, max|row| / 127)), at least 2⁻¹⁴, and q = clamp(round(w / σ), ±127).
     Float32 arithmetic, true division, round half to even (docs/spec.md §4).
 
     Args:
         w: (rows, columns), at least one column; float32, or another floating dtype, which is rounded to float32 first.
-        bits: 2 … 8; ``"quantile_floor"`` takes 8 alone.
-        clip: the largest integer, 1 … 2^(bits−1) − 1; None is 2^(bits−1) − 1. ``"quantile_floor"`` takes None alone.
-        method: ``"amax"`` or ``"quantile_floor"``.
+        bits: 2 … 8; the methods other than ``"amax"`` take 8 alone.
+        clip: the largest integer, 1 … 2^(bits−1) − 1; None is 2^(bits−1) − 1, and all that the other methods take.
+        method: ``"amax"``, ``"quantile_floor"`` or ``"rms"``.
+        steps: for ``"rms"`` alone, positive: the steps to a root mean square.
 
     Returns:
         q, (rows, columns) int8, and scale, (rows,) float16.
 
     Raises:
         TypeError: w is not floating, or bits or clip is not an integer.
-        ValueError: a wrong shape, bits, clip or method; a row that holds NaN or infinity or needs a scale beyond fp16.
+        ValueError: a wrong shape, bits, clip, method or steps; a row that holds NaN or infinity or needs a scale beyond
+            fp16.
     """
     matrix = _matrix(w, "w")
     if not np.issubdtype(matrix.dtype, np.floating):
@@ -56,13 +60,17 @@ def quantize_rows(
     largest = (1 << (_integer(bits, "bits", 2, 8) - 1)) - 1
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes an infinity, which the kernel refuses by row
         rows = np.require(matrix, np.float32, ["C", "A"])
+    if (steps is not None) != (method == "rms"):
+        raise ValueError(f"method is {method!r} with steps={steps}; 'rms' needs steps, and no other method takes them.")
     if method == "amax":
         limit = largest if clip is None else _integer(clip, "clip", 1, largest)
         q, scale = _C.quantize_rows_amax(rows, limit)
     elif bits != 8 or clip is not None:
-        raise ValueError(
-            f"method is 'quantile_floor' with bits={bits}, clip={clip}; bits=8 and clip=None were expected."
-        )
+        raise ValueError(f"method is {method!r} with bits={bits}, clip={clip}; bits=8 and clip=None were expected.")
+    elif steps is not None:
+        if not 0 < steps < inf:
+            raise ValueError(f"steps is {steps}; a positive number was expected.")
+        q, scale = _C.quantize_rows_rms(rows, steps)
     else:
         q, scale = _C.quantize_rows_quantile_floor(rows)
     return q, scale.view(np.float16)
@@ -150,7 +158,7 @@ def encode_plan(
             return "fp32"
         for pattern, encoding in policy:
             if fnmatchcase(name, pattern):
-                if Encoding.parse(encoding).stored.startswith("int") and len(shape) != 2:
+                if Encoding.parse(encoding).is_integer and len(shape) != 2:
                     raise ValueError(
                         f"The policy's pattern {pattern!r} gives the tensor {name} of shape {shape} "
                         f"the encoding {encoding}, which is for 2-D tensors; fp16 or fp32 was expected."

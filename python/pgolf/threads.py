@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 from pgolf import _C
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
 
 
 def set_num_threads(n: int) -> None:
@@ -16,3 +23,9 @@ def set_num_threads(n: int) -> None:
 def get_num_threads() -> int:
     """The number of CPU threads in use; at first, one for each core."""
     return _C.get_num_threads()
+
+
+def on_threads(function: Callable[[_T], _U], values: Iterable[_T]) -> list[_U]:
+    """[function(value) for value in values], by as many threads as pgolf uses: for a `function` without the GIL."""
+    with ThreadPoolExecutor(get_num_threads()) as pool:
+        return list(pool.map(function, values))

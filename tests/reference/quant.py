@@ -45,6 +45,16 @@ def quantize_rows_int8(w: F32) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.flo
     return q.astype(np.int8), sigma.astype(np.float16)
 
 
+def quantize_rows_rms(w: F32, steps: float) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """One step for all rows, `steps` of them to the root mean square, unless a row would need more than 127."""
+    squares = np.add.accumulate(w.astype(np.float64).ravel() ** 2)  # in order
+    step = np.float32(np.sqrt(squares[-1] / w.size) / steps)
+    amax = np.abs(w).max(axis=1)
+    sigma = np.maximum(np.maximum(step, amax / np.float32(127)).astype(np.float16), SMALLEST_NORMAL_FP16)
+    q = np.clip(np.round(w / sigma.astype(np.float32)[:, None]), -127, 127)
+    return q.astype(np.int8), sigma
+
+
 def dequantize_rows(q: npt.NDArray[np.int8], sigma: npt.NDArray[np.float16]) -> F32:
     """q·σ in float32."""
     return q.astype(np.float32) * sigma.astype(np.float32)[:, None]
@@ -76,7 +86,10 @@ def roundtrip(w: F32, encoding: str) -> F32:
     if encoding == "fp16":
         return w.astype(np.float16).astype(np.float32)
     rows = w.reshape(-1, w.shape[-1]) if w.ndim > 0 else w.reshape(1, 1)
-    q, sigma = quantize_rows_int8(rows) if encoding == "int8" else quantize_rows(rows, CLIPS[encoding])
+    if encoding.startswith("rms:"):
+        q, sigma = quantize_rows_rms(rows, float(encoding[4:]))
+    else:
+        q, sigma = quantize_rows_int8(rows) if encoding == "int8" else quantize_rows(rows, CLIPS[encoding])
     return dequantize_rows(q, sigma).reshape(w.shape)
 
 

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pgolf.cli.failures import requested_device
 from pgolf.cli.models import Source
 from pgolf.cli.options import (
     ConfigOption,
+    DeviceOption,
     ForeignRecipeOption,
     JsonOption,
     SetOption,
     ThreadsOption,
+    TokenizerOption,
     complete_recipe,
     use_threads,
 )
@@ -58,6 +61,27 @@ def export_command(
     recipe: ForeignRecipeOption = None,
     config_file: ConfigOption = None,
     overrides: SetOption = None,
+    fit: Annotated[
+        int | None,
+        typer.Option(
+            "--fit", min=1, metavar="BYTES", help="Search the policy of least loss that fits, --code included."
+        ),
+    ] = None,
+    margin: Annotated[
+        int, typer.Option("--margin", min=0, metavar="N", help="With --fit: bytes to leave below it.")
+    ] = 1000,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="PATH", help="With --fit: folder or shard of text; default: the run's."),
+    ] = None,
+    tokenizer: TokenizerOption = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, metavar="N", help="With --fit: training tokens to measure losses on.")
+    ] = 16_384,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="With --fit: a PNG of bits per byte against bytes.")
+    ] = None,
+    device: DeviceOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -67,9 +91,14 @@ def export_command(
     have been quantised before. From an artifact to a .ptz bundle and back, its integers stay as they are unless
     --policy, --prune or --small-numel is given.
 
+    With --fit, the matrices are stored as finely as they fit and as the loss needs it, which is measured on training
+    data: hundreds of forward passes, on --device. Small and control tensors stay as the policy says.
+
     Example: pgolf export runs/demo --policy pr465 --out small.pgolf
 
     For a script: pgolf export runs/demo --out final_model.pt
+
+    Into a limit: pgolf export runs/base --fit 16000000 --code train_gpt.py --out model.pgolf --plot frontier.png
     """
     from pgolf.artifact import export_with
     from pgolf.bundle import BUNDLE_ENDING
@@ -80,18 +109,20 @@ def export_command(
     requantise = any(option is not None for option in (policy, prune, small_numel))
     console = console_for(as_json)
     if out.suffix in STATE_DICT_ENDINGS:
-        if requantise or code is not None:
-            raise ValueError(f"{out} holds weights as they are: --policy, --prune, --small-numel, --code do not apply.")
-        save_state_dict(_weights(model, source), out)
+        if requantise or code is not None or fit is not None:
+            raise ValueError(
+                f"{out} holds weights as they are: --policy, --prune, --small-numel, --fit, --code do not apply."
+            )
+        save_state_dict(_weights(model, source, "cpu"), out)
         console.print(f"{out}: {out.stat().st_size:,} bytes, not quantised", soft_wrap=True)
         if as_json:
             print_json({"path": str(out), "bytes": out.stat().st_size})
         return
     other_container = "bundle" if out.suffix != BUNDLE_ENDING else "artifact"
-    if not requantise and not model.is_dir() and kind_of_weights(model) == other_container:
+    if fit is None and not requantise and not model.is_dir() and kind_of_weights(model) == other_container:
         _show(convert(model, out, source.config, code), console, as_json)
         return
-    loaded = _weights(model, source)
+    loaded = _weights(model, source, "cpu" if fit is None else device)
     settings = source.config.export if source.config is not None else ExportConfig()
     if policy is not None:
         settings = Config.from_recipe(policy).export
@@ -99,27 +130,36 @@ def export_command(
         settings.prune = prune
     if small_numel is not None:
         settings.small_numel = small_numel
+    if fit is not None:
+        from pgolf.cli.fit import fit_command
+
+        folder, pieces = source.data(data), source.tokenizer_path(tokenizer)
+        found = fit_command(loaded, out, folder, pieces, settings, fit, code, margin, tokens, plot, console)
+        if as_json:
+            print_json(found.to_dict())
+        return
     _show(export_with(loaded, out, settings, code), console, as_json)
 
 
 def _show(report: ExportReport, console: Console, as_json: bool) -> None:
-    console.print(_table(report))
-    console.print(_summary(report), soft_wrap=True)
+    console.print(report_table(report))
+    console.print(summary(report), soft_wrap=True)
     if as_json:
         print_json(report.to_dict())
 
 
-def _weights(path: Path, source: Source) -> GPT:
+def _weights(path: Path, source: Source, device: str | None) -> GPT:
     from pgolf import checkpoint
 
     if path.is_dir() and source.config is not None:
         newest = checkpoint.newest(path / "checkpoint")
         if newest is not None:
-            return checkpoint.load_model(newest, source.config, device="cpu")
-    return source.load(device="cpu")
+            with requested_device():
+                return checkpoint.load_model(newest, source.config, device=device)
+    return source.load(device=device)
 
 
-def _table(report: ExportReport) -> Table:
+def report_table(report: ExportReport) -> Table:
     table = data_table(("tensor", "shape", "encoding"), ("raw bytes", "compressed", "relative error"))
     for tensor in report.tensors:
         table.add_row(
@@ -134,7 +174,7 @@ def _table(report: ExportReport) -> Table:
     return table
 
 
-def _summary(report: ExportReport) -> str:
+def summary(report: ExportReport) -> str:
     size = f"{report.path}: {report.bytes:,} bytes"
     if report.total_bytes is not None:
         size += f", with {report.code_bytes:,} bytes of code {report.total_bytes:,}"
