@@ -207,15 +207,15 @@ def log_of(curve: dict[str, Any], shift: float = 0.0) -> str:
 
 def test_the_distance_decides(fidelity: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Beside its own losses a run is within tolerance; beside a validation loss that is too far off it is not."""
-    assert fidelity("--out", tmp_path / "one.json", "--recipe", "pr289") == 0
+    assert fidelity("--out", tmp_path / "one.json", "--recipe", "pr286") == 0
     first = result(tmp_path / "one.json")
-    assert first["within_tolerance"] is None and first["recipe"] == "pr289"  # for which no numbers are stored
+    assert first["within_tolerance"] is None and first["recipe"] == "pr286"  # for which no numbers are stored
     curve = first["runs"][0]["pgolf"]
     assert len(curve["losses"]) == STEPS and list(curve["validation"]) == ["5", "10", "15", "20"]
     capsys.readouterr()
     for shift, good in ((0.0, True), (0.011, True), (0.013, False)):
         (tmp_path / "log.txt").write_text(log_of(curve, shift))
-        assert fidelity("--log", tmp_path / "log.txt", "--recipe", "pr289", "--out", tmp_path / "two.json") == (
+        assert fidelity("--log", tmp_path / "log.txt", "--recipe", "pr286", "--out", tmp_path / "two.json") == (
             not good
         )
         assert result(tmp_path / "two.json")["within_tolerance"] is good
