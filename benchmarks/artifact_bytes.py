@@ -1,7 +1,8 @@
 """What comes after quantisation, in bytes: layouts, zstd's parameters, the entropy of the integers, and our streams.
 
     python benchmarks/artifact_bytes.py runs/a/model.pgolf
-    python benchmarks/artifact_bytes.py weights.npz --out results.json     # float weights by SPEC name, the base policy
+    python benchmarks/artifact_bytes.py weights.npz --out results.json     # float weights by name, the base policy
+    python benchmarks/artifact_bytes.py weights.npz --only 'blocks.4.*'    # a part, for level 22 takes its time
 
 Then, for three matrices, what pruning, clips and other scales of rows do to the squared error at equal bytes.
 """
@@ -14,6 +15,7 @@ import lzma
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +99,11 @@ VARIANTS: list[tuple[str, Callable[[Tensors], bytes], Callable[[bytes], bytes]]]
     ("long distance matching", plain, zstd(enable_ldm=True)),
     ("target length 4,096", plain, zstd(target_length=4096)),
     ("least match 7, search log 12", plain, zstd(min_match=7, search_log=12)),
-    ("strategy fast: entropy coding alone", plain, zstd(strategy=zstandard.STRATEGY_FAST)),
+    ("level 1: hardly more than Huffman's code", plain, zstandard.ZstdCompressor(level=1).compress),
     ("transposed", transposed, compress),
     ("rows ordered by scale", rows_by_scale, compress),
     ("grouped by encoding, floats in byte planes", grouped, compress),
-    ("the same, fast strategy", grouped, zstd(strategy=zstandard.STRATEGY_FAST)),
+    ("the same, level 1", grouped, zstandard.ZstdCompressor(level=1).compress),
     ("bit-packed", bit_packed, compress),
     (
         "grouped, lzma with lc = lp = pb = 0",
@@ -118,9 +120,16 @@ def study_bytes(header: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
     raw = sum(len(t.payload()) for t in tensors.values())
     entropy = sum(entropy_bits(t.values) * t.values.size / 8 for t in integers.values())
     version_1 = 32 + len(compress(pack_content(header, tensors)))
-    rows: list[tuple[str, int]] = [("version 1: plain, zstd-22", version_1)]
-    rows += [(name, 32 + len(run(layout(tensors)))) for name, layout, run in VARIANTS]
-    rows.append(("a frame for each tensor", 32 + sum(len(compress(t.payload())) for t in tensors.values())))
+    sizes: dict[str, int] = {}
+
+    def row(name: str, size: int) -> None:
+        sizes[name] = size
+        print(f"{name:45s} {size:12,d} {100 * (size / version_1 - 1):+7.2f} %", flush=True)
+
+    row("version 1: plain, zstd-22", version_1)
+    for name, layout, run in VARIANTS:
+        row(name, 32 + len(run(layout(tensors))))
+    row("a frame for each tensor", 32 + sum(len(compress(t.payload())) for t in tensors.values()))
     began = time.perf_counter()
     streams = encode_streams(tensors)
     encode_seconds = time.perf_counter() - began
@@ -128,9 +137,7 @@ def study_bytes(header: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
     began = time.perf_counter()
     unpack(data)
     decode_seconds = time.perf_counter() - began
-    rows.append(("version 2", len(data)))
-    for name, size in rows:
-        print(f"{name:45s} {size:12,d} {100 * (size / version_1 - 1):+7.2f} %", flush=True)
+    row("version 2", len(data))
     coded = sum(len(streams[name]) for name in integers)
     scales = sum(2 * len(t.scale) for t in integers.values() if t.scale is not None)
     print(
@@ -144,7 +151,7 @@ def study_bytes(header: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
         "entropy": round(entropy),
         "integer_streams": coded,
         "scale_bytes": scales,
-        "bytes": dict(rows),
+        "bytes": sizes,
         "encode_seconds": encode_seconds,
         "decode_seconds": decode_seconds,
         "threads": pgolf.get_num_threads(),
@@ -204,19 +211,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path, help="an artifact, or an .npz of float weights")
     parser.add_argument("--policy", default="base", help="the recipe that quantises an .npz")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="the tensors to look at, as fnmatch")
     parser.add_argument("--out", type=Path, help="where the JSON result goes")
     args = parser.parse_args()
     quantisers: dict[str, dict[str, float]] = {}
     if args.weights.suffix == ".npz":
-        state = {name: w.astype(np.float32) for name, w in np.load(args.weights).items()}
+        state = {name: w.astype(np.float32) for name, w in np.load(args.weights).items() if fnmatch(name, args.only)}
         _, tensors = encode_state(state, Config.from_recipe(args.policy).export)
         names = [
             name for name in state if name.split(".", 2)[-1] in ("mlp.fc.weight", "mlp.proj.weight", "attn.c_v.weight")
         ]
-        quantisers = study_quantisers(state, names[3 * (len(names) // 6) :][:3])
+        quantisers = study_quantisers(state, names[len(names) // 6 * 3 :][:3])
         header: dict[str, Any] = {}
     else:
         header, tensors = unpack(args.weights)
+        tensors = {name: tensor for name, tensor in tensors.items() if fnmatch(name, args.only)}
     result = study_bytes(header, tensors) | {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "pgolf": pgolf.__version__,

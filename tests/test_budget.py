@@ -130,6 +130,21 @@ def test_a_model_without_training_length_or_large_matrices_is_named(tmp_path: Pa
         pgolf.fit(fresh, tmp_path / "m.pgolf", DATA, seq_len=32, policy=ExportConfig(small_numel=10**6))
 
 
+def test_sensitivities_are_second_derivatives() -> None:
+    """Of a loss with a steep slope, which one probe alone would see instead."""
+    dice = np.random.default_rng(4)
+    state = {name: dice.normal(0, 1, (40, 50)).astype(np.float32) for name in ("a", "b")}
+    curvature = {"a": 0.5, "b": 2.0}
+
+    class Parabola:
+        def of(self, text: object, replaced: dict[str, Any] | None = None) -> float:
+            moves = {name: w.astype(np.float64) - state[name] for name, w in (replaced or {}).items()}
+            return 7 + sum(100 * move.sum() + curvature[name] * (move**2).sum() for name, move in moves.items())
+
+    found = budget._sensitivities(Parabola(), None, state, ["a", "b"], lambda *_: None)  # type: ignore[arg-type]
+    assert found == pytest.approx(curvature, rel=1e-4)
+
+
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.floats(1e-3, 1e3), st.integers(1, 50)), min_size=2, max_size=3), st.floats(0.2, 0.9))
 def test_no_other_plan_of_the_same_size_promises_less(tensors: list[tuple[float, int]], share: float) -> None:

@@ -31,7 +31,7 @@ class Node {
   void update(unsigned bit) {
     const std::uint32_t uses = state_ & kMostUses;
     const auto p = static_cast<std::int64_t>(state_ >> 10);
-    const std::int64_t target = bit ? (1 << 22) - 1 : 0;
+    const std::int64_t target = (std::int64_t{bit} << 22) - bit;
     const std::int64_t moved = p + ((target - p) * kRates[uses] >> 16);
     state_ = static_cast<std::uint32_t>(moved) << 10 | (uses + (uses < kMostUses));
   }
@@ -117,8 +117,9 @@ class Decoder {
   unsigned bit(Node& node, unsigned) {
     const std::uint64_t bound = (range_ >> 16) * node.probability();
     const unsigned bit = offset_ < bound;
-    offset_ -= bit ? 0 : bound;
-    range_ = bit ? bound : range_ - bound;
+    const std::uint64_t zero = std::uint64_t{bit} - 1;  // all ones for a zero: a branch would be guessed wrongly
+    offset_ -= bound & zero;
+    range_ = bound ^ ((bound ^ (range_ - bound)) & zero);
     if (range_ < kLeastRange) [[unlikely]] {
       range_ <<= 32;
       offset_ = offset_ << 32 | word();

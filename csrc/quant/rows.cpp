@@ -33,6 +33,10 @@ std::uint16_t half_scale(float sigma) { return std::max(half_bits(sigma), kHalfS
 
 float round_clamp(float value, float low, float high) { return std::clamp(std::nearbyint(value), low, high); }
 
+void divide_row(const float* row, std::int64_t columns, float sigma, float low, float high, std::int8_t* q) {
+  for (std::int64_t i = 0; i < columns; ++i) q[i] = static_cast<std::int8_t>(round_clamp(row[i] / sigma, low, high));
+}
+
 // Quantises every row by quantize_row(row, q_row, scale), which is called for finite rows only.
 template <class QuantizeRow>
 void for_each_row(const float* w, std::int64_t rows, std::int64_t columns, std::int8_t* q, std::uint16_t* scale,
@@ -60,9 +64,7 @@ void quantize_rows_amax(const float* w, std::int64_t rows, std::int64_t columns,
     const auto largest = std::bit_cast<float>(largest_magnitude(row, columns));
     row_scale = half_scale(std::max(largest / high, 1e-12f));
     const float sigma = float_from_half(row_scale);
-    for (std::int64_t i = 0; i < columns; ++i) {
-      q_row[i] = static_cast<std::int8_t>(round_clamp(row[i] / sigma, -high - 1.0f, high));
-    }
+    divide_row(row, columns, sigma, -high - 1.0f, high, q_row);
   });
 }
 
@@ -90,10 +92,7 @@ void quantize_rows_rms(const float* w, std::int64_t rows, std::int64_t columns, 
   for_each_row(w, rows, columns, q, scale, [=](const float* row, std::int8_t* q_row, std::uint16_t& row_scale) {
     const auto largest = std::bit_cast<float>(largest_magnitude(row, columns));
     row_scale = half_scale(std::max(step, largest / high));
-    const float sigma = float_from_half(row_scale);
-    for (std::int64_t i = 0; i < columns; ++i) {
-      q_row[i] = static_cast<std::int8_t>(round_clamp(row[i] / sigma, -high, high));
-    }
+    divide_row(row, columns, float_from_half(row_scale), -high, high, q_row);
   });
 }
 
