@@ -15,8 +15,8 @@
 //   losses, dx0. Token ids are i32. Unless a comment says otherwise, matrices and activations are S, all else is M. An
 //   operation computes in M and rounds each S tensor it writes once. "out" tensors are written, parameter gradients are
 //   added to (+=), "inout" is said. No two tensors of a call overlap unless a comment allows it. Absent tensors have
-//   rank 0. Sums are ordered by shape alone: equal inputs give equal bits for any number of threads. rms(x) =
-//   x·(mean(x²) + ε)^(−1/2) over the last axis, ε = 2⁻²³.
+//   rank 0; a parameter gradient that is absent is not computed. Sums are ordered by shape alone: equal inputs give
+//   equal bits for any number of threads. rms(x) = x·(mean(x²) + ε)^(−1/2) over the last axis, ε = 2⁻²³.
 #pragma once
 
 #include <cstddef>
@@ -68,6 +68,11 @@ struct MixedInput {
   TensorView skip_weight;  // [d]
 };
 
+// Adapters, for test-time training: each sequence b of a call may have low-rank changes of its own of a product     §5
+// n·wᵀ:
+//   y[b] = n[b]·wᵀ + u[b]·bᵀ, u[b] = n[b]·aᵀ, with a [r, in] and b [out, r].
+// One tensor holds them for an operation: row b has the a's of its products one after another, then their b's. u is S.
+
 // n = rms(m); q = rope(rms(n·wqᵀ)), k = rope(rms(n·wkᵀ)) per head, v = n·wvᵀ                   §2.5
 //   rope on the pair (j, j + D/2): (a, b) → (a·cos + b·sin, −a·sin + b·cos). The query gain is the attention's.
 //   Forward alone may make queries of the last T' ≤ T positions only: the block computes what comes after them alone.
@@ -76,16 +81,20 @@ struct Qkv {
   TensorView wq, wk, wv;  // [H·D, d], [K·D, d], [K·D, d]
   TensorView cos, sin;    // [≥ T, D/2]
   TensorView q, k, v;     // out [B, T', H, D], [B, T, K, D], [B, T, K, D]
+  TensorView adapters;    // [B, r·(2d + H·D + K·D)]: of q and of v; may be absent, and needs T' = T
+  std::int64_t rank = 0;  // r
   TensorView saved, scratch;
 };
 struct QkvGrads {
   TensorView dq, dk, dv;  // in; left undefined
-  TensorView dx;          // inout [B, T, d]: in, the gradient at m from the residual path; out, at x
-  TensorView dx0;         // inout [B, T, d], M: +=
-  TensorView dskip;       // out [B, T, d]: the gradient at skip, when there is one
-  TensorView pending;     // in [B, T, d], S or M: added to dx at the end (what later blocks sent back through a skip);
-                          //   may be dskip or dx0 itself, which are written first
-  TensorView resid_mix, skip_weight, wq, wk, wv;
+  TensorView dx;       // inout [B, T, d]: in, the gradient at m from the residual path; out, at x. Where it is absent
+                       //   only weights and adapters have gradients: resid_mix, skip_weight, dx0, dskip have none
+  TensorView dx0;      // inout [B, T, d], M: +=; may be absent
+  TensorView dskip;    // out [B, T, d]: the gradient at skip, when there is one
+  TensorView pending;  // in [B, T, d], S or M: added to dx at the end (what later blocks sent back through a skip);
+                       //   may be dskip or dx0 itself, which are written first
+  TensorView resid_mix, skip_weight, wq, wk, wv;  // both vectors or neither, all three matrices or none
+  TensorView adapters;                            // out, M
   TensorView scratch;
 };
 
@@ -146,6 +155,8 @@ struct Head {
   TensorView targets;  // [B, T] i32; not read by head_logits
   double softcap = 30.0;
   std::int64_t first = 0;
+  TensorView adapters;  // [B, r·(d + V)]: of rms(x)·wᵀ; may be absent
+  std::int64_t rank = 0;
   TensorView logits;  // out [B, T', V], head_logits only
   TensorView losses;  // out [B, T'], in nats
   TensorView saved, scratch;
@@ -153,8 +164,10 @@ struct Head {
 struct HeadGrads {
   double loss_scale = 1.0;             // the gradient is that of loss_scale·Σ losses …
   const double* multiplier = nullptr;  // … times this number in the backend's memory, where it is given
-  TensorView dx;                       // out [B, T, d]; needs first = 0
+  TensorView weights;                  // [B, T']: the factor of each loss in the sum; absent: 1
+  TensorView dx;                       // out [B, T, d]; 0 before first
   TensorView w;
+  TensorView adapters;  // out, M
   TensorView scratch;
 };
 
@@ -207,6 +220,20 @@ struct AdamTensor {
 };
 struct MuonTensor {
   TensorView w, grad, momentum;  // [rows, cols]; w, momentum inout
+};
+
+// The adapters of an operation for a batch of documents, row b document b's.                         §5
+struct AdapterRows {
+  TensorView w, grad, m, v;  // [B, size]; grad is read, the others inout
+  TensorView copy;           // [B, size], S: w rounded, which operations read; absent where nothing is rounded
+  int products;              // 1 or 2: how many a's a row begins with
+  std::int64_t a_size;       // r·in
+  double bound;              // 1/√in
+  std::uint32_t streams[2];  // CRC-32 of the a's names
+};
+struct AdapterAdam {
+  double lr, beta1, beta2, eps;
+  double grad_scale;  // what gradients are multiplied by
 };
 
 class Backend {
@@ -296,6 +323,14 @@ class Backend {
   // Rows to intN and back, the artifact's: docs/spec.md §4 (amax). q is i8 in a u8 tensor, scale f16.
   virtual void quantize_rows(const TensorView& w, int clip, const TensorView& q, const TensorView& scale) = 0;
   virtual void dequantize_rows(const TensorView& q, const TensorView& scale, const TensorView& w) = 0;
+  // Adapters                                                                                         §5
+  // Rows b with documents[b] ≥ 0 ([B] i32) start anew: a ← uniform ±bound, drawn with the document as the counter's
+  // last word, b ← 0, m ← 0, v ← 0; the other rows stay.
+  virtual void adapters_begin(std::span<const AdapterRows> adapters, const TensorView& documents,
+                              std::uint64_t seed) = 0;
+  // Rows b with steps[b] = t ≥ 1 ([B] i32) take Adam's step t, without decay; the other rows stay.
+  virtual void adapters_step(std::span<const AdapterRows> adapters, const TensorView& steps,
+                             const AdapterAdam& settings) = 0;
   // Averaging: y ← a·x + b·y; nothing where gate is given and says `stopped`
   virtual void axpby(double a, const TensorView& x, double b, const TensorView& y, const StepValues* gate) = 0;
 };

@@ -219,6 +219,15 @@ def test_eval_of_an_artifact_takes_its_settings_from_the_options(run: Path, smal
     assert (score["loss"], score["bpb"], score["windows"]) == (expected.loss, expected.bpb, expected.windows)
 
 
+def test_eval_by_test_time_training(run: Path, small_corpus: Path) -> None:
+    expected = pgolf.evaluate(pgolf.load(run / "model.pgolf"), small_corpus, method="ttt")
+    score = last_json(pgolf_("eval", run, "--method", "ttt", "--ttt-batch-size", "3", "--json"))
+    assert (score["loss"], score["bpb"], score["windows"]) == (expected.loss, expected.bpb, expected.windows)
+    assert (score["method"], score["seq_len"], score["stride"], score["tokens"]) == ("ttt", 1024, None, 1999)
+    shown = pgolf_("eval", run, "--method", "ttt").stdout
+    assert re.search(rf"ttt, context 1,024, {expected.windows:,} chunks", shown)
+
+
 def test_eval_of_a_shard_without_a_tokenizer_has_no_bits_per_byte(run: Path, small_corpus: Path) -> None:
     (shard,) = small_corpus.glob("*_val_*.bin")
     result = pgolf_("eval", run / "model.pgolf", "--data", shard, "--method", "standard")
@@ -649,7 +658,7 @@ def test_damaged_artifacts(
         (["eval", "{tmp}"], r"no run folder, as it holds no config\.toml"),
         (["eval", "{run}/model.pgolf"], "does not say on which data it was trained; give --data"),
         (["eval", "{run}", "--data", "{tmp}/no"], "no: no such data folder"),
-        (["eval", "{run}", "--method", "ttt"], "method is 'ttt'"),
+        (["eval", "{run}", "--method", "tt"], "method is 'tt'"),
         (["eval", "{run}", "--tail", "both"], "tail"),
         (["eval", "{run}", "--audit", "some"], "audit is 'some'"),
         (["eval", "{run}", "--stride", "65"], "stride"),

@@ -276,8 +276,8 @@ def test_a_loss_that_is_no_number_is_an_error_that_names_the_token(value, shown)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"method": "ttt"}, ValueError, "method is 'ttt'; this version scores by 'standard' or 'sliding'"),
-        ({"method": "slide"}, ValueError, "method is 'slide'"),
+        ({"method": "ttt"}, TypeError, "method is 'ttt' and the model a TableModel"),
+        ({"method": "slide"}, ValueError, "method is 'slide'; expected one of 'standard', 'sliding', 'ttt'"),
         ({"stride": SEQ_LEN + 1}, ValueError, "stride is 25; expected at most"),
         ({"stride": 0}, ValueError, "stride is 0"),
         ({"tail": "none"}, ValueError, "tail is 'none'; expected one of 'exact', 'reference'"),

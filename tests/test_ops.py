@@ -170,8 +170,15 @@ def mixed_native(inputs: Arrays, skip: str) -> ops.MixedInput:
     return ops.MixedInput(**{**fields, "skip": inputs["x"]} if skip == "x" else fields)
 
 
-def qkv_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "") -> Case:
-    """skip: "" for none, "x" for x itself, "other"."""
+def adapters_of(adapters: torch.Tensor, rank: int, d: int, *outs: int) -> list[torch.Tensor]:
+    """A sequence's row of adapters to b·a [out, d] for each product."""
+    parts = adapters.split([rank * d] * len(outs) + [rank * out for out in outs])
+    pairs = zip(parts[: len(outs)], parts[len(outs) :], outs, strict=True)
+    return [b.view(out, rank) @ a.view(rank, d) for a, b, out in pairs]
+
+
+def qkv_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "", rank: int = 0) -> Case:
+    """skip: "" for none, "x" for x itself, "other". rank: of adapters; 0: none."""
     rng = np.random.default_rng(2)
     first = T // 3
     cos, sin = (table.numpy() for table in reference.rope_tables(T + 3, D, 10000.0, "exact", torch.float64))
@@ -183,35 +190,54 @@ def qkv_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "") -> 
         "cos": as_float32(cos),
         "sin": as_float32(sin),
     }
+    if rank:
+        inputs["adapters"] = as_float32(draw(rng, B, rank * (2 * d + H * D + K * D)) / (2 * rank**0.5))
 
     def expected(t):
         m = mixed_reference(t)
-        ones = torch.ones(H, dtype=torch.float64)
-        q, k, v = reference.queries_keys_values(
-            reference.rms(m), t["wq"], t["wk"], t["wv"], ones, t["cos"][:T], t["sin"][:T]
-        )
-        late = {"late q": q[:, first:], "late k": k, "late v": v}
+        n, ones = reference.rms(m), torch.ones(H, dtype=torch.float64)
+        found = []
+        for b in range(B):
+            wq, wv = t["wq"], t["wv"]
+            if rank:
+                of_q, of_v = adapters_of(t["adapters"][b], rank, d, H * D, K * D)
+                wq, wv = wq + of_q, wv + of_v
+            part = slice(b, b + 1)
+            found.append(reference.queries_keys_values(n[part], wq, t["wk"], wv, ones, t["cos"][:T], t["sin"][:T]))
+        q, k, v = (torch.cat(parts) for parts in zip(*found, strict=True))
+        late = {} if rank else {"late q": q[:, first:], "late k": k, "late v": v}
         return {"q": q, "k": k, "v": v, "reader of m": m, "reader of x": t["x"], **detached(late)}
 
     def run(inputs, upstream, starts):
         mixed = mixed_native(inputs, skip)
         arguments = [inputs[name] for name in ("wq", "wk", "wv", "cos", "sin")]
-        late, _ = ops.qkv(mixed, *arguments, first=first)
-        (q, k, v), saved = ops.qkv(mixed, *arguments)
-        gradients = ops.qkv_backward(
-            saved,
-            upstream["q"],
-            upstream["k"],
-            upstream["v"],
-            dm=upstream["reader of m"],
-            pending=upstream["reader of x"],
-            add_to=starts,
-        )
-        return {"q": q, "k": k, "v": v} | dict(zip(("late q", "late k", "late v"), late, strict=True)), named(gradients)
+        late = {}
+        if not rank:
+            late = dict(zip(("late q", "late k", "late v"), ops.qkv(mixed, *arguments, first=first)[0], strict=True))
+        (q, k, v), saved = ops.qkv(mixed, *arguments, adapters=inputs.get("adapters"))
+
+        def backward(**ways):
+            return named(
+                ops.qkv_backward(
+                    saved,
+                    upstream["q"],
+                    upstream["k"],
+                    upstream["v"],
+                    dm=upstream["reader of m"],
+                    pending=upstream["reader of x"],
+                    **ways,
+                )
+            )
+
+        gradients = backward(add_to=starts)
+        assert_same({"x", "skip", "adapters"}, backward(weights=False), gradients)
+        assert_same({"adapters"}, backward(weights=False, inputs=False), gradients)
+        return {"q": q, "k": k, "v": v, **late}, gradients
 
     gradients = [name for name in inputs if name not in ("cos", "sin")]
-    started = [name for name in gradients if name not in ("x", "skip")]
-    return Case(f"qkv {B}x{T} d{d} H{H} K{K} D{D} skip {skip!r}", inputs, expected, run, gradients, started)
+    started = [name for name in gradients if name not in ("x", "skip", "adapters")]
+    name = f"qkv {B}x{T} d{d} H{H} K{K} D{D} skip {skip!r}" + (f" rank {rank}" if rank else "")
+    return Case(name, inputs, expected, run, gradients, started)
 
 
 def attention_case(B: int, T: int, H: int, K: int, D: int) -> Case:
@@ -227,7 +253,9 @@ def attention_case(B: int, T: int, H: int, K: int, D: int) -> Case:
     def run(inputs, upstream, starts):
         late, _ = ops.attention(**{**inputs, "q": inputs["q"][:, first:]})
         o, saved = ops.attention(**inputs)
-        return {"o": o, "late o": late}, named(ops.attention_backward(saved, upstream["o"], add_to=starts))
+        gradients = named(ops.attention_backward(saved, upstream["o"], add_to=starts))
+        assert_same({"q", "k", "v"}, named(ops.attention_backward(saved, upstream["o"], weights=False)), gradients)
+        return {"o": o, "late o": late}, gradients
 
     return Case(f"attention {B}x{T} H{H} K{K} D{D}", inputs, expected, run, list(inputs), ["gain"])
 
@@ -251,6 +279,7 @@ def project_residual_case(B: int, T: int, d: int, c: int, skip: str | None = Non
         late, _ = ops.project_residual(late_residual, inputs["a"][:, first:], w)
         out, saved = ops.project_residual(residual, inputs["a"], w)
         da, dw = ops.project_residual_backward(saved, upstream["out"])
+        assert_same({"a"}, named(ops.project_residual_backward(saved, upstream["out"], weights=False)), {"a": da})
         dw, dscale = ops.finish_projection(inputs["w"], inputs["scale"], dw, starts["scale"])
         return {"out": out, "late out": late}, {"a": da, "w": dw, "scale": dscale}
 
@@ -266,7 +295,10 @@ def mlp_up_case(B: int, T: int, d: int, F: int) -> Case:
 
     def run(inputs, upstream, starts):
         h, saved = ops.mlp_up(**inputs)
-        return {"h": h}, named(ops.mlp_up_backward(saved, upstream["h"], add_to=starts))
+        gradients = named(ops.mlp_up_backward(saved, upstream["h"], add_to=starts))
+        without = ops.mlp_up_backward(saved, upstream["h"], weights=False, add_to={"x": starts["x"]})
+        assert_same({"x"}, named(without), gradients)
+        return {"h": h}, gradients
 
     return Case(f"mlp_up {B}x{T} d{d} F{F}", inputs, expected, run, ["x", "w"], ["x", "w"])
 
@@ -295,6 +327,45 @@ def head_case(B: int, T: int, d: int, V: int, softcap: float = 30.0, loss_scale:
         }, named(gradients)
 
     return Case(f"head {B}x{T} d{d} V{V} cap {softcap}", inputs, expected, run, ["x", "w"], ["w"])
+
+
+def adapted_head_case(
+    B: int, T: int, d: int, V: int, first: int, rank: int, softcap: float = 30.0, loss_scale: float = 1.0
+) -> Case:
+    """With adapters, a weight for each loss, and only positions from `first` on; rank 0: no adapters."""
+    rng = np.random.default_rng(7)
+    inputs = {"x": draw(rng, B, T, d), "w": draw(rng, V, d), "targets": rng.integers(0, V, (B, T))}
+    loss_weights = as_float32(rng.uniform(0.5, 1.0, (B, T - first)) * (rng.random((B, T - first)) < 0.8))
+    if rank:
+        inputs["adapters"] = as_float32(draw(rng, B, rank * (d + V)) / (2 * rank**0.5))
+
+    def expected(t):
+        heads = [t["w"] + adapters_of(t["adapters"][b], rank, d, V)[0] if rank else t["w"] for b in range(B)]
+        logits = torch.cat([reference.head(t["x"][b : b + 1, first:], w, softcap) for b, w in enumerate(heads)])
+        losses = reference.cross_entropy(logits, t["targets"][:, first:])
+        objective = loss_scale * (torch.tensor(loss_weights) * losses).sum()
+        return {"losses": losses.detach(), "logits": logits.detach(), "objective": objective}
+
+    def run(inputs, upstream, starts):
+        x, w, targets, *adapters = inputs.values()
+        ways = {"softcap": softcap, "first": first, "adapters": adapters[0] if adapters else None}
+        weights = {"loss_scale": loss_scale, "loss_weights": loss_weights.astype(x.dtype)}
+        losses, gradients = ops.head_loss_backward(x, w, targets, **ways, **weights, add_to=starts)
+        again, without = ops.head_loss_backward(x, w, targets, **ways, **weights, weights=False)
+        assert_same({"x", "adapters"}, named(without), named(gradients))
+        assert same_bits(losses, again) and same_bits(losses, ops.head_loss(x, w, targets, **ways))
+        assert not gradients.x[:, :first].any()
+        return {"losses": losses, "logits": ops.head_logits(x, w, **ways)}, named(gradients)
+
+    name = f"adapted head {B}x{T} d{d} V{V} first {first} rank {rank}"
+    return Case(name, inputs, expected, run, [name for name in inputs if name != "targets"], ["w"])
+
+
+def assert_same(names: set[str], found: Arrays, expected: Arrays) -> None:
+    """A backward that leaves gradients out: these are left, those of them that there are, and have the same bits."""
+    assert set(found) == names & set(expected)
+    for name in found:
+        assert same_bits(found[name], expected[name]), name
 
 
 def detached(outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -328,6 +399,8 @@ QKV = [
     qkv_case(1, 63, 64, 2, 2, 32, "other"),
     qkv_case(1, 64, 32, 3, 1, 64, "x"),
     qkv_case(5, 130, 32, 6, 2, 6),
+    qkv_case(3, 65, 34, 4, 2, 6, "other", rank=3),
+    qkv_case(2, 600, 32, 2, 1, 32, rank=8),  # two chunks a sequence
 ]
 ATTENTION = [
     attention_case(2, 130, 6, 2, 6),
@@ -358,6 +431,12 @@ HEAD = [
     head_case(1, 63, 64, 97),
     head_case(3, 400, 6, 97),  # the weight gradient is summed in blocks of 1,024 rows,
     head_case(1, 300, 2, 20_000),  # and of 256 where the vocabulary is large
+    adapted_head_case(3, 65, 34, 97, first=20, rank=3, loss_scale=0.5),
+    adapted_head_case(2, 9, 6, 11, first=0, rank=1),
+    adapted_head_case(3, 700, 16, 97, first=100, rank=8),  # a block is one sequence,
+    adapted_head_case(2, 1100, 6, 97, first=0, rank=2),  # a part of one,
+    adapted_head_case(7, 300, 6, 1000, first=40, rank=2),  # or several
+    adapted_head_case(2, 65, 34, 97, first=64, rank=0),
 ]
 CASES = [*EMBED, *QKV, *ATTENTION, *PROJECT_RESIDUAL, *MLP_UP, *HEAD]
 FIRST_CASES = [group[0] for group in (EMBED, QKV, ATTENTION, PROJECT_RESIDUAL, MLP_UP, HEAD)]
@@ -442,7 +521,8 @@ def test_pending_may_be_dskip_itself(dtype):
     _, saved = ops.qkv(mixed_native(inputs, "x"), *(inputs[name] for name in ("wq", "wk", "wv", "cos", "sin")))
     apart = ops.qkv_backward(saved, upstream["q"], upstream["k"], upstream["v"])
 
-    outputs = {"d" + name: np.zeros_like(saved.tensors[name]) for name in ops.QkvGrads._fields}
+    names = [name for name in ops.QkvGrads._fields if name != "adapters"]
+    outputs = {"d" + name: np.zeros_like(saved.tensors[name]) for name in names}
     gradients = {"d" + name: upstream[name].copy() for name in "qkv"}
     native = _C.Ops(-1, dtype)
     native.qkv_backward({**saved.tensors, **gradients, "pending": outputs["dskip"]}, outputs)

@@ -18,8 +18,10 @@ from pgolf import ops
 from pgolf.quantize import quantize_rows
 from tests.places import GPU_PLACES, ROUNDING_PLACES, Place
 from tests.reference import trainer
+from tests.reference.rng import uniform
 from tests.test_ops import (
     Case,
+    adapted_head_case,
     attention_case,
     draw,
     embed_case,
@@ -56,6 +58,10 @@ CASES = [
     qkv_case(1, 600, 512, 8, 4, 64),
     qkv_case(1, 515, 640, 10, 5, 64, "other"),
     qkv_case(3, 40, 80, 2, 2, 40),
+    qkv_case(3, 65, 64, 2, 1, 32, "other", rank=3),
+    qkv_case(2, 130, 96, 1, 1, 96, rank=8),
+    qkv_case(2, 256, 512, 8, 4, 64, "other", rank=8),
+    qkv_case(1, 65, 256, 2, 1, 128, "x", rank=16),
     attention_case(1, 1, 2, 1, 32),
     attention_case(2, 63, 4, 2, 32),
     attention_case(2, 65, 4, 2, 64),
@@ -86,6 +92,11 @@ CASES = [
     head_case(3, 63, 64, 1000, loss_scale=1 / 6),
     head_case(1, 2047, 64, 8192, loss_scale=32.0),
     head_case(1, 65, 640, 20_001),
+    adapted_head_case(3, 65, 64, 97, first=3, rank=3, softcap=5.0, loss_scale=0.5),
+    adapted_head_case(4, 128, 512, 1024, first=64, rank=8, loss_scale=32.0),
+    adapted_head_case(2, 1100, 64, 8192, first=0, rank=8),
+    adapted_head_case(2, 65, 64, 20_001, first=1, rank=8),
+    adapted_head_case(2, 65, 64, 97, first=5, rank=0),
 ]
 
 
@@ -393,3 +404,52 @@ def test_quantised_rows_are_the_artifact_s_bits(clip: int, bits: int, place: Pla
         back = ops.dequantize_rows(q, scale)
     assert same_bits(q, expected[0]) and same_bits(scale.view(np.uint16), np.asarray(expected[1]).view(np.uint16))
     assert same_bits(back, q.astype(np.float32) * scale.astype(np.float32)[:, None])
+
+
+# Adapters -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize(("rows", "size", "products"), [(1, 7, 1), (5, 301, 2), (64, 4099, 2)])
+def test_adapters_begin_with_the_reference_s_numbers(rows: int, size: int, products: int, place: Place) -> None:
+    rng = np.random.default_rng(22)
+    w, m, v = (draw(rng, rows, size).astype(np.float32) for _ in range(3))
+    a_size = size // (products + 1)
+    documents = rng.permutation(rows) * 1_000_003
+    documents[1::3] = -1
+    names = ["blocks.3.attn.c_q.lora_a", "blocks.3.attn.c_v.lora_a"][:products]
+    with ops.on(place.device, place.dtype):
+        found = ops.adapters_begin(w, m, v, documents, names=names, a_size=a_size, bound=0.125, seed=2**63 + 1)
+    for row, document in enumerate(documents):
+        if document < 0:
+            assert all(same_bits(a[row], b[row]) for a, b in zip(found, (w, m, v), strict=False))
+            continue
+        drawn = [uniform(2**63 + 1, name, (a_size,), 0.125, int(document)) for name in names]
+        expected = np.concatenate([*drawn, np.zeros(size - products * a_size, np.float32)])
+        assert same_bits(found.w[row], expected)
+        assert same_bits(found.copy[row], place.round(expected).astype(np.float32))
+        assert not found.m[row].any() and not found.v[row].any()
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize(("rows", "size"), [(1, 7), (5, 301), (64, 4099)])
+def test_adapters_step_row_by_row(rows: int, size: int, place: Place) -> None:
+    """Each row has its own step; a row of step 0 keeps every bit. Gradients of 0 change nothing."""
+    rng = np.random.default_rng(23)
+    w, grad, m, v = (draw(rng, rows, size).astype(np.float32) for _ in range(4))
+    v = np.abs(v)
+    grad[:, 2], m[:, 2], v[:, 2] = 0, 0, 0
+    steps = rng.integers(0, 40, rows)
+    steps[0] = 3
+    with ops.on(place.device, place.dtype):
+        found = ops.adapters_step(w, grad, m, v, steps, lr=0.01, grad_scale=0.5)
+    for row, t in enumerate(steps):
+        if t == 0:
+            assert all(same_bits(a[row], b[row]) for a, b in zip(found, (w, m, v), strict=False))
+            continue
+        p, first, second, half = (torch.tensor(a[row]).double() for a in (w, m, v, grad))
+        trainer.adamw_update(p, half * 0.5, first, second, int(t), 0.01, (0.9, 0.95), 1e-10, 0.0)
+        for a, b in zip(found, (p, first, second), strict=False):
+            assert_near(a[row], b.numpy(), 1e-6, row)
+        assert found.w[row, 2] == w[row, 2]
+        assert same_bits(found.copy[row], place.round(found.w[row]).astype(np.float32))

@@ -7,6 +7,7 @@
 #include "core/memory.h"
 #include "core/parallel.h"
 #include "device/cuda_library.h"
+#include "model/adapters.h"
 
 namespace py = pybind11;
 
@@ -35,6 +36,65 @@ ModelConfig config_from(const py::dict& d) {
   get("bos_id", c.bos_id);
   get("rope_tables_bf16", c.rope_tables_bf16);
   return c;
+}
+
+struct NativeAdapters {
+  NativeAdapters(NativeModel& m, const AdapterSettings& settings) : model(m), adapters(m.gpt, settings) {}
+  NativeModel& model;  // kept alive by Python
+  DocumentAdapters adapters;
+  std::int64_t allocations = 0;
+};
+
+void bind_adapters(py::module_& m) {
+  py::class_<NativeAdapters>(m, "DocumentAdapters")
+      .def(py::init([](NativeModel& model, std::int64_t rows, std::int64_t rank,
+                       const std::vector<std::pair<std::int64_t, std::int64_t>>& windows, std::uint64_t seed, double lr,
+                       double beta1, double beta2, double eps) {
+             AdapterSettings settings{rows, rank, {}, seed, lr, beta1, beta2, eps};
+             for (const auto& [length, first] : windows) settings.windows.push_back({length, first});
+             py::gil_scoped_release release;
+             std::lock_guard lock(model.mutex);
+             return std::make_unique<NativeAdapters>(model, settings);
+           }),
+           py::arg("model"), py::arg("rows"), py::arg("rank"), py::arg("windows"), py::arg("seed"), py::arg("lr"),
+           py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::keep_alive<1, 2>())
+      .def(
+          "begin",
+          [](NativeAdapters& self, const Int32Array& documents) {
+            require(documents.size() == self.adapters.settings().rows, "begin needs a document for every row.");
+            const auto* rows = documents.data();
+            py::gil_scoped_release release;
+            std::lock_guard lock(self.model.mutex);
+            self.adapters.begin(rows);
+          },
+          py::arg("documents"))
+      .def(
+          "window",
+          [](NativeAdapters& self, const Int32Array& ids, const Int32Array& targets, const Int32Array& scored,
+             const Int32Array& steps, std::int64_t first) {
+            const std::int64_t rows = self.adapters.settings().rows;
+            require(ids.ndim() == 2 && ids.shape(0) == rows && targets.size() == ids.size() &&
+                        scored.size() == 2 * rows && steps.size() == rows,
+                    "window needs ids and targets [rows, T], scored [rows, 2] and steps [rows].");
+            const WindowShape shape{ids.shape(1), first};
+            const std::int32_t *in = ids.data(), *goal = targets.data(), *at = scored.data(), *t = steps.data();
+            py::gil_scoped_release release;
+            std::lock_guard lock(self.model.mutex);
+            const auto before = allocation_count();
+            const int ticket = self.adapters.window(in, goal, at, t, shape);
+            self.allocations = allocation_count() - before;
+            return ticket;
+          },
+          py::arg("ids"), py::arg("targets"), py::arg("scored"), py::arg("steps"), py::arg("first"))
+      .def(
+          "read",
+          [](NativeAdapters& self, std::size_t index, bool gradients) {
+            const AdapterRows& rows = self.adapters.adapters().at(index);
+            return read_tensor(self.model, gradients ? rows.grad : rows.w, {rows.w.shape[0], rows.w.shape[1]});
+          },
+          py::arg("index"), py::arg("gradients"))
+      .def("bytes", [](const NativeAdapters& self) { return self.adapters.bytes(); })
+      .def_readonly("allocations", &NativeAdapters::allocations, "Native allocations of the last window.");
 }
 
 py::array empty(DType dtype, std::vector<py::ssize_t> shape) {
@@ -229,6 +289,8 @@ void bind_model(py::module_& m) {
         for (const MemoryRow& row : self.gpt->memory_table()) rows.append(py::make_tuple(row.what, row.bytes));
         return rows;
       });
+
+  bind_adapters(m);
 
   m.def(
       "parameter_table",

@@ -14,6 +14,7 @@
 #include "core/error.h"
 #include "core/half.h"
 #include "core/parallel.h"
+#include "core/random.h"
 #include "model/product_rate.h"
 
 namespace py = pybind11;
@@ -247,6 +248,8 @@ Qkv make_qkv(Staged& t, const py::kwargs&) {
   op.q = t["q"];
   op.k = t["k"];
   op.v = t["v"];
+  op.adapters = t.find("adapters");
+  if (op.adapters) op.rank = op.adapters.shape[1] / (2 * op.wq.shape[1] + op.wq.shape[0] + op.wv.shape[0]);
   return op;
 }
 QkvGrads make_qkv_grads(Staged& t, const py::kwargs&) {
@@ -254,15 +257,16 @@ QkvGrads make_qkv_grads(Staged& t, const py::kwargs&) {
   grads.dq = t["dq"];
   grads.dk = t["dk"];
   grads.dv = t["dv"];
-  grads.dx = t["dx"];
-  grads.dx0 = t.master("dx0");
+  grads.dx = t.find("dx");
+  grads.dx0 = t.find("dx0", true);
   grads.dskip = t.find("dskip");
   grads.pending = t.find("pending");
-  grads.resid_mix = t.master("dresid_mix");
+  grads.resid_mix = t.find("dresid_mix", true);
   grads.skip_weight = t.find("dskip_weight", true);
-  grads.wq = t.master("dwq");
-  grads.wk = t.master("dwk");
-  grads.wv = t.master("dwv");
+  grads.wq = t.find("dwq", true);
+  grads.wk = t.find("dwk", true);
+  grads.wv = t.find("dwv", true);
+  grads.adapters = t.find("dadapters", true);
   return grads;
 }
 
@@ -281,7 +285,7 @@ AttentionGrads make_attention_grads(Staged& t, const py::kwargs&) {
   grads.dq = t["dq"];
   grads.dk = t["dk"];
   grads.dv = t["dv"];
-  grads.gain = t.master("dgain");
+  grads.gain = t.find("dgain", true);
   return grads;
 }
 
@@ -300,7 +304,7 @@ ProjectResidualGrads make_project_residual_grads(Staged& t, const py::kwargs&) {
   ProjectResidualGrads grads;
   grads.dout = t["dout"];
   grads.da = t["da"];
-  grads.w = t.master("dw");
+  grads.w = t.find("dw", true);
   return grads;
 }
 MlpUp make_mlp_up(Staged& t, const py::kwargs& n) {
@@ -315,7 +319,7 @@ MlpUpGrads make_mlp_up_grads(Staged& t, const py::kwargs&) {
   MlpUpGrads grads;
   grads.dh = t["dh"];
   grads.dx = t["dx"];
-  grads.w = t.master("dw");
+  grads.w = t.find("dw", true);
   return grads;
 }
 
@@ -328,13 +332,17 @@ Head make_head(Staged& t, const py::kwargs& n) {
   op.first = number<std::int64_t>(n, "first");
   op.logits = t.find("logits", true);
   op.losses = t.find("losses", true);
+  op.adapters = t.find("adapters");
+  if (op.adapters) op.rank = op.adapters.shape[1] / (op.w.shape[0] + op.w.shape[1]);
   return op;
 }
 HeadGrads make_head_grads(Staged& t, const py::kwargs& n) {
   HeadGrads grads;
   grads.loss_scale = number<double>(n, "loss_scale");
+  grads.weights = t.find("weights", true);
   grads.dx = t["dx"];
-  grads.w = t.master("dw");
+  grads.w = t.find("dw", true);
+  grads.adapters = t.find("dadapters", true);
   return grads;
 }
 
@@ -505,6 +513,39 @@ void dequantize_rows(Ops& self, const py::array& q, const py::array& scale, cons
   self.run(arrays, [&] { self.timed([&] { self.backend->dequantize_rows(from, scales, to); }); });
 }
 
+// The adapters of one operation. The products' a's are drawn as those of `names`.
+AdapterRows make_adapters(Staged& arrays, std::int64_t a_size, double bound, const std::vector<std::string>& names) {
+  AdapterRows rows{};
+  rows.w = arrays.master("w");
+  rows.grad = arrays.find("grad", true);
+  rows.m = arrays.master("m");
+  rows.v = arrays.master("v");
+  rows.copy = arrays["copy"];
+  rows.products = static_cast<int>(names.size());
+  rows.a_size = a_size;
+  rows.bound = bound;
+  require(names.size() <= std::size(rows.streams), "An operation has adapters of at most two products.");
+  for (std::size_t i = 0; i < names.size(); ++i) rows.streams[i] = crc32(names[i]);
+  return rows;
+}
+
+void adapters_begin(Ops& self, const py::dict& inputs, const py::dict& outputs, std::uint64_t seed, std::int64_t a_size,
+                    double bound, const std::vector<std::string>& names) {
+  Staged arrays(*self.backend, inputs, outputs);
+  const AdapterRows rows = make_adapters(arrays, a_size, bound, names);
+  const TensorView documents = arrays["documents"];
+  self.run(arrays, [&] { self.timed([&] { self.backend->adapters_begin({&rows, 1}, documents, seed); }); });
+}
+
+void adapters_step(Ops& self, const py::dict& inputs, const py::dict& outputs, const py::kwargs& n) {
+  Staged arrays(*self.backend, inputs, outputs);
+  const AdapterRows rows = make_adapters(arrays, 0, 0, {});
+  const TensorView steps = arrays["steps"];
+  const AdapterAdam settings{number<double>(n, "lr"), number<double>(n, "beta1"), number<double>(n, "beta2"),
+                             number<double>(n, "eps"), number<double>(n, "grad_scale")};
+  self.run(arrays, [&] { self.timed([&] { self.backend->adapters_step({&rows, 1}, steps, settings); }); });
+}
+
 double sum(Ops& self, const py::array& x) {
   Staged arrays(*self.backend);
   const TensorView view = arrays.add(x, false);
@@ -557,6 +598,8 @@ void bind_ops(py::module_& m) {
   def_backward(c, "head_loss_backward", make_head, make_head_grads, &Backend::head_loss_backward);
   c.def("grad_norm", &grad_norm);
   c.def("adam", &adam);
+  c.def("adapters_begin", &adapters_begin);
+  c.def("adapters_step", &adapters_step);
   c.def("muon", &muon);
   c.def("newton_schulz", &newton_schulz);
   c.def("product", &product);

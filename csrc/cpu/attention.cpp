@@ -173,6 +173,7 @@ void CpuBackend<T>::attention_backward(const Attention& op, const AttentionGrads
       round(dv + t * k_stride, s.D);
     }
   });
+  if (!grads.gain) return;
   for (i64 b = 0; b < s.B; ++b)
     for (i64 h = 0; h < s.H; ++h) grads.gain.as<T>()[h] += scratch.dgain[b * s.H + h];
 }

@@ -75,10 +75,14 @@ class CpuBackend final : public Backend {
   void quantize_rows(const TensorView& w, int clip, const TensorView& q, const TensorView& scale) override;
   void dequantize_rows(const TensorView& q, const TensorView& scale, const TensorView& w) override;
 
+  void adapters_begin(std::span<const AdapterRows> adapters, const TensorView& documents, std::uint64_t seed) override;
+  void adapters_step(std::span<const AdapterRows> adapters, const TensorView& steps,
+                     const AdapterAdam& settings) override;
   void axpby(double a, const TensorView& x, double b, const TensorView& y, const StepValues* gate) override;
 
  private:
   void round(T* x, std::int64_t count) const { round_values(rounding_, x, count); }
+  void copy_adapters(const AdapterRows& adapters, std::int64_t row) const;
 
   Rounding rounding_;
   int next_read_ = 0;

@@ -1,7 +1,7 @@
 // Final norm, output product, softcap and cross-entropy, in pieces: the logits of a whole batch never exist.
+#include "cpu/adapters.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/math.h"
-#include "cpu/rows.h"
 
 PGOLF_CPU_BEGIN
 namespace {
@@ -9,42 +9,56 @@ namespace {
 inline constexpr i64 kHeadChunk = 256;  // rows done by one task
 
 struct Dims {
-  i64 B, T, d, V, first, rows;  // rows: positions computed, B·(T − first)
+  i64 B, T, d, V, first, rows, rank;  // rows: positions computed, B·(T − first)
   explicit Dims(const Head& op)
       : B(op.x.shape[0]),
         T(op.x.shape[1]),
         d(op.x.shape[2]),
         V(op.w.shape[0]),
         first(op.first),
-        rows(B * (T - first)) {}
+        rows(B * (T - first)),
+        rank(op.adapters ? op.rank : 0) {}
   i64 token(i64 row) const { return row / (T - first) * T + first + row % (T - first); }
-  // Rows whose logits are kept for the weight gradient: at most 1,024, about 4 Mi numbers.
-  i64 block() const {
+  i64 period() const { return rank ? T - first : rows; }
+  RowCut cut() const { return {rows, period(), kHeadChunk}; }
+  // Rows whose logits are kept for the weight gradient: at most 1,024, about 4 Mi numbers. With adapters either whole
+  // sequences or a part of one.
+  RowCut blocks() const {
     const i64 wanted = (i64{4} << 20) / V / kHeadChunk * kHeadChunk;
-    return wanted < kHeadChunk ? kHeadChunk : wanted > 1024 ? 1024 : wanted;
+    const i64 kept = wanted < kHeadChunk ? kHeadChunk : wanted > 1024 ? 1024 : wanted;
+    return period() < kept ? RowCut{rows, rows, kept / period() * period()} : RowCut{rows, period(), kept};
+  }
+  template <class U>
+  Adapters<U, 1> adapters(const TensorView& of) const {
+    return {of.as<U>(), rank, d, {V}};
   }
 };
 
 template <class T>
 struct ForwardScratch {
-  PerWorker<T> normed, logits;  // [kHeadChunk, d], [kHeadChunk, V]
+  PerWorker<T> normed, logits, u;  // [kHeadChunk, d], [kHeadChunk, V], [kHeadChunk, rank]
   ForwardScratch(Layout& layout, int workers, const Dims& s)
-      : normed(layout, workers, kHeadChunk * s.d), logits(layout, workers, kHeadChunk * s.V) {}
+      : normed(layout, workers, kHeadChunk * s.d),
+        logits(layout, workers, kHeadChunk * s.V),
+        u(layout, workers, kHeadChunk * s.rank) {}
 };
 
 template <class T>
 struct BackwardScratch {
   T *normed, *logits;    // [block, d], [block, V]
+  T *u, *du;             // [block, rank]
   PerWorker<T> dnormed;  // [kHeadChunk, d]
   BackwardScratch(Layout& layout, int workers, const Dims& s)
-      : normed(layout.take<T>(s.block() * s.d)),
-        logits(layout.take<T>(s.block() * s.V)),
+      : normed(layout.take<T>(s.blocks().chunk * s.d)),
+        logits(layout.take<T>(s.blocks().chunk * s.V)),
+        u(layout.take<T>(s.blocks().chunk * s.rank)),
+        du(layout.take<T>(s.blocks().chunk * s.rank)),
         dnormed(layout, workers, kHeadChunk * s.d) {}
 };
 
 // Logits of the computed rows [first, first + count); factors may be null.
 template <class T>
-void chunk_logits(const Head& op, const Dims& s, Rounding rounding, i64 first, i64 count, T* normed, T* factors,
+void chunk_logits(const Head& op, const Dims& s, Rounding rounding, i64 first, i64 count, T* normed, T* factors, T* u,
                   T* logits) {
   for (i64 i = 0; i < count; ++i) {
     const T f = rms_row(op.x.as<T>() + s.token(first + i) * s.d, s.d, normed + i * s.d);
@@ -52,6 +66,11 @@ void chunk_logits(const Head& op, const Dims& s, Rounding rounding, i64 first, i
   }
   round_values(rounding, normed, count * s.d);
   gemm<T>(kPlain, kTransposed, count, s.V, s.d, T(1), normed, s.d, op.w.as<T>(), s.d, T(0), logits, s.V);
+  if (const auto adapters = s.adapters<T>(op.adapters); adapters.numbers) {
+    adapters.down(first / s.period(), count, normed, u);
+    round_values(rounding, u, count * s.rank);
+    adapters.up(first / s.period(), 0, count, u, logits);
+  }
   const T cap = T(op.softcap), inverse = T(1) / cap;
   PGOLF_SIMD
   for (i64 i = 0; i < count * s.V; ++i) logits[i] = cap * fast_tanh(logits[i] * inverse);
@@ -84,13 +103,10 @@ void CpuBackend<T>::head_logits(const Head& op) {
   const Dims s(op);
   Layout layout(op.scratch.data);
   const ForwardScratch<T> scratch(layout, concurrency(), s);
-  for_row_chunks(
-      s.rows,
-      [&](i64 first, i64 count, int worker) {
-        chunk_logits<T>(op, s, rounding_, first, count, scratch.normed.of(worker), nullptr,
-                        op.logits.as<T>() + first * s.V);
-      },
-      kHeadChunk);
+  for_row_chunks(s.cut(), [&](i64 first, i64 count, int worker) {
+    chunk_logits<T>(op, s, rounding_, first, count, scratch.normed.of(worker), nullptr, scratch.u.of(worker),
+                    op.logits.as<T>() + first * s.V);
+  });
 }
 
 template <class T>
@@ -99,16 +115,12 @@ void CpuBackend<T>::head_loss(const Head& op) {
   Layout layout(op.scratch.data);
   const ForwardScratch<T> scratch(layout, concurrency(), s);
   const auto* targets = op.targets.as<std::int32_t>();
-  for_row_chunks(
-      s.rows,
-      [&](i64 first, i64 count, int worker) {
-        T* logits = scratch.logits.of(worker);
-        chunk_logits<T>(op, s, rounding_, first, count, scratch.normed.of(worker), nullptr, logits);
-        for (i64 i = 0; i < count; ++i)
-          op.losses.as<T>()[first + i] =
-              log_sum_exp(logits + i * s.V, s.V) - logits[i * s.V + targets[s.token(first + i)]];
-      },
-      kHeadChunk);
+  for_row_chunks(s.cut(), [&](i64 first, i64 count, int worker) {
+    T* logits = scratch.logits.of(worker);
+    chunk_logits<T>(op, s, rounding_, first, count, scratch.normed.of(worker), nullptr, scratch.u.of(worker), logits);
+    for (i64 i = 0; i < count; ++i)
+      op.losses.as<T>()[first + i] = log_sum_exp(logits + i * s.V, s.V) - logits[i * s.V + targets[s.token(first + i)]];
+  });
 }
 
 template <class T>
@@ -117,38 +129,55 @@ void CpuBackend<T>::head_loss_backward(const Head& op, const HeadGrads& grads) {
   Layout layout(grads.scratch.data);
   const BackwardScratch<T> scratch(layout, concurrency(), s);
   const auto* targets = op.targets.as<std::int32_t>();
-  const T scale = T(grads.loss_scale * (grads.multiplier ? *grads.multiplier : 1.0)),
+  const T loss_scale = T(grads.loss_scale * (grads.multiplier ? *grads.multiplier : 1.0)),
           inverse_cap = T(1) / T(op.softcap);
+  const T* weights = grads.weights.as<T>();
+  const auto adapters = s.adapters<T>(op.adapters), dadapters = s.adapters<T>(grads.adapters);
+  if (s.first) zero(grads.dx);
 
-  for (i64 start = 0; start < s.rows; start += s.block()) {
-    const i64 rows = s.rows - start < s.block() ? s.rows - start : s.block();
-    for_row_chunks(
-        rows,
-        [&](i64 offset, i64 count, int worker) {
-          const i64 first = start + offset;
-          T *normed = scratch.normed + offset * s.d, *logits = scratch.logits + offset * s.V;
-          T *dnormed = scratch.dnormed.of(worker), factors[kHeadChunk];
-          chunk_logits<T>(op, s, rounding_, first, count, normed, factors, logits);
-          for (i64 i = 0; i < count; ++i) {
-            T* row = logits + i * s.V;  // becomes the gradient before the softcap
-            const i64 target = targets[first + i];
-            const T lse = log_sum_exp(row, s.V), at_target = row[target];
-            op.losses.as<T>()[first + i] = lse - at_target;
-            const auto slope = [&](T logit) { return T(1) - (logit * inverse_cap) * (logit * inverse_cap); };
-            PGOLF_SIMD
-            for (i64 j = 0; j < s.V; ++j) row[j] = scale * fast_exp(row[j] - lse) * slope(row[j]);
-            row[target] -= scale * slope(at_target);
-            round(row, s.V);
-          }
-          gemm<T>(kPlain, kPlain, count, s.d, s.V, T(1), logits, s.V, op.w.as<T>(), s.d, T(0), dnormed, s.d);
-          round(dnormed, count * s.d);
-          for (i64 i = 0; i < count; ++i)
-            rms_row_backward<false>(normed + i * s.d, factors[i], dnormed + i * s.d, s.d,
-                                    grads.dx.as<T>() + (first + i) * s.d);
-          round(grads.dx.as<T>() + first * s.d, count * s.d);
-        },
-        kHeadChunk);
-    gemm_weight_gradients<T>(rows, s.d, T(1), scratch.normed, {{scratch.logits, s.V, grads.w.as<T>()}});
+  const RowCut blocks = s.blocks();
+  for (i64 index = 0; index < blocks.chunks(); ++index) {
+    const i64 start = blocks.first(index), rows = blocks.count(start);
+    const RowCut cut{rows, rows < s.period() ? rows : s.period(), kHeadChunk};
+    for_row_chunks(cut, [&](i64 offset, i64 count, int worker) {
+      const i64 first = start + offset;
+      T *normed = scratch.normed + offset * s.d, *logits = scratch.logits + offset * s.V;
+      T *u = scratch.u + offset * s.rank, *du = scratch.du + offset * s.rank;
+      T *dnormed = scratch.dnormed.of(worker), factors[kHeadChunk];
+      chunk_logits<T>(op, s, rounding_, first, count, normed, factors, u, logits);
+      for (i64 i = 0; i < count; ++i) {
+        T* row = logits + i * s.V;  // becomes the gradient before the softcap
+        const i64 target = targets[s.token(first + i)];
+        const T lse = log_sum_exp(row, s.V), at_target = row[target];
+        op.losses.as<T>()[first + i] = lse - at_target;
+        const T scale = weights ? loss_scale * weights[first + i] : loss_scale;
+        const auto slope = [&](T logit) { return T(1) - (logit * inverse_cap) * (logit * inverse_cap); };
+        PGOLF_SIMD
+        for (i64 j = 0; j < s.V; ++j) row[j] = scale * fast_exp(row[j] - lse) * slope(row[j]);
+        row[target] -= scale * slope(at_target);
+        round(row, s.V);
+      }
+      gemm<T>(kPlain, kPlain, count, s.d, s.V, T(1), logits, s.V, op.w.as<T>(), s.d, T(0), dnormed, s.d);
+      if (adapters.numbers) {
+        adapters.up_backward(first / s.period(), 0, count, logits, du);
+        round(du, count * s.rank);
+        adapters.down_backward(first / s.period(), count, du, dnormed);
+      }
+      round(dnormed, count * s.d);
+      for (i64 i = 0; i < count; ++i) {
+        T* dx = grads.dx.as<T>() + s.token(first + i) * s.d;
+        rms_row_backward<false>(normed + i * s.d, factors[i], dnormed + i * s.d, s.d, dx);
+        round(dx, s.d);
+      }
+    });
+    if (dadapters.numbers)
+      parallel_for(rows / cut.period, [&](i64 part) {
+        const i64 offset = part * cut.period, sequence = (start + offset) / s.period();
+        const T beta = (start + offset) % s.period() ? T(1) : T(0);  // of a sequence in several blocks
+        dadapters.a_gradient(sequence, cut.period, scratch.du + offset * s.rank, scratch.normed + offset * s.d, beta);
+        dadapters.b_gradient(sequence, 0, cut.period, scratch.logits + offset * s.V, scratch.u + offset * s.rank, beta);
+      });
+    if (grads.w) gemm_weight_gradients<T>(rows, s.d, T(1), scratch.normed, {{scratch.logits, s.V, grads.w.as<T>()}});
   }
 }
 

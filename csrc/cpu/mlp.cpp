@@ -95,7 +95,7 @@ void CpuBackend<T>::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
     }
     round(grads.dx.as<T>() + first * s.d, count * s.d);
   });
-  gemm_weight_gradients<T>(s.N, s.d, T(1), scratch.normed, {{grads.dh.as<T>(), s.F, grads.w.as<T>()}});
+  if (grads.w) gemm_weight_gradients<T>(s.N, s.d, T(1), scratch.normed, {{grads.dh.as<T>(), s.F, grads.w.as<T>()}});
 }
 
 #define PGOLF_INSTANTIATE(T)                                 \

@@ -1,4 +1,5 @@
 // Gradient norm, AdamW, Muon with Newton–Schulz, averaging.  docs/spec.md §3
+#include "core/random.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/rows.h"
 
@@ -14,6 +15,33 @@ void for_elements(i64 size, F&& body) {  // body(first, last)
     body(first, size < first + kElementChunk ? size : first + kElementChunk);
   });
 }
+
+// One step of AdamW on numbers [first, last).
+template <class T>
+struct Adam {
+  T beta1, rest1, beta2, rest2, eps, root_bias2, scale, rate, keep;
+
+  Adam(double b1, double b2, double epsilon, double bias1, double bias2, double grad_scale, double lr, double decay)
+      : beta1(T(b1)),
+        rest1(T(1 - b1)),
+        beta2(T(b2)),
+        rest2(T(1 - b2)),
+        eps(T(epsilon)),
+        root_bias2(T(std::sqrt(bias2))),
+        scale(T(grad_scale)),
+        rate(T(lr / bias1)),
+        keep(T(1 - lr * decay)) {}
+
+  void step(i64 first, i64 last, const T* grad, T* w, T* m, T* v) const {
+    PGOLF_SIMD
+    for (i64 i = first; i < last; ++i) {
+      const T g = grad[i] * scale;
+      m[i] = beta1 * m[i] + rest1 * g;
+      v[i] = beta2 * v[i] + rest2 * g * g;
+      w[i] = w[i] * keep - rate * m[i] / (std::sqrt(v[i]) / root_bias2 + eps);
+    }
+  }
+};
 
 // Newton–Schulz works on the wide orientation: r = min(rows, cols), c = max(rows, cols).
 template <class T>
@@ -123,24 +151,59 @@ void CpuBackend<T>::grad_norm(std::span<const TensorView> grads, StepValues* val
 template <class T>
 void CpuBackend<T>::adam(std::span<const AdamTensor> tensors, const StepValues* values) {
   if (!values->finite) return;
-  const T beta1 = T(values->beta1), beta2 = T(values->beta2), eps = T(values->eps);
-  const T rest1 = T(1 - values->beta1), rest2 = T(1 - values->beta2);
-  const T root_bias2 = T(std::sqrt(values->bias2)), scale = T(values->grad_scale);
   for (const AdamTensor& t : tensors) {
-    const T rate = T(values->lr[t.group] / values->bias1);
-    const T keep = T(1 - values->lr[t.group] * values->weight_decay[t.group]);
-    T *w = t.w.as<T>(), *m = t.m.as<T>(), *v = t.v.as<T>();
-    const T* grad = t.grad.as<T>();
+    const Adam<T> adam(values->beta1, values->beta2, values->eps, values->bias1, values->bias2, values->grad_scale,
+                       values->lr[t.group], values->weight_decay[t.group]);
     for_elements(t.w.size(), [&](i64 first, i64 last) {
-      PGOLF_SIMD
-      for (i64 i = first; i < last; ++i) {
-        const T g = grad[i] * scale;
-        m[i] = beta1 * m[i] + rest1 * g;
-        v[i] = beta2 * v[i] + rest2 * g * g;
-        w[i] = w[i] * keep - rate * m[i] / (std::sqrt(v[i]) / root_bias2 + eps);
-      }
+      adam.step(first, last, t.grad.as<T>(), t.w.as<T>(), t.m.as<T>(), t.v.as<T>());
     });
   }
+}
+
+template <class T>
+void CpuBackend<T>::adapters_begin(std::span<const AdapterRows> adapters, const TensorView& documents,
+                                   std::uint64_t seed) {
+  parallel_for(documents.size(), [&](i64 row) {
+    const std::int32_t document = documents.as<std::int32_t>()[row];
+    if (document < 0) return;
+    for (const AdapterRows& t : adapters) {
+      const i64 size = t.w.shape[1], drawn = t.products * t.a_size;
+      T *w = t.w.as<T>() + row * size, *m = t.m.as<T>() + row * size, *v = t.v.as<T>() + row * size;
+      for (i64 i = 0; i < drawn; ++i) {
+        const TensorRandom random(seed, t.streams[i / t.a_size], static_cast<std::uint32_t>(document));
+        w[i] = static_cast<T>(static_cast<float>(random.uniform(static_cast<std::uint64_t>(i % t.a_size), t.bound)));
+      }
+      for (i64 i = drawn; i < size; ++i) w[i] = 0;
+      for (i64 i = 0; i < size; ++i) m[i] = v[i] = 0;
+      copy_adapters(t, row);
+    }
+  });
+}
+
+template <class T>
+void CpuBackend<T>::adapters_step(std::span<const AdapterRows> adapters, const TensorView& steps,
+                                  const AdapterAdam& settings) {
+  parallel_for(steps.size(), [&](i64 row) {
+    const std::int32_t step = steps.as<std::int32_t>()[row];
+    if (step < 1) return;
+    const Adam<T> adam(settings.beta1, settings.beta2, settings.eps, 1 - std::pow(settings.beta1, step),
+                       1 - std::pow(settings.beta2, step), settings.grad_scale, settings.lr, 0);
+    for (const AdapterRows& t : adapters) {
+      const i64 size = t.w.shape[1];
+      adam.step(row * size, (row + 1) * size, t.grad.as<T>(), t.w.as<T>(), t.m.as<T>(), t.v.as<T>());
+      copy_adapters(t, row);
+    }
+  });
+}
+
+template <class T>
+void CpuBackend<T>::copy_adapters(const AdapterRows& t, i64 row) const {
+  if (!t.copy) return;
+  const i64 size = t.w.shape[1];
+  const T* w = t.w.as<T>() + row * size;
+  T* copy = t.copy.as<T>() + row * size;
+  for (i64 i = 0; i < size; ++i) copy[i] = w[i];
+  round(copy, size);
 }
 
 template <class T>
@@ -215,14 +278,16 @@ void CpuBackend<T>::axpby(double a, const TensorView& x, double b, const TensorV
   });
 }
 
-#define PGOLF_INSTANTIATE(T)                                                                     \
-  template void CpuBackend<T>::grad_norm(std::span<const TensorView>, StepValues*);              \
-  template void CpuBackend<T>::adam(std::span<const AdamTensor>, const StepValues*);             \
-  template std::size_t CpuBackend<T>::muon_scratch(std::span<const MuonTensor>) const;           \
-  template void CpuBackend<T>::muon(std::span<const MuonTensor>, int, const StepValues*, void*); \
-  template std::size_t CpuBackend<T>::newton_schulz_scratch(const TensorView&) const;            \
-  template void CpuBackend<T>::newton_schulz(const TensorView&, const TensorView&, int, void*);  \
-  template void CpuBackend<T>::add_sum(const TensorView&, double*);                              \
+#define PGOLF_INSTANTIATE(T)                                                                                       \
+  template void CpuBackend<T>::grad_norm(std::span<const TensorView>, StepValues*);                                \
+  template void CpuBackend<T>::adam(std::span<const AdamTensor>, const StepValues*);                               \
+  template void CpuBackend<T>::adapters_begin(std::span<const AdapterRows>, const TensorView&, std::uint64_t);     \
+  template void CpuBackend<T>::adapters_step(std::span<const AdapterRows>, const TensorView&, const AdapterAdam&); \
+  template std::size_t CpuBackend<T>::muon_scratch(std::span<const MuonTensor>) const;                             \
+  template void CpuBackend<T>::muon(std::span<const MuonTensor>, int, const StepValues*, void*);                   \
+  template std::size_t CpuBackend<T>::newton_schulz_scratch(const TensorView&) const;                              \
+  template void CpuBackend<T>::newton_schulz(const TensorView&, const TensorView&, int, void*);                    \
+  template void CpuBackend<T>::add_sum(const TensorView&, double*);                                                \
   template void CpuBackend<T>::axpby(double, const TensorView&, double, const TensorView&, const StepValues*);
 PGOLF_INSTANTIATE(float)
 PGOLF_INSTANTIATE(double)

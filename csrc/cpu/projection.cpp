@@ -57,7 +57,7 @@ void CpuBackend<T>::project_residual_backward(const ProjectResidual& op, const P
     gemm<T>(kPlain, kPlain, count, c, d, T(1), dout + first * d, d, op.w.as<T>(), c, T(0), da, c);
     round(da, count * c);
   });
-  gemm_weight_gradients<T>(N, c, T(1), op.a.as<T>(), {{dout, d, grads.w.as<T>()}});
+  if (grads.w) gemm_weight_gradients<T>(N, c, T(1), op.a.as<T>(), {{dout, d, grads.w.as<T>()}});
 }
 
 template <class T>

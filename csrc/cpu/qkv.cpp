@@ -1,6 +1,6 @@
 // Mixed input, norm, the three projections, head norms and RoPE.
+#include "cpu/adapters.h"
 #include "cpu/cpu_backend.h"
-#include "cpu/rows.h"
 
 PGOLF_CPU_BEGIN
 namespace {
@@ -8,6 +8,7 @@ namespace {
 struct Dims {
   i64 N, T, d, H, K, D;
   i64 first;  // position that has a query
+  i64 rank;   // of adapters; 0: none
   explicit Dims(const Qkv& op)
       : N(op.k.shape[0] * op.k.shape[1]),
         T(op.k.shape[1]),
@@ -15,24 +16,38 @@ struct Dims {
         H(op.q.shape[2]),
         K(op.k.shape[2]),
         D(op.q.shape[3]),
-        first(T - op.q.shape[1]) {}
+        first(T - op.q.shape[1]),
+        rank(op.adapters ? op.rank : 0) {}
   i64 query_rows() const { return N / T * (T - first); }
+  RowCut cut() const { return {N, rank ? T : N}; }
+  template <class U>
+  Adapters<U, 2> adapters(const TensorView& of) const {
+    return {of.as<U>(), rank, d, {H * D, K * D}};
+  }
 };
 
 template <class T>
-struct Saved {  // rms factors
-  T *input, *q, *k;
+struct Saved {
+  T *input, *q, *k;  // rms factors
+  T* u;              // [N, 2·rank]
   Saved(Layout& layout, const Dims& s)
-      : input(layout.take<T>(s.N)), q(layout.take<T>(s.query_rows() * s.H)), k(layout.take<T>(s.N * s.K)) {}
+      : input(layout.take<T>(s.N)),
+        q(layout.take<T>(s.query_rows() * s.H)),
+        k(layout.take<T>(s.N * s.K)),
+        u(layout.take<T>(s.N * 2 * s.rank)) {}
 };
 
 template <class T>
 struct BackwardScratch {
   T* normed;              // [N, d]
+  T* du;                  // [N, 2·rank]
   PerWorker<T> dnormed;   // [kRowChunk, d]
   ColumnSums<T> vectors;  // mix row 0, mix row 1, skip weight
   BackwardScratch(Layout& layout, int workers, const Dims& s)
-      : normed(layout.take<T>(s.N * s.d)), dnormed(layout, workers, kRowChunk * s.d), vectors(layout, s.N, 3 * s.d) {}
+      : normed(layout.take<T>(s.N * s.d)),
+        du(layout.take<T>(s.N * 2 * s.rank)),
+        dnormed(layout, workers, kRowChunk * s.d),
+        vectors(layout, s.cut(), 3 * s.d) {}
 };
 
 // body(token, rows, to) for the runs of tokens in [first, first + count) that have queries, which are rows `to` … of q.
@@ -102,8 +117,9 @@ void CpuBackend<T>::qkv_forward(const Qkv& op) {
   const PerWorker<T> normed_of(scratch_layout, concurrency(), kRowChunk * s.d);
   const MixedRows<T> input(op.in);
   const T *cos = op.cos.as<T>(), *sin = op.sin.as<T>();
+  const auto adapters = s.adapters<T>(op.adapters);
 
-  for_row_chunks(s.N, [&](i64 first, i64 count, int worker) {
+  for_row_chunks(s.cut(), [&](i64 first, i64 count, int worker) {
     T* normed = normed_of.of(worker);
     for (i64 i = 0; i < count; ++i) {
       input.read(first + i, normed + i * s.d);
@@ -124,12 +140,20 @@ void CpuBackend<T>::qkv_forward(const Qkv& op) {
       round(x, rows * heads * s.D);
     };
     T *k = op.k.as<T>() + first * s.K * s.D, *v = op.v.as<T>() + first * s.K * s.D;
+    T* u = saved.u + first * adapters.width();
     project(first, count, op.wk, k, s.K * s.D);
     project(first, count, op.wv, v, s.K * s.D);
+    if (adapters.numbers) {
+      adapters.down(first / s.T, count, normed, u);
+      round(u, count * adapters.width());
+      adapters.up(first / s.T, 1, count, u, v);
+      round(v, count * s.K * s.D);
+    }
     rotate(first, count, k, s.K, saved.k + first * s.K);
     for_query_runs(s, first, count, [&](i64 token, i64 rows, i64 to) {
       T* q = op.q.as<T>() + to * s.H * s.D;
       project(token, rows, op.wq, q, s.H * s.D);
+      if (adapters.numbers) adapters.up(first / s.T, 0, rows, u + (token - first) * adapters.width(), q);
       rotate(token, rows, q, s.H, saved.q + to * s.H);
     });
   });
@@ -147,8 +171,15 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
   T *dx = grads.dx.as<T>(), *dx0 = grads.dx0.as<T>(), *dskip = grads.dskip.as<T>();
   const T* pending = grads.pending.as<T>();
   const i64 d = s.d;
+  const auto adapters = s.adapters<T>(op.adapters), dadapters = s.adapters<T>(grads.adapters);
+  const auto normed_again = [&](i64 row) {
+    T* normed = scratch.normed + row * d;
+    input.read(row, normed);
+    for (i64 j = 0; j < d; ++j) normed[j] *= saved.input[row];
+    return normed;
+  };
 
-  for_row_chunks(s.N, [&](i64 first, i64 count, int worker) {
+  for_row_chunks(s.cut(), [&](i64 first, i64 count, int worker) {
     for (i64 row = first; row < first + count; ++row) {
       const i64 angle = row % s.T * (s.D / 2), q = row * s.H * s.D, k = row * s.K * s.D;
       norm_rotate_backward(op.q.as<T>() + q, dq + q, s.H, s.D, cos + angle, sin + angle, saved.q + row * s.H);
@@ -156,6 +187,16 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
     }
     round(dq + first * s.H * s.D, count * s.H * s.D);
     round(dk + first * s.K * s.D, count * s.K * s.D);
+    T* du = scratch.du + first * adapters.width();
+    if (adapters.numbers) {
+      adapters.up_backward(first / s.T, 0, count, dq + first * s.H * s.D, du);
+      adapters.up_backward(first / s.T, 1, count, dv + first * s.K * s.D, du);
+      round(du, count * adapters.width());
+    }
+    if (!dx) {
+      for (i64 row = first; row < first + count; ++row) round(normed_again(row), d);
+      return;
+    }
     T* dnormed = scratch.dnormed.of(worker);
     const auto back = [&](const T* dout, const TensorView& w, i64 width, T beta) {
       gemm<T>(kPlain, kPlain, count, d, width, T(1), dout + first * width, width, w.as<T>(), d, beta, dnormed, d);
@@ -163,15 +204,13 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
     back(dq, op.wq, s.H * s.D, T(0));
     back(dk, op.wk, s.K * s.D, T(1));
     back(dv, op.wv, s.K * s.D, T(1));
+    if (adapters.numbers) adapters.down_backward(first / s.T, count, du, dnormed);
     round(dnormed, count * d);
 
     T *dmix0 = scratch.vectors.start(first), *dmix1 = dmix0 + d, *dweight = dmix1 + d;
     for (i64 row = first; row < first + count; ++row) {
-      T *normed = scratch.normed + row * d, *g = dx + row * d, *g0 = dx0 + row * d;
-      const T factor = saved.input[row];
-      input.read(row, normed);
-      for (i64 j = 0; j < d; ++j) normed[j] *= factor;
-      rms_row_backward<true>(normed, factor, dnormed + (row - first) * d, d, g);
+      T *normed = normed_again(row), *g = dx + row * d;
+      rms_row_backward<true>(normed, saved.input[row], dnormed + (row - first) * d, d, g);
       round(normed, d);
       // g is now the whole gradient at the mixed input.
       const T *x = input.x + row * d, *x0 = input.x0 + row * d;
@@ -189,10 +228,14 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
         PGOLF_SIMD
         for (i64 j = 0; j < d; ++j) dmix0[j] += g[j] * x[j];
       }
+      if (dx0) {
+        T* g0 = dx0 + row * d;
+        PGOLF_SIMD
+        for (i64 j = 0; j < d; ++j) g0[j] += input.mix1[j] * g[j];
+      }
       PGOLF_SIMD
       for (i64 j = 0; j < d; ++j) {
         dmix1[j] += g[j] * x0[j];
-        g0[j] += input.mix1[j] * g[j];
         g[j] *= input.mix0[j];
       }
       if (pending) {
@@ -202,9 +245,17 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
       round(g, d);
     }
   });
-  scratch.vectors.add_to(grads.resid_mix.as<T>(), 0, 2 * d);
-  if (dskip) scratch.vectors.add_to(grads.skip_weight.as<T>(), 2 * d, d);
-
+  if (grads.resid_mix) scratch.vectors.add_to(grads.resid_mix.as<T>(), 0, 2 * d);
+  if (grads.skip_weight) scratch.vectors.add_to(grads.skip_weight.as<T>(), 2 * d, d);
+  if (dadapters.numbers)
+    parallel_for(s.N / s.T, [&](i64 sequence) {
+      const i64 row = sequence * s.T;
+      const T* u = saved.u + row * adapters.width();
+      dadapters.a_gradient(sequence, s.T, scratch.du + row * adapters.width(), scratch.normed + row * d, T(0));
+      dadapters.b_gradient(sequence, 0, s.T, dq + row * s.H * s.D, u, T(0));
+      dadapters.b_gradient(sequence, 1, s.T, dv + row * s.K * s.D, u, T(0));
+    });
+  if (!grads.wq) return;
   gemm_weight_gradients<T>(
       s.N, d, T(1), scratch.normed,
       {{dq, s.H * s.D, grads.wq.as<T>()}, {dk, s.K * s.D, grads.wk.as<T>()}, {dv, s.K * s.D, grads.wv.as<T>()}});

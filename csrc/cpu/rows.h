@@ -17,13 +17,36 @@ inline constexpr i64 kRowChunk = 512;
 
 PGOLF_INLINE i64 chunks_of(i64 rows, i64 chunk = kRowChunk) { return (rows + chunk - 1) / chunk; }
 
+// How rows are cut: into chunks of at most `chunk`, none of which goes beyond a multiple of `period`. A period of all
+// rows gives the tallest chunks; one of a sequence's rows computes every sequence alike, wherever it stands.
+struct RowCut {
+  i64 rows, period, chunk = kRowChunk;
+
+  PGOLF_INLINE i64 chunks_in_period() const { return chunks_of(period, chunk); }
+  PGOLF_INLINE i64 chunks() const { return rows ? rows / period * chunks_in_period() : 0; }
+  PGOLF_INLINE i64 first(i64 index) const {
+    return index / chunks_in_period() * period + index % chunks_in_period() * chunk;
+  }
+  PGOLF_INLINE i64 index(i64 first_row) const {
+    return first_row / period * chunks_in_period() + first_row % period / chunk;
+  }
+  PGOLF_INLINE i64 count(i64 first_row) const {
+    const i64 left = period - first_row % period;
+    return left < chunk ? left : chunk;
+  }
+};
+
 // body(first_row, row_count, worker) for every chunk of rows, in parallel.
 template <class F>
-void for_row_chunks(i64 rows, F&& body, i64 chunk = kRowChunk) {
-  parallel_for(chunks_of(rows, chunk), [&](i64 index) {
-    const i64 first = index * chunk;
-    body(first, rows - first < chunk ? rows - first : chunk, worker_index());
+void for_row_chunks(const RowCut& cut, F&& body) {
+  parallel_for(cut.chunks(), [&](i64 index) {
+    const i64 first = cut.first(index);
+    body(first, cut.count(first), worker_index());
   });
+}
+template <class F>
+void for_row_chunks(i64 rows, F&& body, i64 chunk = kRowChunk) {
+  for_row_chunks(RowCut{rows, rows, chunk}, body);
 }
 
 template <class T>
@@ -58,19 +81,21 @@ PGOLF_INLINE void rms_row_backward(const T* y, T factor, const T* dy, i64 d, T* 
 template <class T>
 struct ColumnSums {
   T* partial;
-  i64 width, chunks;
+  RowCut cut;
+  i64 width;
 
-  ColumnSums(Layout& layout, i64 rows, i64 columns) : width(columns), chunks(chunks_of(rows)) {
-    partial = layout.take<T>(width * chunks);
+  ColumnSums(Layout& layout, const RowCut& rows, i64 columns) : cut(rows), width(columns) {
+    partial = layout.take<T>(width * cut.chunks());
   }
+  ColumnSums(Layout& layout, i64 rows, i64 columns) : ColumnSums(layout, RowCut{rows, rows}, columns) {}
   T* start(i64 first_row) const {  // the zeroed partial of the chunk that begins at first_row
-    T* p = partial + first_row / kRowChunk * width;
+    T* p = partial + cut.index(first_row) * width;
     for (i64 j = 0; j < width; ++j) p[j] = 0;
     return p;
   }
   void add_to(T* out, i64 from = 0, i64 count = -1) const {
     if (count < 0) count = width;
-    for (i64 c = 0; c < chunks; ++c)
+    for (i64 c = 0; c < cut.chunks(); ++c)
       for (i64 j = 0; j < count; ++j) out[j] += partial[c * width + from + j];
   }
 };

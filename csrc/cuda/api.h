@@ -170,6 +170,12 @@ struct CrossingOf<R (Backend::*)(A...) noexcept> {
          (w, clip, q, scale))                                                                                      \
   METHOD(void, dequantize_rows, (const TensorView& q, const TensorView& scale, const TensorView& w),               \
          (q, scale, w))                                                                                            \
+  METHOD(void, adapters_begin,                                                                                      \
+         (std::span<const AdapterRows> adapters, const TensorView& documents, std::uint64_t seed),                  \
+         (adapters, documents, seed))                                                                              \
+  METHOD(void, adapters_step,                                                                                       \
+         (std::span<const AdapterRows> adapters, const TensorView& steps, const AdapterAdam& settings),            \
+         (adapters, steps, settings))                                                                              \
   METHOD(void, axpby, (double a, const TensorView& x, double b, const TensorView& y, const StepValues* gate),      \
          (a, x, b, y, gate))
 // clang-format on

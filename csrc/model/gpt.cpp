@@ -288,7 +288,7 @@ void GPT::forward(Plan& plan) {
 }
 
 void GPT::backward(Plan& plan) {
-  backend_->zero(plan.layers[0].qkv_grads.dx0);
+  if (plan.mode == Mode::train) backend_->zero(plan.layers[0].qkv_grads.dx0);
   for (auto layer = plan.layers.rbegin(); layer != plan.layers.rend(); ++layer) {
     backend_->project_residual_backward(layer->mlp_out, layer->mlp_out_grads);
     backend_->mlp_up_backward(layer->mlp_up, layer->mlp_up_grads);
@@ -296,7 +296,7 @@ void GPT::backward(Plan& plan) {
     backend_->attention_backward(layer->attention, layer->attention_grads);
     backend_->qkv_backward(layer->qkv, layer->qkv_grads);
   }
-  backend_->embed_backward(plan.embed, plan.embed_grads);
+  if (plan.mode == Mode::train) backend_->embed_backward(plan.embed, plan.embed_grads);
 }
 
 void GPT::logits(const std::int32_t* ids, std::int64_t B, std::int64_t T, std::int64_t first, void* out) {

@@ -58,7 +58,7 @@ class ParameterSet {
   TensorView all_;
 };
 
-enum class Mode { logits, losses, train };
+enum class Mode { logits, losses, train, adapt };  // adapt: as train, but only adapters have gradients
 
 struct MemoryRow {
   std::string what;
@@ -106,6 +106,7 @@ class GPT {
   std::vector<MemoryRow> memory_table() const;
 
  private:
+  friend class DocumentAdapters;
   struct Plan;
 
   Plan& plan_for(Mode mode, std::int64_t B, std::int64_t T, std::int64_t first);

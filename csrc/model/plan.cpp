@@ -79,6 +79,12 @@ void upload_rope(Backend& backend, const std::vector<double>& table, const Tenso
 
 }  // namespace
 
+void upload_rope_tables(const ModelConfig& config, Backend& backend, const TensorView& cos, const TensorView& sin) {
+  const RopeTables tables = rope_tables(cos.shape[0], config.head_dim(), config.rope_base, config.rope_tables_bf16);
+  upload_rope(backend, tables.cos, cos);
+  upload_rope(backend, tables.sin, sin);
+}
+
 void GPT::Plan::forget_recordings() noexcept {
   for (int& r : recording)
     if (r) recorder->forget(std::exchange(r, 0));
@@ -90,9 +96,10 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
   const std::int64_t encoders = c.encoder_layers();
   const TensorView wide(real, {B, T, d}), keys(real, {B, T, K, D});
   const TensorView tokens(DType::i32, {B, T}), angles(master, {T, D / 2});
-  // Of the last block, only keys and values are needed at positions before `first`.
-  const auto rows = [&](std::int64_t layer) { return layer == L - 1 ? T - first : T; };
-  const bool train = mode == Mode::train;
+  const bool train = mode == Mode::train || mode == Mode::adapt, embeds = mode == Mode::train;
+  // Of the last block, only keys and values are needed at positions before `first`, unless there is a backward.
+  const std::int64_t scored = train ? T : T - first;
+  const auto rows = [&](std::int64_t layer) { return layer == L - 1 ? scored : T; };
   const Clock clock{1 + kOps * static_cast<int>(L), train};
   concurrency = backend.concurrency();
   arena = ArenaPlan();
@@ -111,9 +118,9 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
   };
   std::vector<Layer> t(static_cast<std::size_t>(L) + 1);
   const int id_tensor = placer.declare("token ids", 0, clock.end(), tokens);
-  const int target_tensor = placer.declare("targets", 0, clock.end(), TensorView(DType::i32, {B, T - first}));
-  const int cos = placer.declare("rope tables", 0, clock.end(), angles);
-  const int sin = placer.declare("rope tables", 0, clock.end(), angles);
+  const int target_tensor = placer.declare("targets", 0, clock.end(), TensorView(DType::i32, {B, scored}));
+  const int own_cos = cos ? -1 : placer.declare("rope tables", 0, clock.end(), angles);
+  const int own_sin = cos ? -1 : placer.declare("rope tables", 0, clock.end(), angles);
   for (std::int64_t i = 0; i <= L; ++i) {
     const int made = i == 0 ? 0 : clock.at(i - 1, kMlpOut);
     const int last = i == 0   ? clock.end()
@@ -145,7 +152,7 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
   }
   const int dx = train ? placer.declare("gradients, residual", clock.head, clock.end(), wide) : -1;
   const int dx0 =
-      train ? placer.declare("gradients, residual", clock.head, clock.end(), TensorView(master, {B, T, d})) : -1;
+      embeds ? placer.declare("gradients, residual", clock.head, clock.end(), TensorView(master, {B, T, d})) : -1;
   const int result =
       mode == Mode::logits
           ? placer.declare("logits", clock.head, clock.end(), TensorView(master, {B, T - first, c.vocab_size}))
@@ -167,8 +174,8 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
         in->x0 = view(t[0].x);
         in->skip = view(skip);
       }
-      l.qkv.cos = view(cos);
-      l.qkv.sin = view(sin);
+      l.qkv.cos = cos ? cos : view(own_cos);
+      l.qkv.sin = cos ? sin : view(own_sin);
       l.attention.q = l.qkv.q = view(at.q);
       l.attention.k = l.qkv.k = view(at.k);
       l.attention.v = l.qkv.v = view(at.v);
@@ -183,6 +190,7 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
       l.qkv_grads.dq = l.attention_grads.dq = view(at.dq);
       l.qkv_grads.dk = l.attention_grads.dk = view(at.dk);
       l.qkv_grads.dv = l.attention_grads.dv = view(at.dv);
+      if (!embeds && i == 0) l.qkv_grads.dx = {};  // nothing below has a gradient
       l.qkv_grads.dx0 = view(dx0);
       l.qkv_grads.dskip = view(at.dskip);
       // What a popped x gets back through its skip joins the dx of the block that read it; block 0, whose input
@@ -193,6 +201,7 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
     }
     head.x = view(t[static_cast<std::size_t>(L)].x);
     (mode == Mode::logits ? head.logits : head.losses) = view(result);
+    head.first = train ? first : 0;  // else x has no other positions
     head_grads.dx = embed_grads.dx0 = view(dx);
   };
   wire();
@@ -223,14 +232,12 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
   if (separate_buffers()) {
     separate = placer.place_apart(backend);
   } else {
-    memory.reserve(backend, arena_bytes);
-    placer.place(memory.data());
+    if (!base) memory.reserve(backend, arena_bytes);
+    placer.place(base ? base : memory.data());
   }
   wire();
 
-  const RopeTables tables = rope_tables(T, D, c.rope_base, c.rope_tables_bf16);
-  upload_rope(backend, tables.cos, placer.view(cos));
-  upload_rope(backend, tables.sin, placer.view(sin));
+  if (!cos) upload_rope_tables(c, backend, placer.view(own_cos), placer.view(own_sin));
 }
 
 }  // namespace pgolf

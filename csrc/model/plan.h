@@ -30,6 +30,7 @@ struct GPT::Plan {
   ArenaPlan arena;
   std::size_t arena_bytes = 0;
   DeviceMemory memory;
+  char* base = nullptr;                // where it lies if another's memory is used
   std::vector<DeviceMemory> separate;  // with PGOLF_ARENA=separate: a block for every buffer, filled with NaN
   Backend* recorder = nullptr;         // whose recordings these are, of a micro-step without and with QAT
   int recording[2] = {};
@@ -37,6 +38,7 @@ struct GPT::Plan {
   int runs = 0;  // of inference
 
   TensorView ids, targets;
+  TensorView cos, sin;  // rope tables, if another has them
   Embed embed;
   std::vector<LayerOps> layers;
   Head head;
@@ -54,5 +56,8 @@ struct GPT::Plan {
   void lay_out(const ModelConfig& config, Backend& backend, bool place);
   void forget_recordings() noexcept;
 };
+
+// Tables of angles for positions 0 … cos.shape[0] − 1.
+void upload_rope_tables(const ModelConfig& config, Backend& backend, const TensorView& cos, const TensorView& sin);
 
 }  // namespace pgolf

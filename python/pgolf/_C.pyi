@@ -61,6 +61,46 @@ class Model:
         """(what, bytes) of everything in memory."""
 
 @final
+class DocumentAdapters:
+    """Low-rank adapters for ``rows`` documents at once; windows are (length, first scored position). docs/spec.md §5"""
+
+    def __init__(
+        self,
+        model: Model,
+        rows: int,
+        rank: int,
+        windows: Sequence[tuple[int, int]],
+        seed: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+    ) -> None: ...
+    def begin(self, documents: npt.NDArray[np.int32]) -> None:
+        """(rows,): the document that each row starts on, -1 where it goes on."""
+
+    def window(
+        self,
+        ids: npt.NDArray[np.int32],
+        targets: npt.NDArray[np.int32],
+        scored: npt.NDArray[np.int32],
+        steps: npt.NDArray[np.int32],
+        first: int,
+    ) -> int:
+        """Scores (rows, T) and then trains the rows with steps >= 1 on the positions scored[:, 0] … scored[:, 1] - 1.
+
+        Returns a ticket for `Model.wait_losses` of (rows, T - first) losses.
+        """
+
+    def read(self, index: int, gradients: bool) -> _Floats:
+        """(rows, size): the adapters of block ``index``, or of the head after all blocks, or their last gradients."""
+
+    def bytes(self) -> int: ...
+    @property
+    def allocations(self) -> int:
+        """Native allocations of the last window."""
+
+@final
 class Optimizer:
     def __init__(self, model: Model, ns_steps: int) -> None: ...
     def step(self, settings: dict[str, Any]) -> int:
@@ -143,6 +183,10 @@ class Ops:
         /,
         **numbers: float,
     ) -> None: ...
+    def adapters_begin(
+        self, inputs: _Arrays, outputs: _Arrays, seed: int, a_size: int, bound: float, names: Sequence[str], /
+    ) -> None: ...
+    def adapters_step(self, inputs: _Arrays, outputs: _Arrays, /, **numbers: float) -> None: ...
     def muon(
         self,
         w: Sequence[_Floats],

@@ -145,7 +145,7 @@ def defined_scores(n_targets: int, method: str, seq_len: int, stride: int, tail:
     cut = n_targets - n_targets % seq_len
     if method == "standard":
         times[:cut] = 1
-    elif tail == "exact":
+    elif method == "ttt" or tail == "exact":
         times[:] = 1
     else:
         whole = (cut - seq_len) // stride

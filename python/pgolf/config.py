@@ -408,6 +408,10 @@ class EvalConfig(_Table):
     # Documents per batch. [§5]
     ttt_batch_size: int = _key(64, _integer(1))
 
+    def ttt(self) -> dict[str, Any]:
+        """The ttt_ keys, as ``evaluate`` takes them."""
+        return {name: value for name, value in self.to_dict().items() if name.startswith("ttt_")}
+
     def _combinations(self, usable: Callable[..., bool]) -> Iterator[tuple[str, str]]:
         if usable("ttt_chunk_size", "ttt_eval_seq_len") and self.ttt_chunk_size > self.ttt_eval_seq_len:
             yield "ttt_chunk_size", f"must be at most eval.ttt_eval_seq_len = {self.ttt_eval_seq_len}"

@@ -26,12 +26,13 @@ from pgolf.audit import (
     per_document,
 )
 from pgolf.errors import NonFiniteError
+from pgolf.ttt import Settings
 from pgolf.windows import IntArray, Windows, check_positive, sliding_windows, standard_windows
 
 if TYPE_CHECKING:
     from pgolf.tokenizer import Tokenizer
 
-METHODS = ("standard", "sliding")
+METHODS = ("standard", "sliding", "ttt")
 AUDITS = ("sample", "full")
 
 _BATCHES_AHEAD = 1  # one is computed while the next is gathered
@@ -77,7 +78,7 @@ class Score:
 
     loss: mean over the scored tokens, nats. bpb: bits per byte, (Σ nll / ln 2) / Σ bytes; None without a tokenizer.
     tokens, bytes: scored (with the reference tail, some count more than once). seconds: wall time of the whole call.
-    method, seq_len, stride, tail, windows: how it was scored; stride and tail are None for the standard method.
+    method, seq_len, stride, tail, windows: how it was scored; stride and tail are those of sliding windows, else None.
     """
 
     loss: float
@@ -160,21 +161,32 @@ def evaluate(
     tail: str = "exact",
     batch_seqs: int | None = None,
     audit: str = "sample",
+    ttt_lora_rank: int = 8,
+    ttt_lora_lr: float = 0.01,
+    ttt_chunk_size: int = 256,
+    ttt_eval_seq_len: int = 1024,
+    ttt_batch_size: int = 64,
+    ttt_seed: int = 0,
     progress: Callable[[int, int, int], object] | None = None,
 ) -> Score:
     """Score a model on validation data and audit the score (docs/spec.md §5).
 
     data: a folder with ``*_val_*.bin`` shards, one shard's path, a 1-D integer array of tokens, or a ValidationData.
     tokenizer: a SentencePiece ``.model`` path or a Tokenizer; None takes the data folder's. Without one, bpb is None.
-    method: ``"standard"`` (windows side by side) or ``"sliding"`` (overlapping; see pgolf.windows for stride and tail).
-    seq_len: tokens of context; None is the model's training length.
+    method: ``"standard"`` (windows side by side), ``"sliding"`` (overlapping; see pgolf.windows for stride and tail) or
+        ``"ttt"`` (test-time training, see pgolf.ttt: documents apart, each with adapters that learn what has been
+        scored; the model must be a pgolf.GPT, whose weights do not change).
+    seq_len: tokens of context of the first two methods; None is the model's training length.
     batch_seqs: windows scored at once, for speed and memory: it changes a score by no more than rounding, since
         products of another height may round otherwise. None: about 65,536 tokens.
     audit: look up a ``"sample"`` of the validation documents among the training documents, or the ``"full"`` set (a
         ValidationData has been audited when it was read).
-    progress: called after every batch with windows done, windows in all, and tokens scored.
+    ttt_*: of the third method alone: the adapters' rank and learning rate, the targets that are scored and then trained
+        on together, the context in tokens, the documents at once (speed and memory; on a GPU also rounding), and the
+        seed of the adapters.
+    progress: called after every batch with windows (ttt: chunks) done, windows in all, and tokens scored.
 
-    Losses are summed in float64: within each window, then over the windows.
+    Losses are summed in float64: within each window, then over the windows; for ttt in the order of the stream.
 
     Raises ValueError for impossible arguments, data too short, a tokenizer of another size than the model's vocabulary
     and a failed audit; NonFiniteError, naming the token, for a loss that is no number; and the errors of reading data.
@@ -182,7 +194,10 @@ def evaluate(
     """
     began = time.perf_counter()
     _check_method(method)
-    if seq_len is None:
+    ttt = Settings(ttt_lora_rank, ttt_lora_lr, ttt_chunk_size, ttt_eval_seq_len, ttt_batch_size, ttt_seed)
+    if method == "ttt":
+        seq_len = ttt.context
+    elif seq_len is None:
         seq_len = model.train_seq_len
         if seq_len is None:
             raise ValueError("seq_len is None and the model has no training length to take; give seq_len.")
@@ -202,8 +217,12 @@ def evaluate(
         loaded = ValidationData.load(data, tokenizer, vocab_size=vocab_size, bos_id=bos_id, audit=audit)
 
     n_targets = loaded.tokens.size - 1
-    plan = plan_windows(method, n_targets, seq_len, stride, tail)
-    nll, document_nll, times = _score_windows(model, loaded, plan, batch_seqs, progress)
+    if method == "ttt":
+        nll, document_nll, times, windows = _score_documents(model, loaded, ttt, progress)
+    else:
+        plan = plan_windows(method, n_targets, seq_len, stride, tail)
+        nll, document_nll, times = _score_windows(model, loaded, plan, batch_seqs, progress)
+        windows = len(plan)
 
     expected = defined_scores(n_targets, method, seq_len, stride, tail)
     check_scores(times, expected, loaded.starts)
@@ -225,7 +244,7 @@ def evaluate(
         seq_len=int(seq_len),
         stride=stride if method == "sliding" else None,
         tail=tail if method == "sliding" else None,
-        windows=len(plan),
+        windows=windows,
         documents=DocumentScores(document_nll, per_document(times, loaded.starts), document_bytes),
         audit=Audit(
             documents=int(loaded.starts.size),
@@ -239,18 +258,19 @@ def evaluate(
 
 def _check_method(method: str) -> None:
     if method not in METHODS:
-        raise ValueError(f"method is {method!r}; this version scores by {' or '.join(map(repr, METHODS))}.")
+        raise ValueError(f"method is {method!r}; expected one of {', '.join(map(repr, METHODS))}.")
 
 
 def plan_windows(method: str, n_targets: int, seq_len: int, stride: int, tail: str) -> Windows:
-    """The windows that a method scores.
+    """The windows that the standard or the sliding method scores.
 
     Raises ValueError for an unknown method, an impossible stride or tail, or too few targets: what a run wants to know
     before it trains.
     """
-    _check_method(method)
     if method == "standard":
         return standard_windows(n_targets, seq_len)
+    if method != "sliding":
+        raise ValueError(f"method is {method!r}; the methods with windows are 'standard' and 'sliding'.")
     return sliding_windows(n_targets, seq_len, stride, tail)
 
 
@@ -294,6 +314,26 @@ def _score_windows(
         if progress is not None:
             progress(end, len(plan), scored)
     return float(window_nll.sum()), document_nll, times
+
+
+def _score_documents(
+    model: Model, data: ValidationData, settings: Settings, progress: Callable[[int, int, int], object] | None
+) -> tuple[float, npt.NDArray[np.float64], npt.NDArray[np.int32], int]:
+    """By test-time training: the total nll, that of each document, how often each target was scored; chunks."""
+    from pgolf.model import GPT
+    from pgolf.ttt import Documents, score
+
+    if not isinstance(model, GPT):
+        raise TypeError(
+            f"method is 'ttt' and the model a {type(model).__name__}; test-time training takes a pgolf.GPT."
+        )
+    documents = Documents.of(data.starts, data.tokens.size - 1)
+    losses, times = score(model, data.tokens, documents, settings, progress)
+    scored = np.flatnonzero(times)  # all, unless the audit is about to say which not
+    _check_finite(losses[scored].astype(np.float64), scored)
+    nll = np.zeros(data.starts.size, dtype=np.float64)
+    np.add.at(nll, np.searchsorted(data.starts, scored + 1, side="right") - 1, losses[scored].astype(np.float64))
+    return float(nll.sum()), nll, times, int(documents.chunks(settings.chunk).sum())
 
 
 def _losses(

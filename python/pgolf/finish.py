@@ -164,5 +164,6 @@ def score_as_configured(model: Model, validation: ValidationData, config: Config
         stride=config.eval.eval_stride,
         tail=config.eval.tail,
         batch_seqs=config.eval.eval_batch_seqs,
+        **config.eval.ttt(),
         progress=lambda done, total, tokens: progress("score", done, total),
     )

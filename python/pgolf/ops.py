@@ -79,16 +79,17 @@ class EmbedGrads(NamedTuple):
 
 
 class QkvGrads(NamedTuple):
-    """All but x and skip are added to."""
+    """All but x, skip and adapters are added to."""
 
-    x: FloatArray
-    x0: FloatArray
+    x: FloatArray | None
+    x0: FloatArray | None
     skip: FloatArray | None
-    resid_mix: FloatArray
+    resid_mix: FloatArray | None
     skip_weight: FloatArray | None
-    wq: FloatArray
-    wk: FloatArray
-    wv: FloatArray
+    wq: FloatArray | None
+    wk: FloatArray | None
+    wv: FloatArray | None
+    adapters: FloatArray | None
 
 
 class AttentionGrads(NamedTuple):
@@ -97,14 +98,14 @@ class AttentionGrads(NamedTuple):
     q: FloatArray
     k: FloatArray
     v: FloatArray
-    gain: FloatArray
+    gain: FloatArray | None
 
 
 class ProjectResidualGrads(NamedTuple):
     """w's is added to, and is doutᵀ·a without the projection's scale until `finish_projection`."""
 
     a: FloatArray
-    w: FloatArray
+    w: FloatArray | None
 
 
 class ProjectionGrads(NamedTuple):
@@ -118,14 +119,24 @@ class MlpUpGrads(NamedTuple):
     """Each is added to."""
 
     x: FloatArray
-    w: FloatArray
+    w: FloatArray | None
 
 
 class HeadGrads(NamedTuple):
     """w's is added to."""
 
     x: FloatArray
+    w: FloatArray | None
+    adapters: FloatArray | None
+
+
+class AdapterNumbers(NamedTuple):
+    """Each [B, size]; copy is w in the storage dtype, as far as rows changed."""
+
     w: FloatArray
+    m: FloatArray
+    v: FloatArray
+    copy: FloatArray
 
 
 class GradNorm(NamedTuple):
@@ -197,7 +208,7 @@ def embed_backward(saved: Saved, dx0: Any, *, add_to: Mapping[str, Any] | None =
 
 
 def qkv(
-    mixed: MixedInput, wq: Any, wk: Any, wv: Any, cos: Any, sin: Any, *, first: int = 0
+    mixed: MixedInput, wq: Any, wk: Any, wv: Any, cos: Any, sin: Any, *, first: int = 0, adapters: Any = None
 ) -> tuple[tuple[FloatArray, FloatArray, FloatArray], Saved]:
     """`n = rms(m)`; per head `q = rope(rms(n·wqᵀ))`, `k = rope(rms(n·wkᵀ))`, `v = n·wvᵀ` (docs/spec.md §2.4–2.5).
 
@@ -209,6 +220,9 @@ def qkv(
         wk, wv: [K·D, d].
         cos, sin: [R, D/2] with R ≥ T; row t is for position t of every sequence.
         first: 0 … T−1; only positions from there on get queries. `qkv_backward` needs those of all.
+        adapters: [B, r·(2d + H·D + K·D)], low-rank changes of q's and v's products (docs/spec.md §5), with first = 0:
+            row b holds sequence b's a's, [r, d] of q and of v, then their b's, [H·D, r] and [K·D, r]; each product
+            gains (n·aᵀ)·bᵀ. None: none.
 
     Returns:
         q [B, T − first, H, D], k and v [B, T, K, D]; and what `qkv_backward` needs.
@@ -226,7 +240,8 @@ def qkv(
         sizes[heads], rest = divmod(sizes[rows], sizes["D"])
         if rest:
             raise ValueError(f"{name} has {sizes[rows]} rows; expected a multiple of the head width {sizes['D']}.")
-    sizes["T'"] = sizes["T"] - _integer(first, "first", 0, sizes["T"] - 1)
+    sizes["T'"] = sizes["T"] - _integer(first, "first", 0, sizes["T"] - 1 if adapters is None else 0)
+    call.add_adapters(adapters, 2 * sizes["d"] + sizes["H·D"] + sizes["K·D"])
     outputs = {"q": ("B", "T'", "H", "D"), "k": ("B", "T", "K", "D"), "v": ("B", "T", "K", "D")}
     saved = _forward("qkv", call, outputs)
     return (saved.tensors["q"], saved.tensors["k"], saved.tensors["v"]), saved
@@ -240,6 +255,8 @@ def qkv_backward(
     *,
     dm: Any = None,
     pending: Any = None,
+    weights: bool = True,
+    inputs: bool = True,
     add_to: Mapping[str, Any] | None = None,
 ) -> QkvGrads:
     """The gradients of `qkv` from those at its results.
@@ -248,7 +265,9 @@ def qkv_backward(
         dq, dk, dv: shaped as q, k and v.
         dm: [B, T, d], the gradient at m from its other reader, the residual path; None: 0.
         pending: [B, T, d], added to x's gradient (what later blocks sent back through a skip); None: 0.
-        add_to: may hold any field but x and skip.
+        weights: False: x0, the vectors and the matrices have no gradients.
+        inputs: False: nor have x and skip.
+        add_to: may hold any field but x, skip and adapters.
 
     Returns:
         The gradients of both readers together. Where skip is x itself, its share stands apart, in the field skip.
@@ -258,9 +277,11 @@ def qkv_backward(
     call.upstream(dq=dq, dk=dk, dv=dv)
     if pending is not None:
         call.inputs["pending"] = call.like("x", "pending", pending)
-    call.outputs["dx"] = call.start("x", "dm", dm)
-    call.written("skip")
-    call.added(add_to, *(field for field in QkvGrads._fields if field not in ("x", "skip")))
+    if inputs:
+        call.outputs["dx"] = call.start("x", "dm", dm)
+        call.written("skip")
+    call.written("adapters")
+    call.added(add_to, *(("x0", "resid_mix", "skip_weight", "wq", "wk", "wv") if weights and inputs else ()))
     return QkvGrads(*call.run(*QkvGrads._fields))
 
 
@@ -287,13 +308,15 @@ def attention(q: Any, k: Any, v: Any, gain: Any) -> tuple[FloatArray, Saved]:
     return saved.tensors["o"], saved
 
 
-def attention_backward(saved: Saved, do: Any, *, add_to: Mapping[str, Any] | None = None) -> AttentionGrads:
-    """The gradients of `attention` from do [B, T, H, D]; `add_to` may hold gain."""
+def attention_backward(
+    saved: Saved, do: Any, *, weights: bool = True, add_to: Mapping[str, Any] | None = None
+) -> AttentionGrads:
+    """The gradients of `attention` from do [B, T, H, D]; gain's only with `weights`, and `add_to` may hold it."""
     call = _Backward("attention", saved)
     call.needs_all("q", "k")
     call.upstream(do=do)
     call.written("q", "k", "v")
-    call.added(add_to, "gain")
+    call.added(add_to, *(("gain",) if weights else ()))
     return AttentionGrads(*call.run(*AttentionGrads._fields))
 
 
@@ -326,13 +349,16 @@ def project_residual(residual: Any, a: Any, w: Any) -> tuple[FloatArray, Saved]:
 
 
 def project_residual_backward(
-    saved: Saved, dout: Any, *, add_to: Mapping[str, Any] | None = None
+    saved: Saved, dout: Any, *, weights: bool = True, add_to: Mapping[str, Any] | None = None
 ) -> ProjectResidualGrads:
-    """The gradients of `project_residual` from dout [B, T, d], which is at once the residual's; `add_to` may hold w."""
+    """The gradients of `project_residual` from dout [B, T, d], which is at once the residual's.
+
+    w's only with `weights`; `add_to` may hold it.
+    """
     call = _Backward("project_residual", saved)
     call.upstream(dout=dout)
     call.written("a")
-    call.added(add_to, "w")
+    call.added(add_to, *(("w",) if weights else ()))
     return ProjectResidualGrads(*call.run(*ProjectResidualGrads._fields))
 
 
@@ -381,18 +407,20 @@ def mlp_up(x: Any, w: Any, *, h_scale: float = 1.0) -> tuple[FloatArray, Saved]:
     return saved.tensors["h"], saved
 
 
-def mlp_up_backward(saved: Saved, dh: Any, *, add_to: Mapping[str, Any] | None = None) -> MlpUpGrads:
-    """The gradients of `mlp_up` from dh [B, T, F]; `add_to` may hold any field."""
+def mlp_up_backward(
+    saved: Saved, dh: Any, *, weights: bool = True, add_to: Mapping[str, Any] | None = None
+) -> MlpUpGrads:
+    """The gradients of `mlp_up` from dh [B, T, F]; w's only with `weights`; `add_to` may hold any field."""
     call = _Backward("mlp_up", saved)
     call.upstream(dh=dh)
-    call.added(add_to, *MlpUpGrads._fields)
+    call.added(add_to, *(MlpUpGrads._fields if weights else ("x",)))
     return MlpUpGrads(*call.run(*MlpUpGrads._fields))
 
 
 # Head -----------------------------------------------------------------------------------------------------------------
 
 
-def head_logits(x: Any, w: Any, *, softcap: float = 30.0, first: int = 0) -> FloatArray:
+def head_logits(x: Any, w: Any, *, softcap: float = 30.0, first: int = 0, adapters: Any = None) -> FloatArray:
     """`logits = c·tanh(rms(x)·wᵀ/c)` of the positions first … T−1 (docs/spec.md §2.7).
 
     Args:
@@ -400,27 +428,30 @@ def head_logits(x: Any, w: Any, *, softcap: float = 30.0, first: int = 0) -> Flo
         w: [V, d].
         softcap: c > 0.
         first: 0 … T−1.
+        adapters: [B, r·(d + V)], as those of `qkv`, of the product rms(x)·wᵀ: a [r, d], then b [V, r].
 
     Returns:
         [B, T − first, V].
     """
     call = _Arrays()
-    numbers = call.add_head(x, w, softcap, first)
+    numbers = call.add_head(x, w, softcap, first, adapters)
     return _forward("head_logits", call, {"logits": ("B", "T'", "V")}, **numbers).tensors["logits"]
 
 
-def head_loss(x: Any, w: Any, targets: Any, *, softcap: float = 30.0, first: int = 0) -> FloatArray:
+def head_loss(
+    x: Any, w: Any, targets: Any, *, softcap: float = 30.0, first: int = 0, adapters: Any = None
+) -> FloatArray:
     """`loss[t] = logsumexp(logits[t]) − logits[t][targets[t]]` in nats, of the positions first … T−1.
 
     Args:
-        x, w, softcap, first: as `head_logits`.
+        x, w, softcap, first, adapters: as `head_logits`.
         targets: [B, T] token ids, 0 … V−1.
 
     Returns:
         [B, T − first].
     """
     call = _Arrays()
-    numbers = call.add_head(x, w, softcap, first)
+    numbers = call.add_head(x, w, softcap, first, adapters)
     call.add_tokens("targets", targets)
     return _forward("head_loss", call, {"losses": ("B", "T'")}, **numbers).tensors["losses"]
 
@@ -431,27 +462,35 @@ def head_loss_backward(
     targets: Any,
     *,
     softcap: float = 30.0,
+    first: int = 0,
+    adapters: Any = None,
     loss_scale: float = 1.0,
+    loss_weights: Any = None,
+    weights: bool = True,
     add_to: Mapping[str, Any] | None = None,
 ) -> tuple[FloatArray, HeadGrads]:
     """Forward and backward of `head_loss` in one pass over the logits.
 
     Args:
-        x, w, targets, softcap: as `head_loss`.
-        loss_scale: the gradients are those of loss_scale·Σ losses.
+        x, w, targets, softcap, first, adapters: as `head_loss`.
+        loss_scale: the gradients are those of loss_scale·Σ losses, …
+        loss_weights: … each times its number of these, [B, T − first]; None: 1.
+        weights: False: w has no gradient.
         add_to: may hold w.
 
     Returns:
-        The losses [B, T], and the gradients.
+        The losses [B, T − first], and the gradients; x's is 0 before first.
     """
     arrays = _Arrays()
-    numbers = arrays.add_head(x, w, softcap, 0)
+    numbers = arrays.add_head(x, w, softcap, first, adapters)
     arrays.add_tokens("targets", targets)
+    if loss_weights is not None:
+        arrays.add("weights", loss_weights, "B", "T'")
     numbers["loss_scale"] = float(loss_scale)
     call = _Backward("head_loss", Saved("head_loss", arrays.dtype, arrays.arrays, numbers))
-    call.outputs["losses"] = arrays.empty("B", "T")
-    call.written("x")
-    call.added(add_to, "w")
+    call.outputs["losses"] = arrays.empty("B", "T'")
+    call.written("x", "adapters")
+    call.added(add_to, *(("w",) if weights else ()))
     return call.outputs["losses"], HeadGrads(*call.run(*HeadGrads._fields))
 
 
@@ -525,6 +564,78 @@ def adam(
         finite=bool(finite),
     )
     return new_weights, new_m, new_v
+
+
+def adapters_begin(
+    w: Any, m: Any, v: Any, documents: Any, *, names: Sequence[str], a_size: int, bound: float, seed: int
+) -> AdapterNumbers:
+    """Adapters of new documents (docs/spec.md §5): each a uniform in ±bound, b, m and v 0.
+
+    Args:
+        w, m, v: [B, size]; a row begins with one a of a_size numbers for each of the 1 or 2 names.
+        documents: [B] integers below 2³¹, whose rows start anew; −1: the row stays as it is.
+        names, seed: with the document and the element they decide a number of a, as docs/spec.md §1 says.
+
+    Returns:
+        New arrays.
+    """
+    count = _integer(a_size, "a_size", 1, 2**31)
+    if not 1 <= len(names) <= 2:
+        raise ValueError(f"names holds {len(names)} names; expected 1 or 2.")
+    return _adapters(
+        {"w": w, "m": m, "v": v},
+        ("documents", documents, -1),
+        lambda native, inputs, outputs: native.adapters_begin(
+            inputs, outputs, _integer(seed, "seed", 0, 2**64 - 1), count, float(bound), list(names)
+        ),
+        least=count * len(names),
+    )
+
+
+def adapters_step(
+    w: Any,
+    grad: Any,
+    m: Any,
+    v: Any,
+    steps: Any,
+    *,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    eps: float = 1e-10,
+    grad_scale: float = 1.0,
+) -> AdapterNumbers:
+    """`adam` without decay on rows of [B, size] arrays, row b its step steps[b] from 1; 0: the row stays as it is."""
+    numbers = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "grad_scale": grad_scale}
+    return _adapters(
+        {"w": w, "m": m, "v": v, "grad": grad},
+        ("steps", steps, 0),
+        lambda native, inputs, outputs: native.adapters_step(
+            inputs, outputs, **{name: float(value) for name, value in numbers.items()}
+        ),
+    )
+
+
+def _adapters(
+    arrays: Mapping[str, Any], rows: tuple[str, Any, int], run: Callable[..., object], least: int = 1
+) -> AdapterNumbers:
+    call = _Arrays()
+    for name, value in arrays.items():
+        call.add(name, value, "B", "size", copy=name != "grad")
+    if call.sizes["size"] < least:
+        raise ValueError(f"w has {call.sizes['size']} numbers a row; expected at least the {least} of the a's.")
+    name, values, lowest = rows
+    numbers = as_array(values, name)
+    if numbers.dtype.kind not in "iu" or numbers.shape != (call.sizes["B"],):
+        raise ValueError(f"{name} has shape {numbers.shape} and dtype {numbers.dtype}; expected B integers.")
+    if numbers.min() < lowest or numbers.max() >= 2**31:
+        raise ValueError(f"{name} holds numbers outside {lowest} … {2**31 - 1}.")
+    outputs = {name: call.arrays[name] for name in ("w", "m", "v")} | {"copy": np.array(call.arrays["w"])}
+    inputs = {name: np.ascontiguousarray(numbers, np.int32)}
+    if "grad" in arrays:
+        inputs["grad"] = call.arrays["grad"]
+    run(call.native(), inputs, outputs)
+    return AdapterNumbers(**outputs)
 
 
 def muon(
@@ -730,13 +841,22 @@ class _Arrays:
             self.add("skip", mixed.skip, "B", "T", "d")
             self.add("skip_weight", mixed.skip_weight, "d")
 
-    def add_head(self, x: Any, w: Any, softcap: float, first: int) -> dict[str, Any]:
+    def add_adapters(self, adapters: Any, size: int) -> None:
+        """Low-rank changes with `size` numbers a rank, [B, r·size]."""
+        if adapters is None:
+            return
+        rank, rest = divmod(self.add("adapters", adapters, "B", "r·n").shape[1], size)
+        if rest or rank == 0:
+            raise ValueError(f"adapters has {self.sizes['r·n']} numbers a row; expected a multiple of {size}.")
+
+    def add_head(self, x: Any, w: Any, softcap: float, first: int, adapters: Any) -> dict[str, Any]:
         self.add("x", x, "B", "T", "d")
         self.add("w", w, "V", "d")
         if not 0 < softcap < float("inf"):
             raise ValueError(f"softcap is {softcap}; expected a number above 0.")
         start = _integer(first, "first", 0, self.sizes["T"] - 1)
         self.sizes["T'"] = self.sizes["T"] - start
+        self.add_adapters(adapters, self.sizes["d"] + self.sizes["V"])
         return {"softcap": float(softcap), "first": start}
 
     def at_most(self, name: str, side: str, limit: str) -> None:

@@ -36,10 +36,12 @@ def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tupl
     return c0, c1, c2, c3
 
 
-def unit_pairs(seed: int, name: str, count: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The u and v in [0, 1) of a tensor's first `count` elements, float64."""
+def unit_pairs(
+    seed: int, name: str, count: int, document: int = 0
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The u and v in [0, 1) of a tensor's first `count` elements, float64; document: of adapters (§5)."""
     i = np.arange(count, dtype=np.uint64)
-    counter = (i & MASK, i >> np.uint64(32), zlib.crc32(name.encode()), 0)
+    counter = (i & MASK, i >> np.uint64(32), zlib.crc32(name.encode()), document)
     x0, x1, x2, x3 = philox4x32(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
 
     def unit(high: np.ndarray, low: np.ndarray) -> npt.NDArray[np.float64]:
@@ -59,9 +61,9 @@ def normal(seed: int, name: str, shape: tuple[int, ...], std: float = 1.0) -> np
     return (std * normal64(seed, name, shape)).astype(np.float32)
 
 
-def uniform(seed: int, name: str, shape: tuple[int, ...], bound: float) -> npt.NDArray[np.float32]:
+def uniform(seed: int, name: str, shape: tuple[int, ...], bound: float, document: int = 0) -> npt.NDArray[np.float32]:
     """The named tensor drawn uniformly from [-bound, bound): float64, rounded once to float32."""
-    u, _ = unit_pairs(seed, name, math.prod(shape))
+    u, _ = unit_pairs(seed, name, math.prod(shape), document)
     return ((2.0 * u - 1.0) * bound).reshape(shape).astype(np.float32)
 
 

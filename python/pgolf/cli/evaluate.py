@@ -40,7 +40,7 @@ def evaluate_command(
     tokenizer: TokenizerOption = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", metavar="NAME", help="sliding or standard; default: the run's, sliding."),
+        typer.Option("--method", metavar="NAME", help="sliding, standard or ttt; default: the run's, sliding."),
     ] = None,
     seq_len: Annotated[
         int | None,
@@ -57,6 +57,10 @@ def evaluate_command(
     ] = None,
     batch_seqs: Annotated[
         int | None, typer.Option("--batch-seqs", min=1, metavar="N", help="Windows at once: speed and memory only.")
+    ] = None,
+    ttt_batch_size: Annotated[
+        int | None,
+        typer.Option("--ttt-batch-size", min=1, metavar="N", help="Documents at once, for ttt: speed and memory."),
     ] = None,
     audit: Annotated[
         str, typer.Option("--audit", metavar="sample|full", help="How thoroughly to look for trained-on documents.")
@@ -92,6 +96,7 @@ def evaluate_command(
             tail=tail or settings.tail,
             batch_seqs=batch_seqs or settings.eval_batch_seqs,
             audit=audit,
+            **{**settings.ttt(), **({"ttt_batch_size": ttt_batch_size} if ttt_batch_size else {})},
             progress=lambda done, total, tokens: show("score", done, total),
         )
     console.print(key_value_table(str(source.artifact), _rows(score)))
@@ -106,6 +111,8 @@ def _settings(config: Config | None) -> EvalConfig:
 
 def _rows(score: Score) -> list[tuple[str, str]]:
     how = f"{score.method}, context {score.seq_len:,}"
+    if score.method == "ttt":
+        how += f", {score.windows:,} chunks"
     if score.stride is not None:
         how += f", stride {score.stride:,}, {score.tail} tail"
     return [

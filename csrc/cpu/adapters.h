@@ -1,0 +1,57 @@
+// Where the adapters of an operation's products lie in its tensor (backend.h), and their products.
+#pragma once
+
+#include "cpu/rows.h"
+
+PGOLF_CPU_BEGIN
+
+template <class T, int kProducts>
+struct Adapters {
+  T* numbers;  // null: none
+  i64 rank, in, out[kProducts];
+
+  // All a's of a sequence, [kProducts·rank, in]
+  T* a(i64 sequence) const { return numbers + sequence * size(); }
+  T* b(i64 sequence, int product) const {  // [out, rank]
+    i64 at = kProducts * rank * in;
+    for (int p = 0; p < product; ++p) at += rank * out[p];
+    return a(sequence) + at;
+  }
+  i64 width() const { return kProducts * rank; }  // of u: what the products' a's give, side by side
+
+  // u [rows, width] = n·aᵀ
+  void down(i64 sequence, i64 rows, const T* n, T* u) const {
+    gemm<T>(kPlain, kTransposed, rows, width(), in, T(1), n, in, a(sequence), in, T(0), u, width());
+  }
+  // y [rows, out] += u·bᵀ
+  void up(i64 sequence, int product, i64 rows, const T* u, T* y) const {
+    gemm<T>(kPlain, kTransposed, rows, out[product], rank, T(1), u + product * rank, width(), b(sequence, product),
+            rank, T(1), y, out[product]);
+  }
+  // du [rows, width], the product's part = dy·b
+  void up_backward(i64 sequence, int product, i64 rows, const T* dy, T* du) const {
+    gemm<T>(kPlain, kPlain, rows, rank, out[product], T(1), dy, out[product], b(sequence, product), rank, T(0),
+            du + product * rank, width());
+  }
+  // dn [rows, in] += du·a
+  void down_backward(i64 sequence, i64 rows, const T* du, T* dn) const {
+    gemm<T>(kPlain, kPlain, rows, in, width(), T(1), du, width(), a(sequence), in, T(1), dn, in);
+  }
+  // On the gradients' tensor: the sequence's a ← beta·a + duᵀ·n, b ← beta·b + dyᵀ·u.
+  void a_gradient(i64 sequence, i64 rows, const T* du, const T* n, T beta) const {
+    gemm<T>(kTransposed, kPlain, width(), in, rows, T(1), du, width(), n, in, beta, a(sequence), in);
+  }
+  void b_gradient(i64 sequence, int product, i64 rows, const T* dy, const T* u, T beta) const {
+    gemm<T>(kTransposed, kPlain, out[product], rank, rows, T(1), dy, out[product], u + product * rank, width(), beta,
+            b(sequence, product), rank);
+  }
+
+ private:
+  i64 size() const {
+    i64 all = kProducts * rank * in;
+    for (i64 o : out) all += rank * o;
+    return all;
+  }
+};
+
+PGOLF_CPU_END
