@@ -80,7 +80,7 @@ part() {
 }
 
 tests() {
-  python3 -m pytest -q -p no:cacheprovider --durations=8 -k cuda tests/test_places.py tests/test_cuda.py ${PYTEST_ARGS:-}
+  python3 -m pytest -q -p no:cacheprovider --durations=8 -k cuda tests/test_places.py tests/test_ttt.py tests/test_cuda.py ${PYTEST_ARGS:-}
 }
 
 # Every planned buffer in a block of its own, full of NaN; one small model in each precision, every kernel. racecheck

@@ -1,4 +1,5 @@
-"""Runs every kernel of a GPU on small shapes, for compute-sanitizer: two steps, QAT, averaging, validation, quantising.
+"""Runs every kernel of a GPU on small shapes, for compute-sanitizer: two steps, QAT, averaging, validation,
+test-time training, quantising.
 
 compute-sanitizer --tool memcheck python3 dev/gpu_small.py, or with dtypes as arguments: racecheck is slow.
 "own" before the dtypes runs what needs no library.
@@ -12,6 +13,7 @@ import numpy as np
 
 from pgolf import _C, ops
 from pgolf.config import Config, ModelConfig
+from pgolf.evaluate import evaluate
 from pgolf.model import GPT
 from pgolf.trainer import step_settings
 
@@ -49,6 +51,10 @@ def train(dtype: str, changes: dict[str, object]) -> None:
         assert finite and np.isfinite([loss, norm]).all()
         optimizer.add_snapshot()
     optimizer.use_snapshot_mean()
+    tokens = rng.integers(2, config.vocab_size, 121)
+    tokens[[0, 30]] = config.bos_id
+    score = evaluate(model, tokens, method="ttt", ttt_chunk_size=24, ttt_eval_seq_len=64, ttt_batch_size=2)
+    assert np.isfinite(score.loss)
     ids = rng.integers(0, config.vocab_size, (2, 65))
     assert np.isfinite(model.logits(ids)).all()
     assert np.isfinite(model.window_losses(ids, ids, 40)).all()
@@ -78,6 +84,9 @@ def own_kernels(dtype: str) -> None:
         ops.working_copy(w[0], draw(130), clip=15)
         ops.finish_projection(w[0], draw(130), w[0])
         ops.axpby(0.5, w[0], 0.5, w[0])
+        names = ["lm_head.lora_a"]
+        ops.adapters_begin(w[0], w[0], w[0], np.arange(130) - 1, names=names, a_size=24, bound=0.1, seed=0)
+        ops.adapters_step(w[0], w[0], w[0], w[0] * w[0], np.arange(130), lr=0.1)
         ops.sum(w[0])
 
 

@@ -85,6 +85,7 @@ void CudaBackend::attention_backward(const Attention& op, const AttentionGrads& 
                                   {op.o.as<S>(), grads.d_o.as<S>(), grads.dq.as<S>(), grads.dk.as<S>(),
                                    grads.dv.as<S>(), scratch.delta, scratch.dgain},
                                   stream());
+    if (!grads.gain) return;
     constexpr int kThreads = 256;
     launch("add_gain_gradients", add_gain_gradients, a.H, kThreads, 0, stream(), scratch.dgain, scratch.partials,
            grads.gain.as<float>());

@@ -101,6 +101,9 @@ class CudaBackend final : public Backend {
   void newton_schulz(const TensorView& u, const TensorView& out, int steps, void* scratch) override;
   void quantize_rows(const TensorView& w, int clip, const TensorView& q, const TensorView& scale) override;
   void dequantize_rows(const TensorView& q, const TensorView& scale, const TensorView& w) override;
+  void adapters_begin(std::span<const AdapterRows> adapters, const TensorView& documents, std::uint64_t seed) override;
+  void adapters_step(std::span<const AdapterRows> adapters, const TensorView& steps,
+                     const AdapterAdam& settings) override;
   void axpby(double a, const TensorView& x, double b, const TensorView& y, const StepValues* gate) override;
 
   // For the files of this folder.

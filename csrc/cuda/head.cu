@@ -1,7 +1,9 @@
 // Final norm, output product, softcap and cross-entropy, in chunks of rows whose logits stay in the second-level cache.
 //
 // Rounded to S: normed = rms(x); dlogits, the gradient before the softcap; dnormed = dlogits·w; dx. Logits are float32
-// and never rounded; the norm's backward uses normed before it is rounded.
+// and never rounded; the norm's backward uses normed before it is rounded. With adapters: u, du, and dnormed once more,
+// before du·a is added.
+#include "cuda/adapters.h"
 #include "cuda/linear.h"
 #include "cuda/rows.cuh"
 
@@ -9,18 +11,28 @@ namespace pgolf::cuda {
 namespace {
 
 struct Dims {
-  i64 B, T, d, V, rows, chunk, stride;
+  i64 B, T, d, V, rows, rank, chunk, stride;
   explicit Dims(const Head& op)
       : B(op.x.shape[0]),
         T(op.x.shape[1]),
         d(op.x.shape[2]),
         V(op.w.shape[0]),
         rows(B * (T - op.first)),
-        chunk(std::min(rows, rows_of_chunk(V))),
+        rank(op.adapters ? op.rank : 0),
+        chunk(std::min(rows, rank ? sequences_of_chunk() * (rows / B) : rows_of_chunk(V))),
         stride((V + kVector - 1) / kVector * kVector) {}
   Linear linear(DType S, i64 rows_of_chunk, i64 logits_stride) const { return {S, rows_of_chunk, d, V, logits_stride}; }
+  Adapters<1> adapters(DType S, i64 rows_of_chunk) const {
+    return {S, rows_of_chunk / (rows / B), rows / B, rank, d, {V}};
+  }
 
  private:
+  // With adapters chunks are whole sequences, and all of one height: the same bits for a sequence wherever it stands.
+  i64 sequences_of_chunk() const {
+    i64 sequences = std::clamp<i64>(rows_of_chunk(V) / (rows / B), 1, B);
+    while (B % sequences) --sequences;
+    return sequences;
+  }
   // At most 32 MiB of logits, which is what an H100's cache holds beside the operands; a product needs 128 rows. The
   // same in all three operations: how a product sums may depend on its height.
   static i64 rows_of_chunk(i64 V) {
@@ -33,17 +45,21 @@ struct ForwardScratch {
   void* normed;    // [chunk, d]
   float* factors;  // [chunk]
   float* logits;   // [chunk, stride]; not for head_logits, which has its own
+  void* u;         // [chunk, rank]
   ForwardScratch(Layout& layout, DType S, const Dims& s, bool own_logits)
       : normed(layout.take(S, s.chunk * s.d)),
         factors(layout.take<float>(s.chunk)),
-        logits(layout.take<float>(own_logits ? 0 : s.chunk * s.stride)) {}
+        logits(layout.take<float>(own_logits ? 0 : s.chunk * s.stride)),
+        u(layout.take(S, s.chunk * s.rank)) {}
 };
 
 struct BackwardScratch {
   ForwardScratch forward;  // normed gives way to dnormed, and that to normed again
-  void* dlogits;           // [chunk, stride]
+  void *dlogits, *du;      // [chunk, stride], [chunk, rank]
   BackwardScratch(Layout& layout, DType S, const Dims& s)
-      : forward(layout, S, s, false), dlogits(layout.take(S, s.chunk * s.stride)) {}
+      : forward(layout, S, s, false),
+        dlogits(layout.take(S, s.chunk * s.stride)),
+        du(layout.take(S, s.chunk * s.rank)) {}
 };
 
 constexpr int kThreads = 256;
@@ -86,9 +102,13 @@ struct Loss {
   float* losses;
   double loss_scale;
   const double* multiplier;  // may be null
+  const float* weights;      // [rows] or null: 1
   S* dlogits;                // [rows, stride] or null
 
-  __device__ float scale() const { return static_cast<float>(multiplier ? loss_scale * *multiplier : loss_scale); }
+  __device__ float scale(i64 row) const {
+    const auto scale = static_cast<float>(multiplier ? loss_scale * *multiplier : loss_scale);
+    return weights ? scale * weights[row] : scale;
+  }
   __device__ int target(i64 row) const { return targets[positions.token(row)]; }
 
   // Eight logits of a row; −∞ beyond V.
@@ -156,7 +176,7 @@ __global__ void __launch_bounds__(kRowThreads) row_losses(Loss<S> loss, int warp
   if (own >= loss.rows) return;
   if (team.thread == 0) loss.store_loss(row, top, sum);
   if (!loss.dlogits) return;
-  const float scale = loss.scale(), over_sum = 1.0f / sum;
+  const float scale = loss.scale(row), over_sum = 1.0f / sum;
   const int target = loss.target(row);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -187,7 +207,7 @@ __global__ void __launch_bounds__(kRowThreads) long_row_losses(Loss<S> loss) {
   sum = team.sum(sum * expf(top - highest));
   if (team.thread == 0) loss.store_loss(row, highest, sum);
   if (!loss.dlogits) return;
-  const float scale = loss.scale(), over_sum = 1.0f / sum;
+  const float scale = loss.scale(row), over_sum = 1.0f / sum;
   const int target = loss.target(row);
 #pragma unroll 2
   for (int column = team.column(0); column < loss.V; column += kRowThreads * kVector)
@@ -207,6 +227,12 @@ void launch_losses(cudaStream_t stream, const Loss<S>& loss) {
   });
 }
 
+// The adapters, or their gradients, of the chunk's first sequence.
+void* first_adapters(const TensorView& of, const Dims& s, const Positions& positions) {
+  const i64 sequence = positions.start / (s.rows / s.B);
+  return of.as<char>() + static_cast<std::size_t>(sequence * of.shape[1]) * size_of(of.dtype);
+}
+
 // logits [rows, stride] of the computed rows from `start` on, before the softcap
 template <class S>
 void chunk_logits(const CudaBackend& backend, const Head& op, const Dims& s, const Positions& positions, i64 rows,
@@ -217,6 +243,11 @@ void chunk_logits(const CudaBackend& backend, const Head& op, const Dims& s, con
     PGOLF_LAUNCHED("norm_rows");
   });
   backend.gemm(s.linear(backend.dtype(), rows, stride).forward(scratch.normed, op.w.data, logits, DType::f32));
+  if (!s.rank) return;
+  const Adapters<1> adapters = s.adapters(backend.dtype(), rows);
+  const void* const numbers = first_adapters(op.adapters, s, positions);
+  backend.gemm(adapters.down(scratch.normed, numbers, scratch.u));
+  backend.gemm(adapters.up(0, scratch.u, numbers, logits, stride, DType::f32));
 }
 
 // body(positions, rows) for every chunk
@@ -238,6 +269,7 @@ Loss<S> loss_of(const Head& op, const Dims& s, const Positions& positions, i64 r
           Softcap(op.softcap),
           op.losses.as<float>() + positions.start,
           1.0,
+          nullptr,
           nullptr,
           nullptr};
 }
@@ -285,6 +317,7 @@ void CudaBackend::head_loss_backward(const Head& op, const HeadGrads& grads) {
   Layout layout(grads.scratch.data);
   const BackwardScratch scratch(layout, storage_, s);
   const ForwardScratch& forward = scratch.forward;
+  if (op.first) zero(grads.dx);
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
     for_chunks(op, s, [&](const Positions& positions, i64 rows) {
@@ -292,17 +325,28 @@ void CudaBackend::head_loss_backward(const Head& op, const HeadGrads& grads) {
       Loss<S> loss = loss_of<S>(op, s, positions, rows, forward.logits);
       loss.loss_scale = grads.loss_scale;
       loss.multiplier = grads.multiplier;
+      if (grads.weights) loss.weights = grads.weights.as<float>() + positions.start;
       loss.dlogits = static_cast<S*>(scratch.dlogits);
       launch_losses(stream(), loss);
       const Linear linear = s.linear(storage_, rows, s.stride);
+      const Adapters<1> adapters = s.adapters(storage_, rows);
+      if (s.rank) {
+        gemm(adapters.up_backward(0, loss.dlogits, s.stride, first_adapters(op.adapters, s, positions), scratch.du));
+        if (grads.adapters) {
+          void* const gradients = first_adapters(grads.adapters, s, positions);
+          gemm(adapters.a_gradient(scratch.du, forward.normed, gradients));
+          gemm(adapters.b_gradient(0, loss.dlogits, s.stride, forward.u, gradients));
+        }
+      }
       gemm(linear.backward(loss.dlogits, op.w.data, forward.normed));
+      if (s.rank) gemm(adapters.down_backward(scratch.du, first_adapters(op.adapters, s, positions), forward.normed));
       with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
         norm_rows_backward<S, vectors, false><<<row_blocks(rows, warps), kRowThreads, 0, stream()>>>(
-            op.x.as<S>() + positions.start * s.d, forward.factors, rows, static_cast<int>(s.d), warps,
-            static_cast<S*>(forward.normed), grads.dx.as<S>() + positions.start * s.d);
+            op.x.as<S>(), positions, forward.factors, rows, static_cast<int>(s.d), warps,
+            static_cast<S*>(forward.normed), grads.dx.as<S>(), static_cast<bool>(grads.w));
         PGOLF_LAUNCHED("norm_rows_backward");
       });
-      gemm(linear.weights(loss.dlogits, forward.normed, grads.w.data));
+      if (grads.w) gemm(linear.weights(loss.dlogits, forward.normed, grads.w.data));
     });
   });
 }

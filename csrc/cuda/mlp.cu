@@ -146,12 +146,12 @@ void CudaBackend::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
     gemm(s.linear(storage_).backward(grads.dh.data, op.w.data, grads.scratch.data));
     with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
       norm_rows_backward<S, vectors, true><<<row_blocks(s.N, warps), kRowThreads, 0, stream()>>>(
-          op.x.as<S>(), op.saved.as<float>(), s.N, static_cast<int>(s.d), warps, grads.scratch.as<S>(),
-          grads.dx.as<S>());
+          op.x.as<S>(), Positions{}, op.saved.as<float>(), s.N, static_cast<int>(s.d), warps, grads.scratch.as<S>(),
+          grads.dx.as<S>(), static_cast<bool>(grads.w));
       PGOLF_LAUNCHED("norm_rows_backward");
     });
   });
-  gemm(s.linear(storage_).weights(grads.dh.data, grads.scratch.data, grads.w.data));
+  if (grads.w) gemm(s.linear(storage_).weights(grads.dh.data, grads.scratch.data, grads.w.data));
 }
 
 }  // namespace pgolf::cuda

@@ -123,7 +123,7 @@ void CudaBackend::project_residual_forward(const ProjectResidual& op) {
 void CudaBackend::project_residual_backward(const ProjectResidual& op, const ProjectResidualGrads& grads) {
   const Dims s(op);
   gemm(s.linear(storage_).backward(grads.dout.data, op.w.data, grads.da.data));
-  gemm(s.linear(storage_).weights(grads.dout.data, op.a.data, grads.w.data));
+  if (grads.w) gemm(s.linear(storage_).weights(grads.dout.data, op.a.data, grads.w.data));
 }
 
 void CudaBackend::product(const TensorView& a, const TensorView& b, const TensorView& out) {

@@ -3,7 +3,9 @@
 // Rounded to S. Forward: normed = rms(m); the product normed·wᵀ of each of q, k, v; q and k after norm and rotation.
 // Backward: the gradients of the products; dnormed, their sum over q, k, v; normed, recomputed for the weight
 // gradients; dskip; dx. The gradient at m and the norm's backward are not rounded, dx0 takes float32, and a pending
-// dskip is added as rounded.
+// dskip is added as rounded. With adapters: u, du, and dnormed once more, before du·a is added; u·b is added in
+// float32.
+#include "cuda/adapters.h"
 #include "cuda/columns.cuh"
 #include "cuda/linear.h"
 #include "cuda/sm90/resident_product.cuh"
@@ -15,6 +17,7 @@ struct Dims {
   i64 N, T, d, H, K, D;
   i64 width;    // of q, k and v side by side
   i64 queries;  // of a sequence: the last of its T positions
+  i64 rank;     // of adapters; 0: none
   explicit Dims(const Qkv& op)
       : N(op.k.shape[0] * op.k.shape[1]),
         T(op.k.shape[1]),
@@ -23,9 +26,11 @@ struct Dims {
         K(op.k.shape[2]),
         D(op.q.shape[3]),
         width((H + 2 * K) * D),
-        queries(op.q.shape[1]) {}
+        queries(op.q.shape[1]),
+        rank(op.adapters ? op.rank : 0) {}
   i64 query_rows() const { return N / T * queries; }
   Linear linear(DType S) const { return {S, N, d, width}; }
+  Adapters<2> adapters(DType S) const { return {S, N / T, T, rank, d, {H * D, K * D}}; }
 };
 
 // What of q, k and v a product makes, of which positions.
@@ -34,17 +39,21 @@ struct Part {
   i64 H, K;            // heads of q, and of k and v
 };
 
-struct Saved {  // rms factors
-  float *input, *q, *k;
-  Saved(Layout& layout, const Dims& s)
-      : input(layout.take<float>(s.N)), q(layout.take<float>(s.query_rows() * s.H)), k(layout.take<float>(s.N * s.K)) {}
+struct Saved {
+  float *input, *q, *k;  // rms factors
+  void* u;               // [N, 2·rank]
+  Saved(Layout& layout, DType S, const Dims& s)
+      : input(layout.take<float>(s.N)),
+        q(layout.take<float>(s.query_rows() * s.H)),
+        k(layout.take<float>(s.N * s.K)),
+        u(layout.take(S, s.N * 2 * s.rank)) {}
 };
 
 // Whether heads are normed and rotated before a product leaves the registers.
 bool fuses(const CudaBackend& backend, const Dims& s) {
   using Tiles = sm90::ResidentTiles;
   const bool whole_heads = s.H * s.D % Tiles::kColumns == 0 && s.K * s.D % Tiles::kColumns == 0;
-  return whole_heads && (s.D == 64 || s.D == 128) && sm90::takes(backend, s.N, s.width, s.d);
+  return s.rank == 0 && whole_heads && (s.D == 64 || s.D == 128) && sm90::takes(backend, s.N, s.width, s.d);
 }
 
 struct ForwardScratch {
@@ -57,11 +66,13 @@ struct ForwardScratch {
 
 struct BackwardScratch {
   void *dnormed, *packed, *weights;  // dnormed becomes normed, row by row
+  void* du;                          // [N, 2·rank]
   float* columns;                    // [column_blocks, 3, d] partial gradients of both mixes and the skip weight
   BackwardScratch(Layout& layout, DType S, const Dims& s)
       : dnormed(layout.take(S, s.N * s.d)),
         packed(layout.take(S, s.N * s.width)),
         weights(layout.take(S, s.width * s.d)),
+        du(layout.take(S, s.N * 2 * s.rank)),
         columns(layout.take<float>(column_blocks(s.N) * 3 * s.d)) {}
 };
 
@@ -80,7 +91,7 @@ const void* packed_weights(cudaStream_t stream, const Qkv& op, void* room) {
   return room;
 }
 
-// normed = rms(m). Memory-bound: 2 or 3 reads, 1 write.
+// normed = rms(m). Memory-bound: 2 or 3 reads, 1 write. factors may be null.
 template <class S, int kVectors>
 __global__ void __launch_bounds__(kRowThreads, 2)
     norm_mixed(Mixed<S> in, Positions positions, i64 rows, int d, int warps, S* __restrict__ normed,
@@ -110,7 +121,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   }
   const float factor = rms_factor(team.sum(squares), d);
   if (own >= rows) return;
-  if (team.thread == 0) factors[row] = factor;
+  if (factors && team.thread == 0) factors[row] = factor;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     if (team.column(v) >= d) break;
@@ -204,12 +215,49 @@ __device__ __forceinline__ void store_unit(S* to, const Unit<kUnit>& u) {
     reinterpret_cast<Piece*>(to)[i] = reinterpret_cast<const Piece*>(raw)[i];
 }
 
+// What adapters add to the products of q and v: u·bᵀ. The b's of a sequence, [out, rank] in S, are read by all its
+// tokens, from the cache.
+template <class S>
+struct Delta {
+  const S *u, *b;    // u: [N, 2·rank]; b: the first sequence's b of q
+  i64 step, b_of_v;  // from one sequence's to the next; from q's to v's
+  int rank;
+
+  // `column` of the head's product, kUnit numbers
+  template <int kUnit>
+  __device__ __forceinline__ void add_to(Unit<kUnit>& x, const HeadLane<kUnit>& lane, const Heads& s,
+                                         int column) const {
+    const bool query = lane.head < s.H;
+    const int own_head = query ? lane.head : lane.head - s.H - s.K;
+    const S* from = u + (lane.token * 2 + (query ? 0 : 1)) * rank;
+    const S* rows = b + static_cast<unsigned>(lane.token) / static_cast<unsigned>(s.T) * step + (query ? 0 : b_of_v) +
+                    (i64{own_head} * s.D + column) * rank;
+    if (rank % kVector == 0) {
+      for (int r = 0; r < rank; r += kVector) {
+        const Vector8 at_u = load8(from + r);
+#pragma unroll
+        for (int j = 0; j < kUnit; ++j) {
+          const Vector8 at_b = load8(rows + j * rank + r);
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) x.x[j] = fmaf(at_u.x[i], at_b.x[i], x.x[j]);
+        }
+      }
+    } else {
+      for (int r = 0; r < rank; ++r) {
+        const float at_u = to_float(from[r]);
+#pragma unroll
+        for (int j = 0; j < kUnit; ++j) x.x[j] = fmaf(at_u, to_float(rows[j * rank + r]), x.x[j]);
+      }
+    }
+  }
+};
+
 // q, k = rope(rms(product)) per head; v is copied. Memory-bound: 1 read, 1 write.
-template <class S, int kUnit>
+template <class S, int kUnit, bool kAdapted>
 __global__ void __launch_bounds__(kRowThreads)
-    norm_rotate(Heads s, const S* __restrict__ packed, const float* __restrict__ cos, const float* __restrict__ sin,
-                S* __restrict__ q, S* __restrict__ k, S* __restrict__ v, float* __restrict__ q_factors,
-                float* __restrict__ k_factors) {
+    norm_rotate(Heads s, const S* __restrict__ packed, Delta<S> delta, const float* __restrict__ cos,
+                const float* __restrict__ sin, S* __restrict__ q, S* __restrict__ k, S* __restrict__ v,
+                float* __restrict__ q_factors, float* __restrict__ k_factors) {
   const HeadLane<kUnit> lane(s);
   Unit<kUnit> a{}, b{}, c, n;
   float squares = 0;
@@ -219,6 +267,12 @@ __global__ void __launch_bounds__(kRowThreads)
     if (lane.rotates) {
       c = load_unit<kUnit>(cos + lane.at_angle);
       n = load_unit<kUnit>(sin + lane.at_angle);
+    }
+    if constexpr (kAdapted) {
+      if (lane.head < s.H || !lane.rotates) {
+        delta.add_to(a, lane, s, lane.pair);
+        delta.add_to(b, lane, s, lane.pair + s.center);
+      }
     }
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) squares = fmaf(b.x[j], b.x[j], fmaf(a.x[j], a.x[j], squares));
@@ -369,7 +423,8 @@ InputGrads input_grads(const QkvGrads& grads) {
 
 // The gradient at m, from dx (the residual path's) and dnormed, and from it all that m is made of. dnormed gives way to
 // normed. Memory-bound: x, x0, skip, dnormed, dx, pending read, normed, dx, dskip written in S, dx0 read and written.
-template <class S, int kVectors, bool kSkip>
+// dx0 may be null; kSums: the gradients of the vectors are summed.
+template <class S, int kVectors, bool kSkip, bool kSums>
 __global__ void __launch_bounds__(kRowThreads)
     mixed_backward(Mixed<S> in, i64 rows, int d, int warps, const float* __restrict__ factors, S* dnormed_to_normed,
                    InputGrads grads, float* __restrict__ partials) {
@@ -413,26 +468,29 @@ __global__ void __launch_bounds__(kRowThreads)
       if (column >= d) break;
       const i64 at = row * d + column;
       S* dx = static_cast<S*>(grads.dx) + at;
-      Vector8 at_sum, normed = mixed(v, at_sum), g = load8<S>(dx), g0 = load8<float>(grads.dx0 + at);
+      Vector8 at_sum, normed = mixed(v, at_sum), g = load8<S>(dx), g0{};
+      if (grads.dx0) g0 = load8<float>(grads.dx0 + at);
       const Vector8 x0 = unpack(raw0[v]), dn = unpack(raw_dn[v]);
       const Vector8 mix0 = load8(in.mix0 + column), mix1 = load8(in.mix1 + column);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         normed.x[j] *= factor;
         g.x[j] += factor * (dn.x[j] - normed.x[j] * mean);
-        dmix0[v].x[j] = fmaf(g.x[j], at_sum.x[j], dmix0[v].x[j]);
-        dmix1[v].x[j] = fmaf(g.x[j], x0.x[j], dmix1[v].x[j]);
+        if constexpr (kSums) {
+          dmix0[v].x[j] = fmaf(g.x[j], at_sum.x[j], dmix0[v].x[j]);
+          dmix1[v].x[j] = fmaf(g.x[j], x0.x[j], dmix1[v].x[j]);
+        }
         g0.x[j] = fmaf(mix1.x[j], g.x[j], g0.x[j]);
         g.x[j] *= mix0.x[j];  // from here on the gradient at the sum with the skip
       }
       store8(dnormed_to_normed + at, normed);
-      store8(grads.dx0 + at, g0);
+      if (grads.dx0) store8(grads.dx0 + at, g0);
       Vector8 added{};
       if constexpr (kSkip) {
         const Vector8 skip = unpack(raw_skip[v]), weight = load8(in.weight + column);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
-          dweight[v].x[j] = fmaf(g.x[j], skip.x[j], dweight[v].x[j]);
+          if constexpr (kSums) dweight[v].x[j] = fmaf(g.x[j], skip.x[j], dweight[v].x[j]);
           added.x[j] = to_float(from_float<S>(weight.x[j] * g.x[j]));
         }
         store8(static_cast<S*>(grads.dskip) + at, added);
@@ -447,10 +505,23 @@ __global__ void __launch_bounds__(kRowThreads)
       store8(dx, g);
     }
   }
-  float* partial = partials + i64{blockIdx.x} * 3 * d;
-  store_columns(team, dmix0, d, shared, partial);
-  store_columns(team, dmix1, d, shared, partial + d);
-  if constexpr (kSkip) store_columns(team, dweight, d, shared, partial + 2 * d);
+  if constexpr (kSums) {
+    float* partial = partials + i64{blockIdx.x} * 3 * d;
+    store_columns(team, dmix0, d, shared, partial);
+    store_columns(team, dmix1, d, shared, partial + d);
+    if constexpr (kSkip) store_columns(team, dweight, d, shared, partial + 2 * d);
+  }
+}
+
+// normed = rms(m) of `rows` tokens, of each sequence those from position `first` on.
+template <class S>
+void norm_input(cudaStream_t stream, const Qkv& op, const Dims& s, i64 rows, i64 first, void* normed, float* factors) {
+  with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
+    norm_mixed<S, vectors><<<row_blocks(rows, warps), kRowThreads, 0, stream>>>(
+        Mixed<S>(op.in), Positions{0, static_cast<unsigned>(s.T), static_cast<unsigned>(first)}, rows,
+        static_cast<int>(s.d), warps, static_cast<S*>(normed), factors);
+    PGOLF_LAUNCHED("norm_mixed");
+  });
 }
 
 // body(unit): the pairs of a lane, an integral_constant. Halves of a head are whole vectors of 8 or of 4.
@@ -466,8 +537,9 @@ OpBytes CudaBackend::bytes(const Qkv& op) const {
   const Dims s(op);
   require(s.D % 8 == 0 && s.D <= 256, "A head has ", s.D,
           " numbers; the CUDA backend needs a multiple of 8, and at most 256.");
+  require(s.rank == 0 || s.queries == s.T, "Adapters take queries of all ", s.T, " positions, not of ", s.queries, ".");
   Layout saved, forward, backward;
-  Saved(saved, s);
+  Saved(saved, storage_, s);
   ForwardScratch(forward, *this, storage_, s);
   BackwardScratch(backward, storage_, s);
   return {saved.used(), forward.used(), backward.used()};
@@ -476,18 +548,14 @@ OpBytes CudaBackend::bytes(const Qkv& op) const {
 void CudaBackend::qkv_forward(const Qkv& op) {
   const Dims s(op);
   Layout saved_layout(op.saved.data), scratch_layout(op.scratch.data);
-  const Saved saved(saved_layout, s);
+  const Saved saved(saved_layout, storage_, s);
   const ForwardScratch scratch(scratch_layout, *this, storage_, s);
   const char* weights = static_cast<const char*>(packed_weights(stream(), op, scratch.weights));
+  const Adapters<2> adapters = s.adapters(storage_);
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
     const auto norm = [&](i64 rows, i64 first) {
-      with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
-        norm_mixed<S, vectors><<<row_blocks(rows, warps), kRowThreads, 0, stream()>>>(
-            Mixed<S>(op.in), Positions{0, static_cast<unsigned>(s.T), static_cast<unsigned>(first)}, rows,
-            static_cast<int>(s.d), warps, static_cast<S*>(scratch.normed), saved.input);
-        PGOLF_LAUNCHED("norm_mixed");
-      });
+      norm_input<S>(stream(), op, s, rows, first, scratch.normed, saved.input);
     };
     // Heads from the product of normed with the rows of the packed weights from `weight_row` on.
     const auto project = [&](const Part& part, i64 weight_row) {
@@ -506,12 +574,21 @@ void CudaBackend::qkv_forward(const Qkv& op) {
         if (fuses(*this, s)) return fused(std::integral_constant<int, 128>{});
       }
       gemm(Linear{storage_, part.rows, s.d, width}.forward(scratch.normed, w, scratch.packed, storage_));
+      if (s.rank) gemm(adapters.down(scratch.normed, op.adapters.data, saved.u));
       with_unit(s.D, [&](auto unit) {
-        const Heads heads(part, s.D, unit);
-        norm_rotate<S, unit><<<heads.blocks(), kRowThreads, 0, stream()>>>(
-            heads, static_cast<const S*>(scratch.packed), op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(),
-            op.k.as<S>(), op.v.as<S>(), saved.q, saved.k);
-        PGOLF_LAUNCHED("norm_rotate");
+        const auto launch = [&](auto adapted) {
+          const Heads heads(part, s.D, unit);
+          const Delta<S> delta{static_cast<const S*>(saved.u), op.adapters.as<S>() + adapters.b_at(0), adapters.size(),
+                               adapters.b_at(1) - adapters.b_at(0), static_cast<int>(s.rank)};
+          norm_rotate<S, unit, adapted><<<heads.blocks(), kRowThreads, 0, stream()>>>(
+              heads, static_cast<const S*>(scratch.packed), delta, op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(),
+              op.k.as<S>(), op.v.as<S>(), saved.q, saved.k);
+          PGOLF_LAUNCHED("norm_rotate");
+        };
+        if (s.rank)
+          launch(std::true_type{});
+        else
+          launch(std::false_type{});
       });
     };
     norm(s.N, 0);
@@ -525,8 +602,11 @@ void CudaBackend::qkv_forward(const Qkv& op) {
 void CudaBackend::qkv_backward(const Qkv& op, const QkvGrads& grads) {
   const Dims s(op);
   Layout saved_layout(op.saved.data), scratch_layout(grads.scratch.data);
-  const Saved saved(saved_layout, s);
+  const Saved saved(saved_layout, storage_, s);
   const BackwardScratch scratch(scratch_layout, storage_, s);
+  const Adapters<2> adapters = s.adapters(storage_);
+  const char* const packed_v =
+      static_cast<const char*>(scratch.packed) + static_cast<std::size_t>((s.H + s.K) * s.D) * size_of(storage_);
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
     with_unit(s.D, [&](auto unit) {
@@ -536,24 +616,43 @@ void CudaBackend::qkv_backward(const Qkv& op, const QkvGrads& grads) {
           op.sin.as<float>(), saved.q, saved.k, static_cast<S*>(scratch.packed));
       PGOLF_LAUNCHED("norm_rotate_backward");
     });
+    if (s.rank) {
+      gemm(adapters.up_backward(0, scratch.packed, s.width, op.adapters.data, scratch.du));
+      gemm(adapters.up_backward(1, packed_v, s.width, op.adapters.data, scratch.du));
+    }
+    if (!grads.dx) return norm_input<S>(stream(), op, s, s.N, 0, scratch.dnormed, nullptr);
     gemm(s.linear(storage_).backward(scratch.packed, packed_weights(stream(), op, scratch.weights), scratch.dnormed));
+    if (s.rank) gemm(adapters.down_backward(scratch.du, op.adapters.data, scratch.dnormed));
     // The column sums leave a thread room for two or three vectors.
     with_row_team<sizeof(S) == 4 ? 2 : 3>(s.d, [&](auto vectors, int warps) {
-      const auto launch = [&](auto skips) {
-        mixed_backward<S, vectors, skips>
+      const auto launch = [&](auto skips, auto sums) {
+        mixed_backward<S, vectors, skips, sums>
             <<<static_cast<unsigned>(column_blocks(s.N)), kRowThreads, s.d * sizeof(float), stream()>>>(
                 Mixed<S>(op.in), s.N, static_cast<int>(s.d), warps, saved.input, static_cast<S*>(scratch.dnormed),
                 input_grads(grads), scratch.columns);
         PGOLF_LAUNCHED("mixed_backward");
       };
+      const auto choose = [&](auto skips) {
+        if (grads.resid_mix)
+          launch(skips, std::true_type{});
+        else
+          launch(skips, std::false_type{});
+      };
       if (op.in.skip)
-        launch(std::true_type{});
+        choose(std::true_type{});
       else
-        launch(std::false_type{});
+        choose(std::false_type{});
     });
   });
-  add_columns(stream(), scratch.columns, column_blocks(s.N), 3 * s.d, (op.in.skip ? 3 : 2) * s.d,
-              grads.resid_mix.as<float>(), 2 * s.d, grads.skip_weight.as<float>());
+  if (grads.dx && grads.resid_mix)
+    add_columns(stream(), scratch.columns, column_blocks(s.N), 3 * s.d, (op.in.skip ? 3 : 2) * s.d,
+                grads.resid_mix.as<float>(), 2 * s.d, grads.skip_weight.as<float>());
+  if (grads.adapters) {
+    gemm(adapters.a_gradient(scratch.du, scratch.dnormed, grads.adapters.data));
+    gemm(adapters.b_gradient(0, scratch.packed, s.width, saved.u, grads.adapters.data));
+    gemm(adapters.b_gradient(1, packed_v, s.width, saved.u, grads.adapters.data));
+  }
+  if (!grads.wq) return;
 
   // The three weight gradients, together where they lie together.
   const auto weight_gradient = [&](const TensorView& w, i64 from, i64 rows) {

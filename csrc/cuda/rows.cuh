@@ -146,15 +146,16 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 // dx = (or +=) the gradient at x, given that at normed = rms(x), in whose place normed itself is left for the weight
-// gradient. Memory-bound: 2 (3) reads, 2 writes.
+// gradient, if there is one. Memory-bound: 2 (3) reads, 2 writes.
 template <class S, int kVectors, bool kAdd>
 __global__ void __launch_bounds__(kRowThreads)
-    norm_rows_backward(const S* __restrict__ x, const float* __restrict__ factors, i64 rows, int d, int warps,
-                       S* dnormed_to_normed, S* __restrict__ dx) {
+    norm_rows_backward(const S* __restrict__ x, Positions positions, const float* __restrict__ factors, i64 rows, int d,
+                       int warps, S* dnormed_to_normed, S* __restrict__ dx, bool keep_normed) {
   const Team team(warps);
   const i64 own = team_row(team), row = own < rows ? own : rows - 1;
   const float factor = factors[row];
-  const S* from = x + row * d;
+  const i64 token = positions.token(row);
+  const S* from = x + token * d;
   S* between = dnormed_to_normed + row * d;
   Packed8<S> raw[kVectors], raw_dn[kVectors], raw_dx[kAdd ? kVectors : 1];
   float dot = 0;
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(kRowThreads)
     if (team.column(v) >= d) break;
     raw[v] = load_packed(from + team.column(v));
     raw_dn[v] = load_packed<S>(between + team.column(v));
-    if constexpr (kAdd) raw_dx[v] = load_packed<S>(dx + row * d + team.column(v));
+    if constexpr (kAdd) raw_dx[v] = load_packed<S>(dx + token * d + team.column(v));
   }
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -185,8 +186,8 @@ __global__ void __launch_bounds__(kRowThreads)
       g.x[j] = factor * (g.x[j] - normed.x[j] * mean);
       if constexpr (kAdd) g.x[j] += sum.x[j];
     }
-    store8(dx + row * d + team.column(v), g);
-    store8(between + team.column(v), normed);
+    store8(dx + token * d + team.column(v), g);
+    if (keep_normed) store8(between + team.column(v), normed);
   }
 }
 

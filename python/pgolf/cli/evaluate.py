@@ -81,8 +81,9 @@ def evaluate_command(
     use_threads(threads)
     source = Source.of(model, recipe, config_file, overrides)
     settings = _settings(source.config)
+    method = method or settings.method
     loaded = source.load(device)
-    if not (seq_len or settings.eval_seq_len or loaded.train_seq_len):
+    if method != "ttt" and not (seq_len or settings.eval_seq_len or loaded.train_seq_len):
         raise ValueError(f"{source.artifact} does not say its training length; give --seq-len or --recipe.")
     console = console_for(as_json)
     with stages(console) as show:
@@ -90,7 +91,7 @@ def evaluate_command(
             loaded,
             source.data(data),
             source.tokenizer_path(tokenizer),
-            method=method or settings.method,
+            method=method,
             seq_len=seq_len or settings.eval_seq_len or None,
             stride=stride or settings.eval_stride,
             tail=tail or settings.tail,
