@@ -72,6 +72,7 @@ PUBLIC = [
     "dequantize_rows",
     "evaluate",
     "export",
+    "fit",
     "get_num_threads",
     "load",
     "load_state_dict",

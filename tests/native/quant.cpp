@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "check.h"
+#include "quant/coder.h"
 #include "quant/rows.h"
 
 namespace pgolf::test {
@@ -55,6 +56,27 @@ void pruning() {
   for (std::size_t i = 0; i < 5; ++i) CHECK_EQUAL(w[i], expected[i]);
 }
 
+// The same bytes on every machine: their number and FNV-1a hash are those of x86-64.
+void streams() {
+  constexpr std::int64_t rows = 64, columns = 48;
+  std::vector<std::int8_t> q(rows * columns), back(q.size());
+  std::vector<std::uint16_t> scale(rows), scale_back(rows);
+  std::uint32_t state = 1;
+  for (auto& value : q) {
+    state = state * 1664525u + 1013904223u;
+    value = static_cast<std::int8_t>(static_cast<int>(state >> 28) + static_cast<int>(state >> 24 & 15u) - 15);
+  }
+  for (std::size_t r = 0; r < scale.size(); ++r) scale[r] = static_cast<std::uint16_t>(0x2000 + 37 * r);
+  const auto stream = quant::encode_integers(q.data(), scale.data(), rows, columns);
+  quant::decode_integers(stream.data(), stream.size(), rows, columns, back.data(), scale_back.data());
+  CHECK_EQUAL(back == q, true);
+  CHECK_EQUAL(scale_back == scale, true);
+  std::uint32_t hash = 2166136261u;
+  for (const auto byte : stream) hash = (hash ^ byte) * 16777619u;
+  CHECK_EQUAL(stream.size(), std::size_t{1944});
+  CHECK_EQUAL(hash, 2200018884u);
+}
+
 void refusals() {
   const float w[] = {1.0f, NAN};
   std::int8_t q[2];
@@ -74,6 +96,7 @@ void test_quant() {
   amax();
   quantile_floor();
   pruning();
+  streams();
   refusals();
 }
 
