@@ -141,8 +141,8 @@ def main() -> None:
     module = load(args.script.resolve())
     watched = Watched(module, args)
     torch.compile = watched.compile
-    if args.eager:  # the script keeps tables that its first validation made, which no eager training may read
-        torch.inference_mode = torch.no_grad
+    # The script keeps tables that its first validation made, which no training may read if they are inference tensors.
+    torch.inference_mode = torch.no_grad
     register_optimizer_step_post_hook(watched.stepped)
     if args.export:
         use_export(module, args.export)

@@ -181,10 +181,12 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
       } else {
         products_wait<0>();
       }
+      products_done(s[0]);
       if (signals) barrier_arrive(keys_empty(stage));
       if (signals && tile == tiles - 1) barrier_arrive(queries_empty);
       softmax(tile);
       products_wait<0>();
+      products_done(o[0]);
       if (signals && tile > 0) barrier_arrive(values_empty(last));
 #pragma unroll
       for (int n = 0; n < kWidth / 8; ++n)
@@ -198,6 +200,7 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
       barrier_wait(values_full(last), stage == 0 ? parity ^ 1 : parity);
       begin_outputs(last);
       products_wait<0>();
+      products_done(o[0]);
       if (signals) barrier_arrive(values_empty(last));
     } else if (signals) {
       barrier_arrive(queries_empty);

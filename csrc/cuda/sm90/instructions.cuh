@@ -79,6 +79,14 @@ template <int kGroups>  // that may still be under way
 __device__ __forceinline__ void products_wait() {
   PGOLF_SM90(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory"));
 }
+// After a wait: from here on these are the products. Without it the compiler may read them before.
+template <int kTiles>
+__device__ __forceinline__ void products_done(float (&c)[kTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[n][i])::"memory");
+}
 
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {

@@ -120,6 +120,8 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
     }
     if (lane == 0) barrier_arrive(turn(1 - warpgroup));
     products_wait<0>();
+    products_done(sums[0]);
+    products_done(sums[1]);
     if (lane == 0) barrier_arrive(empty(before));
     box += (Tiles::kConsumers - 1) * depth_boxes;
 #pragma unroll
