@@ -191,7 +191,7 @@ def qkv_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "", ran
         "sin": as_float32(sin),
     }
     if rank:
-        inputs["adapters"] = as_float32(draw(rng, B, rank * (2 * d + H * D + K * D)) / (2 * rank**0.5))
+        inputs["adapters"] = as_float32(draw(rng, B, rank * (2 * d + H * D + K * D)) / (4 * rank**0.5))
 
     def expected(t):
         m = mixed_reference(t)
@@ -337,7 +337,7 @@ def adapted_head_case(
     inputs = {"x": draw(rng, B, T, d), "w": draw(rng, V, d), "targets": rng.integers(0, V, (B, T))}
     loss_weights = as_float32(rng.uniform(0.5, 1.0, (B, T - first)) * (rng.random((B, T - first)) < 0.8))
     if rank:
-        inputs["adapters"] = as_float32(draw(rng, B, rank * (d + V)) / (2 * rank**0.5))
+        inputs["adapters"] = as_float32(draw(rng, B, rank * (d + V)) / (4 * rank**0.5))
 
     def expected(t):
         heads = [t["w"] + adapters_of(t["adapters"][b], rank, d, V)[0] if rank else t["w"] for b in range(B)]
