@@ -219,6 +219,8 @@ def build(folder: Path, cuda: str, architectures: str) -> Path:
     """The wheel as this machine's compilers make it. What was compiled stays in build/wheel, for every Python."""
     from scikit_build_core.build import build_wheel
 
+    # Its note of the environment that used the folder last: for another one it would remove all that was compiled.
+    (ROOT / "build" / "wheel" / ".skbuild-info.json").unlink(missing_ok=True)
     os.environ.update(PGOLF_CUDA=cuda, PGOLF_CUDA_ARCHITECTURES=architectures)
     settings: dict[str, str | list[str]] = {
         "build-dir": "build/wheel",
