@@ -152,7 +152,9 @@ def run_script(args: argparse.Namespace, config: pgolf.Config, data: Path, folde
         command += ["--export", args.recipe] if args.recipe != "base" else []
         command += ["--stop-after", str(args.steps)] if args.steps < config.train.iterations else []
         folder.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, **script_environment(config, text, data), "RUN_ID": "script"}
+        # A compiled script must train before its first validation makes the tables that it keeps: as tensors of inference.
+        priming = {} if args.eager else {"WARMUP_STEPS": "1"}
+        environment = {**os.environ, **script_environment(config, text, data), "RUN_ID": "script", **priming}
         print(f"{args.script.name}, seed {config.train.seed}; its output: {folder / 'log.partial'}", flush=True)
         started = time.perf_counter()
         with (folder / "log.partial").open("w") as file:

@@ -37,6 +37,7 @@ class Watched:
         self.module, self.args = module, args
         self.model: torch.nn.Module | None = None
         self.steps = 0
+        self.priming = int(os.environ.get("WARMUP_STEPS", "20"))  # steps that the script takes back
         self.coarse: torch.Tensor | None = None
         """1 while late QAT is active, else 0: a tensor, so that a compiled model need not be compiled again."""
         self._compile = torch.compile
@@ -61,6 +62,9 @@ class Watched:
     def stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After each step of each optimizer."""
         if type(optimizer) is not self.module.Muon:
+            return
+        if self.priming > 0:
+            self.priming -= 1
             return
         self.steps += 1
         if self.args.stop_after and self.steps > self.args.stop_after:  # the loss of the step before has been printed
@@ -141,8 +145,8 @@ def main() -> None:
     module = load(args.script.resolve())
     watched = Watched(module, args)
     torch.compile = watched.compile
-    # The script keeps tables that its first validation made, which no training may read if they are inference tensors.
-    torch.inference_mode = torch.no_grad
+    if args.eager:  # the script keeps tables that its first validation made, which no eager training may read
+        torch.inference_mode = torch.no_grad
     register_optimizer_step_post_hook(watched.stepped)
     if args.export:
         use_export(module, args.export)

@@ -53,7 +53,8 @@ struct Saved {
 bool fuses(const CudaBackend& backend, const Dims& s) {
   using Tiles = sm90::ResidentTiles;
   const bool whole_heads = s.H * s.D % Tiles::kColumns == 0 && s.K * s.D % Tiles::kColumns == 0;
-  return s.rank == 0 && whole_heads && (s.D == 64 || s.D == 128) && sm90::takes(backend, s.N, s.width, s.d);
+  const bool whole_ranks = s.rank % kVector == 0 && (s.rank == 0 || s.T % 16 == 0);  // Delta::add_to_rows
+  return whole_ranks && whole_heads && (s.D == 64 || s.D == 128) && sm90::takes(backend, s.N, s.width, s.d);
 }
 
 struct ForwardScratch {
@@ -250,6 +251,34 @@ struct Delta {
       }
     }
   }
+
+  // The same for a warp's 16 rows of one sequence, by matrix instructions: 128 columns of q's product, or of v's. The
+  // rank is a multiple of 8.
+  __device__ __forceinline__ void add_to_rows(float (&x)[16][4], i64 row, i64 rows, int T, bool query,
+                                              int column) const {
+    if (row >= rows) return;
+    const S* const of_rows = u + (query ? 0 : rank) + lane_column(0);
+    const S* const of_columns = b + static_cast<unsigned>(row) / static_cast<unsigned>(T) * step +
+                                (query ? 0 : b_of_v) + i64{column} * rank + lane_column(0);
+    for (int r = 0; r < rank; r += 16) {
+      const bool second = r + kVector < rank;
+      unsigned a[4] = {};
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row) {
+        const i64 own = row + lane_row(2 * half_row);
+        if (own >= rows) continue;
+        const S* at = of_rows + own * (2 * rank) + r;
+        a[half_row] = *reinterpret_cast<const unsigned*>(at);
+        if (second) a[half_row + 2] = *reinterpret_cast<const unsigned*>(at + kVector);
+      }
+#pragma unroll
+      for (int n = 0; n < 16; ++n) {
+        const S* at = of_columns + (n * 8 + threadIdx.x % kWarp / 4) * rank + r;
+        multiply_add<S>(x[n], a, *reinterpret_cast<const unsigned*>(at),
+                        second ? *reinterpret_cast<const unsigned*>(at + kVector) : 0);
+      }
+    }
+  }
 };
 
 // q, k = rope(rms(product)) per head; v is copied. Memory-bound: 1 read, 1 write.
@@ -296,7 +325,7 @@ __global__ void __launch_bounds__(kRowThreads)
 
 // The same while the products are in registers, for heads of kWidth numbers; a tile of 128 columns has heads of one
 // tensor. The products are rounded as if they had been in memory.
-template <class S, int kWidth>
+template <class S, int kWidth, bool kAdapted>
 struct NormRotate {
   static constexpr int kHeads = 128 / kWidth, kColumnTiles = kWidth / 8;
   i64 rows;
@@ -304,6 +333,7 @@ struct NormRotate {
   const float *cos, *sin;
   S *q, *k, *v;
   float *q_factors, *k_factors;
+  Delta<S> delta;
 
   __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, i64 row, int column) const {
     auto& x = product[0];
@@ -313,6 +343,8 @@ struct NormRotate {
       for (int i = 0; i < 4; ++i) x[n][i] = to_float(from_float<S>(x[n][i]));
     const int head = column / kWidth, heads = head < H ? H : K, own_head = head < H ? head : (head - H) % K;
     const bool query = head < H, rotates = head < H + K;
+    if constexpr (kAdapted)
+      if (query || !rotates) delta.add_to_rows(x, row, rows, T, query, own_head * kWidth);
     if (rotates) {
       float2 cosines[2][kColumnTiles / 2], sines[2][kColumnTiles / 2];
 #pragma unroll
@@ -561,25 +593,27 @@ void CudaBackend::qkv_forward(const Qkv& op) {
     const auto project = [&](const Part& part, i64 weight_row) {
       const void* w = weights + static_cast<std::size_t>(weight_row * s.d) * sizeof(S);
       const i64 width = (part.H + 2 * part.K) * s.D;
+      const Delta<S> delta{static_cast<const S*>(saved.u), op.adapters.as<S>() + adapters.b_at(0), adapters.size(),
+                           adapters.b_at(1) - adapters.b_at(0), static_cast<int>(s.rank)};
+      if (s.rank) gemm(adapters.down(scratch.normed, op.adapters.data, saved.u));
       if constexpr (sizeof(S) == 2) {
-        const auto fused = [&](auto head_width) {
-          constexpr int kWidth = head_width;
+        const auto fused = [&](auto head_width, auto adapted) {
           sm90::launch_resident_product<S>(
               *this, "qkv", scratch.normed, w, part.rows, width, s.d,
-              NormRotate<S, kWidth>{part.rows, int(part.T), int(part.first), int(part.H), int(part.K),
-                                    op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(), op.k.as<S>(), op.v.as<S>(),
-                                    saved.q, saved.k});
+              NormRotate<S, head_width(), adapted()>{part.rows, int(part.T), int(part.first), int(part.H), int(part.K),
+                                                     op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(),
+                                                     op.k.as<S>(), op.v.as<S>(), saved.q, saved.k, delta});
         };
-        if (fuses(*this, s) && s.D == 64) return fused(std::integral_constant<int, 64>{});
-        if (fuses(*this, s)) return fused(std::integral_constant<int, 128>{});
+        const auto fused_heads = [&](auto adapted) {
+          if (s.D == 64) return fused(std::integral_constant<int, 64>{}, adapted);
+          fused(std::integral_constant<int, 128>{}, adapted);
+        };
+        if (fuses(*this, s)) return s.rank ? fused_heads(std::true_type{}) : fused_heads(std::false_type{});
       }
       gemm(Linear{storage_, part.rows, s.d, width}.forward(scratch.normed, w, scratch.packed, storage_));
-      if (s.rank) gemm(adapters.down(scratch.normed, op.adapters.data, saved.u));
       with_unit(s.D, [&](auto unit) {
         const auto launch = [&](auto adapted) {
           const Heads heads(part, s.D, unit);
-          const Delta<S> delta{static_cast<const S*>(saved.u), op.adapters.as<S>() + adapters.b_at(0), adapters.size(),
-                               adapters.b_at(1) - adapters.b_at(0), static_cast<int>(s.rank)};
           norm_rotate<S, unit, adapted><<<heads.blocks(), kRowThreads, 0, stream()>>>(
               heads, static_cast<const S*>(scratch.packed), delta, op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(),
               op.k.as<S>(), op.v.as<S>(), saved.q, saved.k);
