@@ -152,7 +152,7 @@ def run_script(args: argparse.Namespace, config: pgolf.Config, data: Path, folde
         command += ["--export", args.recipe] if args.recipe != "base" else []
         command += ["--stop-after", str(args.steps)] if args.steps < config.train.iterations else []
         folder.mkdir(parents=True, exist_ok=True)
-        # A compiled script must train before its first validation makes the tables that it keeps: as tensors of inference.
+        # A compiled script must train before it validates: training cannot read tables that inference made.
         priming = {} if args.eager else {"WARMUP_STEPS": "1"}
         environment = {**os.environ, **script_environment(config, text, data), "RUN_ID": "script", **priming}
         print(f"{args.script.name}, seed {config.train.seed}; its output: {folder / 'log.partial'}", flush=True)
@@ -315,7 +315,7 @@ def main() -> None:
             other, weights = run_script(args, config, data, folder), folder / "initial.npz"
             if args.only:
                 continue
-            if other.score_bpb is not None:
+            if other.score_bpb is not None and args.eager:  # compilers round the script's tables as pgolf cannot
                 score_script(args, config, data, folder, other)
         elif args.log:
             other = Curve.of_log(args.log.read_text(encoding="utf-8"))

@@ -37,7 +37,9 @@ class Watched:
         self.module, self.args = module, args
         self.model: torch.nn.Module | None = None
         self.steps = 0
-        self.priming = int(os.environ.get("WARMUP_STEPS", "20"))  # steps that the script takes back
+        self.priming = 0  # steps that the script will take back
+        if "WARMUP_STEPS" in args.script.read_text(encoding="utf-8"):
+            self.priming = int(os.environ.get("WARMUP_STEPS", "20"))
         self.coarse: torch.Tensor | None = None
         """1 while late QAT is active, else 0: a tensor, so that a compiled model need not be compiled again."""
         self._compile = torch.compile

@@ -32,8 +32,9 @@ VARIANTS = [
     {},
     {"tie_embeddings": False, "bigram_dim": 96, "num_heads": 3, "num_kv_heads": 3},
     {"bigram_vocab_size": 0},
-    {"model_dim": 256, "num_heads": 4, "num_kv_heads": 2},  # what Hopper's own kernels take
 ]
+# What Hopper's own kernels take: numbers of 16 bits.
+HOPPER = {"model_dim": 256, "num_heads": 4, "num_kv_heads": 2}
 
 
 def train(dtype: str, changes: dict[str, object]) -> None:
@@ -97,7 +98,7 @@ def main() -> None:
         print("every kernel of our own ran")
         return
     for dtype in sys.argv[1:] or ("float32", "bfloat16", "float16"):
-        for changes in VARIANTS:
+        for changes in (*VARIANTS, *([] if dtype == "float32" else [HOPPER])):
             train(dtype, changes)
     with ops.on("cuda"):
         q, scale = ops.quantize_rows(np.random.default_rng(1).standard_normal((70, 33)).astype(np.float32), 15)

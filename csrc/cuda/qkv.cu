@@ -601,8 +601,8 @@ void CudaBackend::qkv_forward(const Qkv& op) {
           sm90::launch_resident_product<S>(
               *this, "qkv", scratch.normed, w, part.rows, width, s.d,
               NormRotate<S, head_width(), adapted()>{part.rows, int(part.T), int(part.first), int(part.H), int(part.K),
-                                                     op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(),
-                                                     op.k.as<S>(), op.v.as<S>(), saved.q, saved.k, delta});
+                                                     op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(), op.k.as<S>(),
+                                                     op.v.as<S>(), saved.q, saved.k, delta});
         };
         const auto fused_heads = [&](auto adapted) {
           if (s.D == 64) return fused(std::integral_constant<int, 64>{}, adapted);

@@ -395,9 +395,20 @@ def _by_windows(model: Model, tokens: np.ndarray[Any, Any], config: Config, leng
     return losses
 
 
+def _by_training(model: Model, tokens: np.ndarray[Any, Any], config: Config, length: int) -> np.ndarray[Any, Any]:
+    """The loss of every target of a short stream, (N,), by test-time training in chunks of ``length``."""
+    from pgolf.audit import document_starts
+    from pgolf.ttt import Documents, Settings, score
+
+    documents = Documents.of(document_starts(tokens, config.model.bos_id), tokens.size - 1)
+    settings = Settings(config.eval.ttt_lora_rank, config.eval.ttt_lora_lr, length, 2 * length, 1)
+    return score(model, tokens, documents, settings)[0]  # type: ignore[arg-type]
+
+
 SCORERS: dict[str, Callable[[Model, np.ndarray[Any, Any], Config, int], np.ndarray[Any, Any]]] = {
     "standard": _by_windows,
     "sliding": _by_windows,
+    "ttt": _by_training,
 }
 """How a method scores a short stream token by token, (N + 1,) to (N,): the function of a model, the stream, the run's
 configuration, and a length that takes the place of its windows', or of its chunks'."""
