@@ -39,7 +39,10 @@ LIST = ROOT / "dev" / "mutants.toml"
 TABLE = ROOT / "docs" / "mutants.md"
 WORK = ROOT / "build" / "mutants"
 # Tests of commands, downloads, plots and the installed package take minutes and would notice mathematics by accident.
-OUTSIDE = "cli demo doctor download environment inspect inspect_data interrupt notebook package plot prepare train_gpt"
+OUTSIDE = (
+    "benchmarks cli demo doctor download environment fidelity inspect inspect_data interrupt notebook package plot"
+    " prepare train_gpt wheel"
+)
 ALL_TESTS = " ".join(["tests", *(f"--ignore=tests/test_{name}.py" for name in OUTSIDE.split())])
 CODE = ("CMakeLists.txt", "cmake/", "csrc/", "examples/", "pyproject.toml", "python/", "tests/")  # what results rest on
 TIMEOUT = 1800.0  # seconds of one pytest; no selection takes a tenth of it
