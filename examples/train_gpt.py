@@ -21,7 +21,7 @@ from pathlib import Path
 import pgolf
 from pgolf.environment import config_from_environment
 from pgolf.evaluate import ValidationData
-from pgolf.finish import Report
+from pgolf.finish import Report, score_as_configured
 from pgolf.trainer import StepRecord
 
 # Where the competition's own download puts the data; these hold where DATA_PATH is unset.
@@ -82,15 +82,7 @@ def scoring(config: pgolf.Config, weights: str) -> Callable[[Log], None]:
         log(f"load_model_path:{weights}")
         log(f"model_params:{model.num_parameters}")
         log(eval_mode(config))
-        score = pgolf.evaluate(
-            model,
-            validation,
-            method=config.eval.method,
-            seq_len=config.eval_seq_len,
-            stride=config.eval.eval_stride,
-            tail=config.eval.tail,
-            batch_seqs=config.eval.eval_batch_seqs,
-        )
+        score = score_as_configured(model, validation, config)
         log(f"loaded_model {losses(score.loss, score.bpb, 4)} eval_time:{1000 * score.seconds:.0f}ms")
         log(f"loaded_model_exact {losses(score.loss, score.bpb, 8)}")
 

@@ -555,6 +555,14 @@ def test_repr_and_description() -> None:
     assert re.search(r"float32.*threads?|threads?.*float32", model.description)
 
 
+def test_the_bytes_of_training_can_be_asked_for_before_it() -> None:
+    model = GPT(tiny(), seed=1, device="cpu")
+    before = model._native.training_bytes(2, 16)
+    ids = np.zeros((2, 16), np.int64)
+    model.loss_and_grads(ids, ids)
+    assert before == model._native.training_bytes(2, 16) > 0
+
+
 def test_memory_table() -> None:
     config = tiny()
     model = GPT(config, seed=1)

@@ -463,6 +463,22 @@ def test_training_while_scoring_is_looked_at_token_by_token(
     assert outcomes(check(runs[0], Settings(code=code, rescore=False)))["order"] == "unchecked"
 
 
+def test_pgolfs_own_test_time_training_scores_before_it_trains(
+    runs: list[Path], code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config.from_toml(runs[0] / "config.toml").override({"eval.method": "ttt"})
+    (runs[0] / "config.toml").write_text(config.to_toml())
+    report = check(runs[0], Settings(code=code, rescore=False))
+    assert outcomes(report)["order"] == "passed", report.findings
+    own = rules_module.SCORERS["ttt"]
+
+    def late(model: Any, tokens: Any, config: Config, length: int) -> Any:  # a chunk's losses after it is known
+        return own(model, tokens, config, length) + 1e-3 * np.arange(tokens.size - 1) * (tokens[-1] % 7)
+
+    monkeypatch.setitem(rules_module.SCORERS, "ttt", late)
+    assert outcomes(check(runs[0], Settings(code=code, rescore=False)))["order"] == "failed"
+
+
 # What cannot be checked
 
 

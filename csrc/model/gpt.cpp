@@ -178,11 +178,12 @@ void GPT::ensure_copies(bool qat) {
 // Points the operations at the parameters: the weights themselves or their copies.
 void GPT::bind_parameters(Plan& plan, bool qat) const {
   plan.qat = qat;
+  const bool gradients = plan.mode == Mode::train && grads_.allocated();  // not where only a size is asked for
   const auto bind = [&](const std::string& name, TensorView& parameter, TensorView* gradient) {
     const std::size_t index = index_of(name);
     const Reads kind = reads(index, qat);
     parameter = kind == Reads::itself ? weights_[index] : kind == Reads::working ? working_[index] : quantized_[index];
-    if (plan.mode == Mode::train && gradient) *gradient = grads_[index];
+    if (gradients && gradient) *gradient = grads_[index];
   };
   const auto skip_row = [&](const ParameterSet& set, std::int64_t j) {
     const TensorView& all = set[index_of("skip_weights")];
@@ -208,7 +209,7 @@ void GPT::bind_parameters(Plan& plan, bool qat) const {
     bind(block + "resid_mix", l.qkv.in.resid_mix, &l.qkv_grads.resid_mix);
     if (i >= encoders && i < 2 * encoders) {
       l.qkv.in.skip_weight = skip_row(weights_, i - encoders);
-      if (plan.mode == Mode::train) l.qkv_grads.skip_weight = skip_row(grads_, i - encoders);
+      if (gradients) l.qkv_grads.skip_weight = skip_row(grads_, i - encoders);
     }
     l.attention_out.mixed.resid_mix = l.qkv.in.resid_mix;
     l.attention_out.mixed.skip_weight = l.qkv.in.skip_weight;

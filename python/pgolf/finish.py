@@ -154,7 +154,9 @@ def _finish(trainer: Trainer, folder: Path, progress: Progress, code: str | os.P
     return report
 
 
-def score_as_configured(model: Model, validation: ValidationData, config: Config, progress: Progress) -> Score:
+def score_as_configured(
+    model: Model, validation: ValidationData, config: Config, progress: Progress | None = None
+) -> Score:
     """The score of a loaded artifact by the configuration's [eval] table: what a run reports, and a check repeats."""
     return evaluate(
         model,
@@ -165,5 +167,5 @@ def score_as_configured(model: Model, validation: ValidationData, config: Config
         tail=config.eval.tail,
         batch_seqs=config.eval.eval_batch_seqs,
         **config.eval.ttt(),
-        progress=lambda done, total, tokens: progress("score", done, total),
+        progress=None if progress is None else lambda done, total, tokens: progress("score", done, total),
     )

@@ -159,7 +159,7 @@ class GPT:
     def window_losses(self, ids: Any, targets: Any, first: int) -> FloatArray:
         """Like `token_losses`, but only for positions first … T − 1: returns (B, T − first), float32.
 
-        The head, a good part of the work, is not computed for the positions before: for sliding evaluation.
+        Of the positions before, the last block makes only keys and values and the head nothing: for sliding evaluation.
         """
         tokens, goals = _token_pair(ids, targets)
         return self._in_parts(tokens.shape, lambda part: self._native.losses(tokens[part], goals[part], first))
