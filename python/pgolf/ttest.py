@@ -110,8 +110,17 @@ def regularised_incomplete_beta(a: float, b: float, x: float) -> float:
         return float(x)
     if x > (a + 1) / (a + b + 2):  # the fraction converges fast only below the distribution's bulk
         return 1 - regularised_incomplete_beta(b, a, 1 - x)
-    log_front = a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    small, large = sorted((a, b))
+    log_front = a * math.log(x) + b * math.log1p(-x) + _log_gamma_step(large, small) - math.lgamma(small)
     return math.exp(log_front) * _continued_fraction(a, b, x) / a
+
+
+def _log_gamma_step(a: float, b: float) -> float:
+    """log Γ(a + b) − log Γ(a), b ≤ a."""
+    if a < 1e5 or b > 10:
+        return math.lgamma(a + b) - math.lgamma(a)
+    # Two numbers of 10¹⁰ would leave five digits of their difference: Stirling's series, its next term below 1e-11.
+    return b * math.log(a) + b * (b - 1) / (2 * a) - b * (b - 1) * (2 * b - 1) / (12 * a * a)
 
 
 def _continued_fraction(a: float, b: float, x: float) -> float:
