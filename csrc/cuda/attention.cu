@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "cuda/attention.cuh"
+#include "cuda/sm90/attention_backward.cuh"
 #include "cuda/sm90/attention_forward.cuh"
 
 namespace pgolf::cuda {
@@ -37,13 +38,21 @@ AttentionArgs<S> arguments(const Attention& op) {
           .lse = op.saved.as<float>()};
 }
 
+// Whether Hopper's own kernels compute it.
+template <class S>
+bool on_hopper(const CudaBackend& backend, const AttentionArgs<S>& a) {
+  return sizeof(S) == 2 && backend.path() >= Path::sm90 && a.D == sm90::kHeadWidth;
+}
+
 struct BackwardScratch {
   int partials;  // of a head's gain
   float *delta, *dgain;
   template <class S>
-  BackwardScratch(Layout& layout, const AttentionArgs<S>& a)
-      : partials(a.batch * static_cast<int>(blocks_for(a.T, AttentionKernels<S>::dq_rows(a.D)))),
-        delta(layout.take<float>(static_cast<i64>(a.batch) * a.H * a.T)),
+  BackwardScratch(Layout& layout, const AttentionArgs<S>& a, bool hopper)
+      : partials(a.batch * static_cast<int>(blocks_for(
+                               a.queries, hopper ? sm90::DqTiles::kGainRows : AttentionKernels<S>::dq_rows(a.D)))),
+        delta(layout.take<float>(i64{a.batch} * a.H *
+                                 (hopper ? sm90::QueryRows::tiles(a.queries) * sm90::QueryRows::kNumbers : a.queries))),
         dgain(layout.take<float>(static_cast<i64>(a.H) * partials)) {}
 };
 
@@ -60,7 +69,7 @@ OpBytes CudaBackend::bytes(const Attention& op) const {
     const auto a = arguments<decltype(storage)>(op);
     Layout saved, backward;
     saved.take<float>(static_cast<i64>(a.batch) * a.H * a.queries);
-    BackwardScratch(backward, a);
+    BackwardScratch(backward, a, on_hopper(*this, a));
     return {saved.used(), 0, backward.used()};
   });
 }
@@ -70,7 +79,7 @@ void CudaBackend::attention_forward(const Attention& op) {
     using S = decltype(storage);
     const AttentionArgs<S> a = arguments<S>(op);
     if constexpr (sizeof(S) == 2)
-      if (path_ >= Path::sm90 && a.D == sm90::ForwardTiles::kWidth) return sm90::launch_attention_forward(*this, a);
+      if (on_hopper(*this, a)) return sm90::launch_attention_forward(*this, a);
     AttentionKernels<S>::forward(a, stream());
   });
 }
@@ -80,11 +89,17 @@ void CudaBackend::attention_backward(const Attention& op, const AttentionGrads& 
     using S = decltype(storage);
     const AttentionArgs<S> a = arguments<S>(op);
     Layout layout(grads.scratch.data);
-    const BackwardScratch scratch(layout, a);
-    AttentionKernels<S>::backward(a,
-                                  {op.o.as<S>(), grads.d_o.as<S>(), grads.dq.as<S>(), grads.dk.as<S>(),
-                                   grads.dv.as<S>(), scratch.delta, scratch.dgain},
-                                  stream());
+    const BackwardScratch scratch(layout, a, on_hopper(*this, a));
+    const AttentionGradArgs<S> g{op.o.as<S>(),     grads.d_o.as<S>(), grads.dq.as<S>(), grads.dk.as<S>(),
+                                 grads.dv.as<S>(), scratch.delta,     scratch.dgain};
+    if constexpr (sizeof(S) == 2) {
+      if (on_hopper(*this, a))
+        sm90::launch_attention_backward(*this, a, g);
+      else
+        AttentionKernels<S>::backward(a, g, stream());
+    } else {
+      AttentionKernels<S>::backward(a, g, stream());
+    }
     if (!grads.gain) return;
     constexpr int kThreads = 256;
     launch("add_gain_gradients", add_gain_gradients, a.H, kThreads, 0, stream(), scratch.dgain, scratch.partials,

@@ -43,8 +43,8 @@ template <class S>
 struct AttentionGradArgs {
   const S *o, *d_o;
   S *dq, *dk, *dv;
-  float* delta;  // [batch, H, T] gain·Σ dO⊙O of a row; dq writes it, dkdv reads it
-  float* dgain;  // [H, batch, tiles of queries] what each block of dq adds to its head's gain
+  float* delta;  // [batch, H, T] gain·Σ dO⊙O of a row (sm90/: QueryRows); dq writes it, dkdv reads it
+  float* dgain;  // [H, batch, tiles of queries] what each block of dq (sm90/: each warp) adds to its head's gain
 };
 
 // The order of blocks. Sections of heads whose walks read no more than a second-level cache holds, one after the

@@ -113,26 +113,7 @@ __global__ void __launch_bounds__(ForwardTiles<kWidth>::kThreads, ForwardTiles<k
     multiply_accumulate<S, kWidth, kRowTiles, kKeys>(o, s, slot + Tiles::kTileBytes);
   }
 
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r)
-#pragma unroll
-    for (int half_row = 0; half_row < 2; ++half_row) {
-      float total = sum[r][half_row];
-      total += __shfl_xor_sync(0xffffffffu, total, 1);
-      total += __shfl_xor_sync(0xffffffffu, total, 2);
-      const float inverse = 1.0f / total;
-#pragma unroll
-      for (int n = 0; n < kWidth / 8; ++n)
-#pragma unroll
-        for (int i = 2 * half_row; i < 2 * half_row + 2; ++i) {
-          // The quotient, refined: exact where it can be, as it must be for equal probabilities.
-          const float quotient = o[r][n][i] * inverse;
-          o[r][n][i] = fmaf(fmaf(-quotient, total, o[r][n][i]), inverse, quotient);
-        }
-      const int query = warp_query + 16 * r + lane_row(2 * half_row);
-      if (lane_column(0) == 0 && query < a.queries)
-        a.lse[a.row_at(b, h) + query] = fmaf(top[r][half_row], scale, log2f(total));
-    }
+  finish_softmax<kRowTiles, kWidth>(o, top, sum, scale, a.lse + a.row_at(b, h), warp_query, a.queries);
   __syncthreads();  // no warp reads keys or values any more
   store_rows<S, kWidth, kRowTiles>(shared + SharedTile<kWidth>::bytes(warp_row), o, a.o + a.head_at(b, h), q_stride,
                                    warp_query, a.queries, a.D);

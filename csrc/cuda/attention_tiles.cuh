@@ -106,12 +106,7 @@ __device__ __forceinline__ void multiply_accumulate(Scores<kRowTiles, kWidth>& s
   for (int k = 0; k < kColumns / 16; ++k) {
     unsigned a[kRowTiles][4];
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float (&c)[4] = p[r][2 * k + i / 2];
-        a[r][i] = pack<S>(c[i % 2 * 2], c[i % 2 * 2 + 1]);
-      }
+    for (int r = 0; r < kRowTiles; ++r) round_fragment<S>(a[r], p[r][2 * k], p[r][2 * k + 1]);
 #pragma unroll
     for (int n = 0; n < kWidth / 16; ++n) {
       unsigned b[4];
@@ -123,6 +118,33 @@ __device__ __forceinline__ void multiply_accumulate(Scores<kRowTiles, kWidth>& s
       }
     }
   }
+}
+
+// The end of a forward softmax: o, sums of products with probabilities under a row's greatest product `top`, becomes
+// their quotient by `sum`, of which each lane has its columns' share; and the log-sum-exp of the rows from `first` on.
+template <int kRowTiles, int kWidth>
+__device__ __forceinline__ void finish_softmax(Scores<kRowTiles, kWidth>& o, const float (&top)[kRowTiles][2],
+                                               const float (&sum)[kRowTiles][2], float scale, float* lse, int first,
+                                               int queries) {
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+    for (int half_row = 0; half_row < 2; ++half_row) {
+      float total = sum[r][half_row];
+      total += __shfl_xor_sync(0xffffffffu, total, 1);
+      total += __shfl_xor_sync(0xffffffffu, total, 2);
+      const float inverse = 1.0f / total;
+#pragma unroll
+      for (int n = 0; n < kWidth / 8; ++n)
+#pragma unroll
+        for (int i = 2 * half_row; i < 2 * half_row + 2; ++i) {
+          // The quotient, refined: exact where it can be, as it must be for equal probabilities.
+          const float quotient = o[r][n][i] * inverse;
+          o[r][n][i] = fmaf(fmaf(-quotient, total, o[r][n][i]), inverse, quotient);
+        }
+      const int query = first + 16 * r + lane_row(2 * half_row);
+      if (lane_column(0) == 0 && query < queries) lse[query] = fmaf(top[r][half_row], scale, log2f(total));
+    }
 }
 
 // Calls body(std::integral_constant<int, kWidth>) with a head width rounded up to 16.

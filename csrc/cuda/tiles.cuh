@@ -28,6 +28,20 @@ using Fragments = unsigned[kRowTiles][kWidth / 16][4];
 __device__ __forceinline__ int lane_row(int element) { return threadIdx.x % kWarp / 4 + element / 2 * 8; }
 __device__ __forceinline__ int lane_column(int element) { return threadIdx.x % 4 * 2 + element % 2; }
 
+// Two results side by side, rounded: an A fragment (mma.cuh).
+template <class S>
+__device__ __forceinline__ void round_fragment(unsigned (&a)[4], const float (&left)[4], const float (&right)[4]) {
+  a[0] = pack<S>(left[0], left[1]);
+  a[1] = pack<S>(left[2], left[3]);
+  a[2] = pack<S>(right[0], right[1]);
+  a[3] = pack<S>(right[2], right[3]);
+}
+template <class S, int kColumns>
+__device__ __forceinline__ void round_fragments(unsigned (&a)[kColumns / 16][4], const float (&c)[kColumns / 8][4]) {
+#pragma unroll
+  for (int k = 0; k < kColumns / 16; ++k) round_fragment<S>(a[k], c[2 * k], c[2 * k + 1]);
+}
+
 // Rounds a warp's rows into `tile`: shared memory for these rows that no other warp uses.
 template <class S, int kWidth, int kRowTiles>
 __device__ __forceinline__ void round_rows(unsigned char* tile, const Scores<kRowTiles, kWidth>& x) {

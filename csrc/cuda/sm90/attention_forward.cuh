@@ -5,14 +5,12 @@
 // behind the end of the one before.
 #pragma once
 
-#include "cuda/attention_tiles.cuh"
-#include "cuda/sm90/instructions.cuh"
-#include "cuda/sm90/tensor_map.h"
+#include "cuda/sm90/attention_tiles.cuh"
 
 namespace pgolf::cuda::sm90 {
 
 struct ForwardTiles {
-  static constexpr int kWidth = 64, kKeys = 128;
+  static constexpr int kWidth = kHeadWidth, kKeys = 128;
   static constexpr int kConsumers = 3, kThreads = (kConsumers + 1) * kWarpgroup;
   static constexpr int kOwnQueries = 64, kQueries = kConsumers * kOwnQueries;  // of a warpgroup, of a block
   static constexpr int kStages = 3;
@@ -20,28 +18,8 @@ struct ForwardTiles {
   static constexpr int kWarpTile = SharedTile<kWidth>::bytes(16), kWarps = kConsumers * kWarpgroup / kWarp;
   static constexpr int kTiles = kQueryBytes + 2 * kStages * kTileBytes;
   static constexpr int kBarriers = kTiles + kWarps * kWarpTile;
-  static constexpr int kAlign = 1024, kSharedBytes = kAlign + kBarriers + 8 * (2 + 4 * kStages);
+  static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + 8 * (2 + 4 * kStages);
   static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
-};
-
-// One block's work: a tile of queries of one head.
-struct QueryTile {
-  int b, h, kv, first_query, tiles;  // tiles: of keys that some query sees
-
-  template <class S>
-  __device__ QueryTile(const AttentionArgs<S>& a, const BlockOrder& order, unsigned block) {
-    const BlockOrder::Place place = order.at(block);
-    b = place.head / a.H;
-    h = place.head % a.H;
-    kv = h / a.group();
-    first_query = (order.tiles - 1 - place.rank) * ForwardTiles::kQueries;
-    tiles = tiles_until(a, first_query + ForwardTiles::kQueries);
-  }
-  // Tiles of keys that the queries before `end` see.
-  template <class S>
-  __device__ static int tiles_until(const AttentionArgs<S>& a, int end) {
-    return (a.first() + min(end, a.queries) + ForwardTiles::kKeys - 1) / ForwardTiles::kKeys;
-  }
 };
 
 template <class S>
@@ -51,7 +29,7 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
   using Tiles = ForwardTiles;
   constexpr int kWidth = Tiles::kWidth, kKeys = Tiles::kKeys, kStages = Tiles::kStages;
   extern __shared__ unsigned char raw[];
-  unsigned char* const shared = raw + (Tiles::kAlign - shared_address(raw) % Tiles::kAlign) % Tiles::kAlign;
+  unsigned char* const shared = align_shared(raw);
   const unsigned queries = shared_address(shared), slots = queries + Tiles::kQueryBytes;
   const unsigned barriers = queries + Tiles::kBarriers, queries_full = barriers, queries_empty = barriers + 8;
   const auto keys_at = [&](int stage) { return slots + 2 * stage * Tiles::kTileBytes; };
@@ -80,7 +58,7 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
     if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
     int stage = 0, parity = 1, query_parity = 1;
     for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, query_parity ^= 1) {
-      const QueryTile at(a, order, block);
+      const QueryTile<Tiles> at(a, order, block);
       barrier_wait(queries_empty, query_parity);
       barrier_expect(queries_full, Tiles::kQueryBytes);
       copy_box(queries, &q_map, at.h * kWidth, at.first_query, at.b, queries_full);
@@ -104,7 +82,7 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
   const unsigned own_queries = queries + warpgroup * Tiles::kOwnQueries * Tiles::kRowBytes;
   int stage = 0, parity = 0, query_parity = 0;
   for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, query_parity ^= 1) {
-    const QueryTile at(a, order, block);
+    const QueryTile<Tiles> at(a, order, block);
     const int own_first = at.first_query + warpgroup * Tiles::kOwnQueries;
     const int warp_query = own_first + warp % 4 * 16, warp_position = warp_query + a.first();
     const int tiles = own_first < a.queries ? at.tiles_until(a, own_first + Tiles::kOwnQueries) : 0;
@@ -114,7 +92,7 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
     Scores<1, kKeys> s;
     Scores<1, kWidth> o = {};
     unsigned p[kKeys / 16][4];  // the probabilities of the tile before
-    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {}, shrink[2];
+    float top[1][2] = {{-INFINITY, -INFINITY}}, sum[1][2] = {}, shrink[2];
     const auto begin_scores = [&](int from) {
       products_begin();
 #pragma unroll
@@ -140,34 +118,24 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
       hide_later_keys<false, 1, kKeys>(s, warp_position, tile * kKeys, -INFINITY);
 #pragma unroll
       for (int half_row = 0; half_row < 2; ++half_row) {
-        float best = top[half_row];
+        float best = top[0][half_row];
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) best = fmaxf(best, fmaxf(s[0][n][2 * half_row], s[0][n][2 * half_row + 1]));
         best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
         best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
-        shrink[half_row] = exp2_approximate((top[half_row] - best) * scale);
-        top[half_row] = best;
-        sum[half_row] *= shrink[half_row];
+        shrink[half_row] = exp2_approximate((top[0][half_row] - best) * scale);
+        top[0][half_row] = best;
+        sum[0][half_row] *= shrink[half_row];
         const float shift = best * scale;
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
           for (int i = 2 * half_row; i < 2 * half_row + 2; ++i) {
             s[0][n][i] = exp2_approximate(fmaf(s[0][n][i], scale, -shift));
-            sum[half_row] += s[0][n][i];
+            sum[0][half_row] += s[0][n][i];
           }
       }
     };
-    const auto round_probabilities = [&] {
-#pragma unroll
-      for (int k = 0; k < kKeys / 16; ++k)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float (&c)[4] = s[0][2 * k + i / 2];
-          p[k][i] = pack<S>(c[i % 2 * 2], c[i % 2 * 2 + 1]);
-        }
-    };
-
     barrier_wait(queries_full, query_parity);
     int last = 0;  // the stage of the probabilities
     for (int tile = 0; tile < tiles; ++tile) {
@@ -192,7 +160,7 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
       for (int n = 0; n < kWidth / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) o[0][n][i] *= shrink[i / 2];
-      round_probabilities();
+      round_fragments<S, kKeys>(p, s[0]);
       last = stage;
       if (++stage == kStages) stage = 0, parity ^= 1;
     }
@@ -214,24 +182,7 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
     }
     if (tiles == 0) continue;
 
-#pragma unroll
-    for (int half_row = 0; half_row < 2; ++half_row) {
-      float total = sum[half_row];
-      total += __shfl_xor_sync(0xffffffffu, total, 1);
-      total += __shfl_xor_sync(0xffffffffu, total, 2);
-      const float inverse = 1.0f / total;
-#pragma unroll
-      for (int n = 0; n < kWidth / 8; ++n)
-#pragma unroll
-        for (int i = 2 * half_row; i < 2 * half_row + 2; ++i) {
-          // The quotient, refined: exact where it can be, as it must be for equal probabilities.
-          const float quotient = o[0][n][i] * inverse;
-          o[0][n][i] = fmaf(fmaf(-quotient, total, o[0][n][i]), inverse, quotient);
-        }
-      const int query = warp_query + lane_row(2 * half_row);
-      if (lane_column(0) == 0 && query < a.queries)
-        a.lse[a.row_at(at.b, at.h) + query] = fmaf(top[half_row], scale, log2f(total));
-    }
+    finish_softmax<1, kWidth>(o, top, sum, scale, a.lse + a.row_at(at.b, at.h), warp_query, a.queries);
     __syncwarp();  // the rows before have left the tile
     store_rows<S, kWidth, 1>(own_tile, o, a.o + a.head_at(at.b, at.h), a.H * a.D, warp_query, a.queries, a.D);
   }

@@ -55,8 +55,20 @@ __device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap* map, in
                    "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
                    "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(barrier) : "memory"));
 }
+// `bytes`, a multiple of 16, as they lie; both addresses too are such multiples.
+__device__ __forceinline__ void copy_bytes(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+  PGOLF_SM90(
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                   "l"(from), "r"(bytes), "r"(barrier) : "memory"));
+}
 __device__ __forceinline__ void prefetch(const CUtensorMap* map) {
   PGOLF_SM90(asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"));
+}
+
+// Eight rows of 128 bytes: where a swizzled tile may begin. Dynamic shared memory begins at a multiple of 16.
+inline constexpr int kSwizzleBytes = 1024;
+__device__ __forceinline__ unsigned char* align_shared(unsigned char* raw) {
+  return raw + (kSwizzleBytes - shared_address(raw) % kSwizzleBytes) % kSwizzleBytes;
 }
 
 // ---- Products of a warpgroup
@@ -127,31 +139,53 @@ __device__ __forceinline__ void multiply_add_64x128(float (&c)[16][4], std::uint
 }
 #undef PGOLF_WGMMA_64X128
 
-// c += a·b for 64 rows of a, 16 of whose columns each warp holds as an A fragment of its 16 rows (mma.cuh), and 16 rows
-// of b of 64 numbers.
-#define PGOLF_WGMMA_64X64(type)                                                                                     \
-  asm volatile(                                                                                                     \
-      "{\n"                                                                                                         \
-      ".reg .pred kept;\n"                                                                                          \
-      "setp.eq.u32 kept, 0, 0;\n"                                                                                   \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                   \
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
-      "%23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, kept, 1, 1, 1;\n"                   \
-      "}"                                                                                                           \
-      : PGOLF_C4(0), PGOLF_C4(1), PGOLF_C4(2), PGOLF_C4(3), PGOLF_C4(4), PGOLF_C4(5), PGOLF_C4(6), PGOLF_C4(7)      \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+// The same with 64 rows of b.
+#define PGOLF_C32 PGOLF_C4(0), PGOLF_C4(1), PGOLF_C4(2), PGOLF_C4(3), PGOLF_C4(4), PGOLF_C4(5), PGOLF_C4(6), PGOLF_C4(7)
+#define PGOLF_WGMMA_64X64(type, a_and_b, kept, transposed)                                                           \
+  "{\n"                                                                                                              \
+  ".reg .pred kept;\n"                                                                                               \
+  "setp.ne.b32 kept, " kept                                                                                          \
+  ", 0;\n"                                                                                                           \
+  "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                        \
+  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31}, " a_and_b ", kept, 1, 1, " transposed                                    \
+  ";\n"                                                                                                              \
+  "}"
 template <class S>
-__device__ __forceinline__ void multiply_add_64x64(float (&c)[8][4], const unsigned (&a)[4], std::uint64_t b) {
+__device__ __forceinline__ void multiply_add_64x64(float (&c)[8][4], std::uint64_t a, std::uint64_t b, bool add) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   if constexpr (std::is_same_v<S, bf16>)
-    PGOLF_WGMMA_64X64("bf16");
+    asm volatile(PGOLF_WGMMA_64X64("bf16", "%32, %33", "%34", "0, 0") : PGOLF_C32 : "l"(a), "l"(b), "r"(int{add}));
   else
-    PGOLF_WGMMA_64X64("f16");
+    asm volatile(PGOLF_WGMMA_64X64("f16", "%32, %33", "%34", "0, 0") : PGOLF_C32 : "l"(a), "l"(b), "r"(int{add}));
 #else
   __trap();
 #endif
 }
+
+// c += a·b for 64 rows of a, 16 of whose columns each warp holds as an A fragment of its 16 rows (mma.cuh), and 16 rows
+// of b of 64 numbers. A fragment may be read once: ptxas (13.0) gives its registers away as soon as the product has
+// begun, even where a loop comes back to them.
+#define PGOLF_A4 "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+template <class S>
+__device__ __forceinline__ void multiply_add_64x64(float (&c)[8][4], const unsigned (&a)[4], std::uint64_t b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int kAdd = 1;
+  if constexpr (std::is_same_v<S, bf16>)
+    asm volatile(PGOLF_WGMMA_64X64("bf16", "{%32, %33, %34, %35}, %36", "%37", "1")
+                 : PGOLF_C32
+                 : PGOLF_A4, "l"(b), "n"(kAdd));
+  else
+    asm volatile(PGOLF_WGMMA_64X64("f16", "{%32, %33, %34, %35}, %36", "%37", "1")
+                 : PGOLF_C32
+                 : PGOLF_A4, "l"(b), "n"(kAdd));
+#else
+  __trap();
+#endif
+}
+#undef PGOLF_A4
 #undef PGOLF_WGMMA_64X64
+#undef PGOLF_C32
 #undef PGOLF_C4
 #undef PGOLF_SM90
 

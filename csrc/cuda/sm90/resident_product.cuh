@@ -27,13 +27,13 @@ struct ResidentTiles {
   static constexpr int kBoxBytes = kRows * kBoxColumns * 2;  // of x, and of w
   static constexpr int kWarpTile = SharedTile<kColumns>::bytes(16);
   static constexpr int kWarps = kConsumers * kWarpgroup / kWarp;
-  static constexpr int kMostStages = 4, kAlign = 1024;
+  static constexpr int kMostStages = 4;
   static constexpr int kMostShared = 227 * 1024;
   static constexpr int kBarrierBytes = 8 * (2 * kMostStages + 1 + kConsumers);
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
   static constexpr int bytes(int depth_boxes, int stages) {
-    return kAlign + (depth_boxes + stages) * kBoxBytes + kWarps * kWarpTile + kBarrierBytes;
+    return kSwizzleBytes + (depth_boxes + stages) * kBoxBytes + kWarps * kWarpTile + kBarrierBytes;
   }
   // Boxes of x under way or at work.
   static constexpr int stages(int depth_boxes) {
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
                      int column_tiles, int depth_boxes, int stages, const __grid_constant__ Epilogue epilogue) {
   using Tiles = ResidentTiles;
   extern __shared__ unsigned char raw[];
-  unsigned char* const shared = raw + (Tiles::kAlign - shared_address(raw) % Tiles::kAlign) % Tiles::kAlign;
+  unsigned char* const shared = align_shared(raw);
   const unsigned weights = shared_address(shared), boxes = weights + depth_boxes * Tiles::kBoxBytes;
   unsigned char* const tiles = shared + (depth_boxes + stages) * Tiles::kBoxBytes;
   const unsigned barriers = shared_address(tiles) + Tiles::kWarps * Tiles::kWarpTile;

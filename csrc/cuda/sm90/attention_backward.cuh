@@ -1,0 +1,421 @@
+// Attention backward on Hopper's tensor cores for heads of 64 numbers: the two kernels and formulas of
+// cuda/attention_backward.cuh, each with two warpgroups of 64 rows past which one warp streams tiles by the copy
+// engine. A warpgroup's exponentials run beside its own next product and those of the other one.
+//
+// dq hands each query's log-sum-exp and gain·Σ dO⊙O to dkdv by the 64, in one piece; a query behind the last one has an
+// infinite log-sum-exp, so that its probabilities are 0.
+#pragma once
+
+#include "cuda/sm90/attention_tiles.cuh"
+
+namespace pgolf::cuda::sm90 {
+
+// The queries that dkdv meets at a time, and what dq leaves of each: [batch, H, tiles, 2, kQueries] float32.
+struct QueryRows {
+  static constexpr int kQueries = 64, kNumbers = 2 * kQueries, kBytes = kNumbers * static_cast<int>(sizeof(float));
+  static __host__ __device__ i64 tiles(int queries) { return (queries + kQueries - 1) / kQueries; }
+  template <class S>
+  static __device__ i64 at(const AttentionArgs<S>& a, int b, int h, int tile) {
+    return ((i64{b} * a.H + h) * tiles(a.queries) + tile) * kNumbers;
+  }
+};
+
+struct DqTiles {
+  static constexpr int kKeys = 128, kOwnQueries = QueryRows::kQueries;
+  static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * kWarpgroup,
+                       kWarps = kConsumers * kWarpgroup / kWarp;
+  static constexpr int kQueries = kConsumers * kOwnQueries;
+  static constexpr int kQueryBytes = kQueries * kHeadRowBytes, kQueryStages = 2;  // a stage: queries, dO, O
+  static constexpr int kTileBytes = kKeys * kHeadRowBytes, kStages = 3;           // a stage: keys, values
+  static constexpr int kWarpTile = SharedTile<kHeadWidth>::bytes(16);
+  static constexpr int kSlots = 3 * kQueryStages * kQueryBytes, kTiles = kSlots + 2 * kStages * kTileBytes;
+  static constexpr int kBarriers = kTiles + kWarps * kWarpTile;
+  static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + 16 * (kQueryStages + kStages);
+  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 232;
+  static constexpr int kGainRows = 16;  // queries of each partial sum of the gain's gradient: a warp's
+};
+
+template <class S>
+__global__ void __launch_bounds__(DqTiles::kThreads, 1)
+    attention_dq(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap d_o_map,
+                 const __grid_constant__ CUtensorMap o_map, const __grid_constant__ CUtensorMap k_map,
+                 const __grid_constant__ CUtensorMap v_map, const AttentionArgs<S> a, const AttentionGradArgs<S> g,
+                 const BlockOrder order) {
+  using Tiles = DqTiles;
+  using Rows = SharedTile<kHeadWidth>;
+  constexpr int kKeys = Tiles::kKeys;
+  extern __shared__ unsigned char raw[];
+  unsigned char* const shared = align_shared(raw);
+  const unsigned queries = shared_address(shared), slots = queries + Tiles::kSlots;
+  const unsigned barriers = queries + Tiles::kBarriers, query_barriers = barriers + 16 * Tiles::kStages;
+  const auto keys_at = [&](int stage) { return slots + 2 * stage * Tiles::kTileBytes; };
+  const auto full = [&](int stage) { return barriers + 16 * stage; };
+  const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
+  const auto queries_full = [&](int stage) { return query_barriers + 16 * stage; };
+  const auto queries_empty = [&](int stage) { return query_barriers + 16 * stage + 8; };
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Tiles::kStages + Tiles::kQueryStages; ++stage) {
+      barrier_init(full(stage), 1);
+      barrier_init(empty(stage), Tiles::kWarps);
+    }
+    barriers_ready();
+  }
+  __syncthreads();
+
+  const unsigned blocks = static_cast<unsigned>(order.heads) * static_cast<unsigned>(order.tiles);
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  int stage = 0, query_stage = 0;
+  if (warpgroup == Tiles::kConsumers) {
+    give_registers<Tiles::kProducerRegisters>();
+    if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
+    int parity = 1, query_parity = 1;
+    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x) {
+      const QueryTile<Tiles> at(a, order, block);
+      const unsigned to = queries + 3 * query_stage * Tiles::kQueryBytes, filled = queries_full(query_stage);
+      barrier_wait(queries_empty(query_stage), query_parity);
+      barrier_expect(filled, 3 * Tiles::kQueryBytes);
+      copy_box(to, &q_map, at.h * kHeadWidth, at.first_query, at.b, filled);
+      copy_box(to + Tiles::kQueryBytes, &d_o_map, at.h * kHeadWidth, at.first_query, at.b, filled);
+      copy_box(to + 2 * Tiles::kQueryBytes, &o_map, at.h * kHeadWidth, at.first_query, at.b, filled);
+      if (++query_stage == Tiles::kQueryStages) query_stage = 0, query_parity ^= 1;
+      for (int tile = 0; tile < at.tiles; ++tile) {
+        barrier_wait(empty(stage), parity);
+        barrier_expect(full(stage), 2 * Tiles::kTileBytes);
+        copy_box(keys_at(stage), &k_map, at.kv * kHeadWidth, tile * kKeys, at.b, full(stage));
+        copy_box(keys_at(stage) + Tiles::kTileBytes, &v_map, at.kv * kHeadWidth, tile * kKeys, at.b, full(stage));
+        if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+      }
+    }
+    return;
+  }
+
+  take_registers<Tiles::kConsumerRegisters>();
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const bool signals = lane == 0;
+  const int gain_rows = (a.queries + Tiles::kGainRows - 1) / Tiles::kGainRows;
+  int parity = 0, query_parity = 0;
+  for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x) {
+    const QueryTile<Tiles> at(a, order, block);
+    const int own_first = at.first_query + warpgroup * Tiles::kOwnQueries;
+    const int warp_query = own_first + warp % 4 * 16, warp_position = warp_query + a.first();
+    const int tiles = own_first < a.queries ? at.tiles_until(a, own_first + Tiles::kOwnQueries) : 0;
+    const unsigned query_slot = 3 * query_stage * Tiles::kQueryBytes;
+    const unsigned own_queries = queries + query_slot + warpgroup * Tiles::kOwnQueries * kHeadRowBytes;
+    const unsigned own_d_o = own_queries + Tiles::kQueryBytes;
+    const unsigned char* const warp_rows = shared + query_slot + warp * Tiles::kWarpTile;
+    const i64 first_row = a.row_at(at.b, at.h);
+    const float gain = a.gain[at.h], scale = exponent_scale(gain, a.root);
+    float lse[2];
+#pragma unroll
+    for (int half_row = 0; half_row < 2; ++half_row) {
+      const int query = warp_query + lane_row(2 * half_row);
+      lse[half_row] = query < a.queries ? a.lse[first_row + query] : INFINITY;
+    }
+
+    barrier_wait(queries_full(query_stage), query_parity);
+    float delta[2];
+    {
+      // Two lanes a row, half of its numbers each.
+      float sum = 0.0f;
+#pragma unroll
+      for (int chunk = 0; chunk < Rows::kChunks / 2; ++chunk) {
+        const unsigned char* const d_o =
+            warp_rows + Tiles::kQueryBytes + Rows::offset(lane / 2, lane % 2 * (Rows::kChunks / 2) + chunk);
+        const Vector8 x = load8(reinterpret_cast<const S*>(d_o));
+        const Vector8 y = load8(reinterpret_cast<const S*>(d_o + Tiles::kQueryBytes));
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) sum = fmaf(x.x[j], y.x[j], sum);
+      }
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      delta[0] = __shfl_sync(0xffffffffu, sum, 2 * lane_row(0));
+      delta[1] = __shfl_sync(0xffffffffu, sum, 2 * lane_row(2));
+    }
+    if (tiles > 0 && lane_column(0) == 0) {
+      float* const rows = g.delta + QueryRows::at(a, at.b, at.h, own_first / QueryRows::kQueries) + warp % 4 * 16;
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row) {
+        rows[lane_row(2 * half_row)] = lse[half_row];
+        rows[QueryRows::kQueries + lane_row(2 * half_row)] = gain * delta[half_row];
+      }
+    }
+
+    Scores<1, kKeys> p, ds;
+    Scores<1, kHeadWidth> dq = {};
+    unsigned rounded[kKeys / 16][4];  // ds of the tile before
+    int last = 0;                     // its stage
+    const auto begin_sum = [&] {
+      products_begin();
+#pragma unroll
+      for (int k = 0; k < kKeys / 16; ++k)
+        multiply_add_64x64<S>(dq[0], rounded[k], descriptor(keys_at(last) + k * 16 * kHeadRowBytes));
+      products_commit();
+    };
+    const auto step = [&](int tile, auto starts) {
+      constexpr int kPending = starts ? 0 : 1;  // products of the tile before, beside this tile's
+      const unsigned keys = keys_at(stage), values = keys + Tiles::kTileBytes;
+      barrier_wait(full(stage), parity);
+      products_begin();
+#pragma unroll
+      for (int k = 0; k < kHeadWidth / 16; ++k)
+        multiply_add_64x128<S>(p[0], descriptor(own_queries + k * 32), descriptor(keys + k * 32), k > 0);
+      products_commit();
+#pragma unroll
+      for (int k = 0; k < kHeadWidth / 16; ++k)
+        multiply_add_64x128<S>(ds[0], descriptor(own_d_o + k * 32), descriptor(values + k * 32), k > 0);
+      products_commit();
+      if constexpr (!starts) begin_sum();
+      products_wait<1 + kPending>();
+      products_done(p[0]);
+      hide_later_keys<false, 1, kKeys>(p, warp_position, tile * kKeys, copysignf(INFINITY, -scale));
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) p[0][n][i] = exp2_approximate(fmaf(p[0][n][i], scale, -lse[i / 2]));
+      products_done(p[0]);  // the exponentials are not put off until after the wait
+      products_wait<kPending>();
+      products_done(ds[0]);
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ds[0][n][i] = p[0][n][i] * (ds[0][n][i] - delta[i / 2]);
+      if constexpr (!starts) {
+        products_wait<0>();
+        products_done(dq[0]);
+        if (signals) barrier_arrive(empty(last));
+      }
+      round_fragments<S, kKeys>(rounded, ds[0]);
+      last = stage;
+      if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+    };
+    if (tiles > 0) {
+      step(0, std::true_type{});
+      for (int tile = 1; tile < tiles; ++tile) step(tile, std::false_type{});
+      begin_sum();
+      products_wait<0>();
+      products_done(dq[0]);
+      if (signals) barrier_arrive(empty(last));
+    }
+    for (int tile = tiles; tile < at.tiles; ++tile) {  // that only later queries of the block see
+      barrier_wait(full(stage), parity);
+      if (signals) barrier_arrive(empty(stage));
+      if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+    }
+
+    float dgain = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kHeadWidth / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const float2 query = unpack<S>(
+            *reinterpret_cast<const unsigned*>(warp_rows + Rows::offset(lane_row(i), n) + lane_column(i) * sizeof(S)));
+        dgain = fmaf(dq[0][n][i], query.x, dgain);
+        dgain = fmaf(dq[0][n][i + 1], query.y, dgain);
+        dq[0][n][i] *= gain * a.root;
+        dq[0][n][i + 1] *= gain * a.root;
+      }
+    __syncwarp();
+    if (signals) barrier_arrive(queries_empty(query_stage));
+    if (++query_stage == Tiles::kQueryStages) query_stage = 0, query_parity ^= 1;
+    if (tiles == 0) continue;
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) dgain += __shfl_xor_sync(0xffffffffu, dgain, offset);
+    if (signals && warp_query < a.queries)
+      g.dgain[(i64{at.h} * a.batch + at.b) * gain_rows + warp_query / Tiles::kGainRows] = a.root * dgain;
+    store_rows<S, kHeadWidth, 1>(shared + Tiles::kTiles + warp * Tiles::kWarpTile, dq, g.dq + a.head_at(at.b, at.h),
+                                 a.H * a.D, warp_query, a.queries, a.D);
+    __syncwarp();  // the tile is free for the next rows
+  }
+}
+
+struct DkdvTiles {
+  static constexpr int kQueries = QueryRows::kQueries, kOwnKeys = 64;
+  static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * kWarpgroup,
+                       kWarps = kConsumers * kWarpgroup / kWarp;
+  static constexpr int kKeys = kConsumers * kOwnKeys, kKeyBytes = kKeys * kHeadRowBytes;
+  static constexpr int kKeyStages = 2;                                      // a stage: keys, values
+  static constexpr int kTileBytes = kQueries * kHeadRowBytes, kStages = 4;  // a stage: queries, dO, their numbers
+  static constexpr int kWarpTile = SharedTile<kHeadWidth>::bytes(16);
+  static constexpr int kSlots = 2 * kKeyStages * kKeyBytes, kTiles = kSlots + 2 * kStages * kTileBytes;
+  static constexpr int kRows = kTiles + kWarps * kWarpTile, kBarriers = kRows + kStages * QueryRows::kBytes;
+  static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + 16 * (kStages + kKeyStages);
+  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 232;
+};
+
+template <class S>
+__global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
+    attention_dkdv(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap d_o_map,
+                   const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+                   const AttentionArgs<S> a, const AttentionGradArgs<S> g, const BlockOrder order) {
+  using Tiles = DkdvTiles;
+  constexpr int kQueries = Tiles::kQueries;
+  extern __shared__ unsigned char raw[];
+  unsigned char* const shared = align_shared(raw);
+  const unsigned keys = shared_address(shared), slots = keys + Tiles::kSlots, barriers = keys + Tiles::kBarriers;
+  const auto keys_at = [&](int stage) { return keys + 2 * stage * Tiles::kKeyBytes; };
+  const auto keys_full = [&](int stage) { return barriers + 16 * (Tiles::kStages + stage); };
+  const auto keys_empty = [&](int stage) { return keys_full(stage) + 8; };
+  const auto queries_at = [&](int stage) { return slots + 2 * stage * Tiles::kTileBytes; };
+  const auto full = [&](int stage) { return barriers + 16 * stage; };
+  const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Tiles::kStages + Tiles::kKeyStages; ++stage) {
+      barrier_init(full(stage), 1);
+      barrier_init(empty(stage), Tiles::kWarps);
+    }
+    barriers_ready();
+  }
+  __syncthreads();
+
+  const unsigned blocks = static_cast<unsigned>(order.heads) * static_cast<unsigned>(order.tiles);
+  const int warpgroup = threadIdx.x / kWarpgroup, query_tiles = static_cast<int>(QueryRows::tiles(a.queries));
+  int stage = 0, key_stage = 0;
+  // What a block has to do: keys [first_key, first_key + kKeys) of one head, and the queries from first_tile on.
+  struct KeyTile {
+    int b, kv, first_key, first_tile;
+    __device__ KeyTile(const AttentionArgs<S>& a, const BlockOrder::Place& place)
+        : b(place.head / a.K),
+          kv(place.head % a.K),
+          first_key(place.rank * Tiles::kKeys),
+          first_tile(max(0, first_key - a.first()) / kQueries) {}
+  };
+  if (warpgroup == Tiles::kConsumers) {
+    give_registers<Tiles::kProducerRegisters>();
+    if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
+    int parity = 1, keys_parity = 1;
+    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x) {
+      const KeyTile at(a, order.at(block));
+      const unsigned to = keys_at(key_stage), filled = keys_full(key_stage);
+      barrier_wait(keys_empty(key_stage), keys_parity);
+      barrier_expect(filled, 2 * Tiles::kKeyBytes);
+      copy_box(to, &k_map, at.kv * kHeadWidth, at.first_key, at.b, filled);
+      copy_box(to + Tiles::kKeyBytes, &v_map, at.kv * kHeadWidth, at.first_key, at.b, filled);
+      if (++key_stage == Tiles::kKeyStages) key_stage = 0, keys_parity ^= 1;
+      for (int h = at.kv * a.group(); h < (at.kv + 1) * a.group(); ++h)
+        for (int tile = at.first_tile; tile < query_tiles; ++tile) {
+          barrier_wait(empty(stage), parity);
+          barrier_expect(full(stage), 2 * Tiles::kTileBytes + QueryRows::kBytes);
+          copy_box(queries_at(stage), &q_map, h * kHeadWidth, tile * kQueries, at.b, full(stage));
+          copy_box(queries_at(stage) + Tiles::kTileBytes, &d_o_map, h * kHeadWidth, tile * kQueries, at.b, full(stage));
+          copy_bytes(keys + Tiles::kRows + stage * QueryRows::kBytes, g.delta + QueryRows::at(a, at.b, h, tile),
+                     QueryRows::kBytes, full(stage));
+          if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+        }
+    }
+    return;
+  }
+
+  take_registers<Tiles::kConsumerRegisters>();
+  const int warp = threadIdx.x / kWarp;
+  const bool signals = threadIdx.x % kWarp == 0;
+  unsigned char* const own_tile = shared + Tiles::kTiles + warp * Tiles::kWarpTile;
+  int parity = 0, keys_parity = 0;
+  for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x) {
+    const KeyTile at(a, order.at(block));
+    const int own_first = at.first_key + warpgroup * Tiles::kOwnKeys, warp_key = own_first + warp % 4 * 16;
+    const unsigned own_keys = keys_at(key_stage) + warpgroup * Tiles::kOwnKeys * kHeadRowBytes;
+    const unsigned own_values = own_keys + Tiles::kKeyBytes;
+    barrier_wait(keys_full(key_stage), keys_parity);
+
+    Scores<1, kHeadWidth> dk = {}, dv = {};
+    Scores<1, kQueries> p, ds;
+    int last = -1;  // the stage of the tile before, if products may still read it
+    for (int h = at.kv * a.group(); h < (at.kv + 1) * a.group(); ++h) {
+      const float gain = a.gain[h], scale = exponent_scale(gain, a.root);
+      for (int tile = at.first_tile; tile < query_tiles; ++tile) {
+        const int position = a.first() + tile * kQueries;
+        barrier_wait(full(stage), parity);
+        if (position + kQueries <= own_first) {  // they see none of these keys
+          if (signals) barrier_arrive(empty(stage));
+        } else {
+          const unsigned queries = queries_at(stage), d_o = queries + Tiles::kTileBytes;
+          products_begin();
+#pragma unroll
+          for (int i = 0; i < kHeadWidth / 16; ++i)
+            multiply_add_64x64<S>(p[0], descriptor(own_keys + i * 32), descriptor(queries + i * 32), i > 0);
+          products_commit();
+#pragma unroll
+          for (int i = 0; i < kHeadWidth / 16; ++i)
+            multiply_add_64x64<S>(ds[0], descriptor(own_values + i * 32), descriptor(d_o + i * 32), i > 0);
+          products_commit();
+          products_wait<1>();  // the tile before is done with, too
+          products_done(p[0]);
+          if (signals && last >= 0) barrier_arrive(empty(last));
+          hide_later_keys<true, 1, kQueries>(p, warp_key, position, copysignf(INFINITY, -scale));
+          const float* const rows = reinterpret_cast<const float*>(shared + Tiles::kRows + stage * QueryRows::kBytes);
+#pragma unroll
+          for (int n = 0; n < kQueries / 8; ++n) {
+            const float2 lse = *reinterpret_cast<const float2*>(rows + 8 * n + lane_column(0));
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              p[0][n][i] = exp2_approximate(fmaf(p[0][n][i], scale, i % 2 == 0 ? -lse.x : -lse.y));
+          }
+          unsigned rounded_p[kQueries / 16][4], rounded_ds[kQueries / 16][4];
+          round_fragments<S, kQueries>(rounded_p, p[0]);
+          products_begin();
+#pragma unroll
+          for (int i = 0; i < kQueries / 16; ++i)
+            multiply_add_64x64<S>(dv[0], rounded_p[i], descriptor(d_o + i * 16 * kHeadRowBytes));
+          products_commit();
+          products_wait<1>();
+          products_done(ds[0]);
+#pragma unroll
+          for (int n = 0; n < kQueries / 8; ++n) {
+            const float2 delta = *reinterpret_cast<const float2*>(rows + kQueries + 8 * n + lane_column(0));
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              ds[0][n][i] = p[0][n][i] * fmaf(ds[0][n][i], gain, i % 2 == 0 ? -delta.x : -delta.y);
+          }
+          __syncwarp();
+          round_fragments<S, kQueries>(rounded_ds, ds[0]);
+          products_begin();
+#pragma unroll
+          for (int i = 0; i < kQueries / 16; ++i)
+            multiply_add_64x64<S>(dk[0], rounded_ds[i], descriptor(queries + i * 16 * kHeadRowBytes));
+          products_commit();
+          last = stage;
+        }
+        if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+      }
+    }
+    products_wait<0>();
+    products_done(dk[0]);
+    products_done(dv[0]);
+    if (signals && last >= 0) barrier_arrive(empty(last));
+    if (signals) barrier_arrive(keys_empty(key_stage));
+    if (++key_stage == Tiles::kKeyStages) key_stage = 0, keys_parity ^= 1;
+
+#pragma unroll
+    for (int n = 0; n < kHeadWidth / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dk[0][n][i] *= a.root;
+    const i64 head = a.kv_head_at(at.b, at.kv);
+    store_rows<S, kHeadWidth, 1>(own_tile, dk, g.dk + head, a.K * a.D, warp_key, a.T, a.D);
+    __syncwarp();  // the rows before have left the tile
+    store_rows<S, kHeadWidth, 1>(own_tile, dv, g.dv + head, a.K * a.D, warp_key, a.T, a.D);
+    __syncwarp();
+  }
+}
+
+template <class S>
+void launch_attention_backward(const CudaBackend& backend, const AttentionArgs<S>& a, const AttentionGradArgs<S>& g) {
+  const i64 head_bytes = static_cast<i64>(a.T) * a.D * 2 * sizeof(S);  // keys and values, or queries and dO
+  const DType dtype = backend.dtype();
+  const auto of_queries = [&](const S* x, int rows) {
+    return tensor_map(x, dtype, a.batch, a.queries, a.H * a.D, rows);
+  };
+  const auto of_keys = [&](const S* x) { return tensor_map(x, dtype, a.batch, a.T, a.K * a.D, DqTiles::kKeys); };
+  const auto blocks = [&](const BlockOrder& order) {
+    return std::min(order.blocks(), static_cast<unsigned>(backend.processors()));
+  };
+  const BlockOrder by_query(a.batch * a.H, blocks_for(a.queries, DqTiles::kQueries), a.group(), head_bytes);
+  launch("attention_dq", attention_dq<S>, blocks(by_query), DqTiles::kThreads, DqTiles::kSharedBytes, backend.stream(),
+         of_queries(a.q, DqTiles::kQueries), of_queries(g.d_o, DqTiles::kQueries), of_queries(g.o, DqTiles::kQueries),
+         of_keys(a.k), of_keys(a.v), a, g, by_query);
+  const BlockOrder by_key(a.batch * a.K, blocks_for(a.T, DkdvTiles::kKeys), 1, head_bytes * a.group());
+  static_assert(DkdvTiles::kKeys == DqTiles::kKeys);
+  launch("attention_dkdv", attention_dkdv<S>, blocks(by_key), DkdvTiles::kThreads, DkdvTiles::kSharedBytes,
+         backend.stream(), of_queries(a.q, DkdvTiles::kQueries), of_queries(g.d_o, DkdvTiles::kQueries), of_keys(a.k),
+         of_keys(a.v), a, g, by_key);
+}
+
+}  // namespace pgolf::cuda::sm90
