@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       products_begin();
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k)
-        multiply_add_64x64<S>(dq[0], rounded[k], descriptor(keys_at(last) + k * 16 * kHeadRowBytes));
+        multiply_add_64x64<S, true>(dq[0], rounded[k], descriptor(keys_at(last) + k * 16 * kHeadRowBytes));
       products_commit();
     };
     const auto step = [&](int tile, auto starts) {
@@ -232,12 +232,11 @@ struct DkdvTiles {
   static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * kWarpgroup,
                        kWarps = kConsumers * kWarpgroup / kWarp;
   static constexpr int kKeys = kConsumers * kOwnKeys, kKeyBytes = kKeys * kHeadRowBytes;
-  static constexpr int kKeyStages = 2;                                      // a stage: keys, values
   static constexpr int kTileBytes = kQueries * kHeadRowBytes, kStages = 4;  // a stage: queries, dO, their numbers
   static constexpr int kWarpTile = SharedTile<kHeadWidth>::bytes(16);
-  static constexpr int kSlots = 2 * kKeyStages * kKeyBytes, kTiles = kSlots + 2 * kStages * kTileBytes;
+  static constexpr int kSlots = 2 * kKeyBytes, kTiles = kSlots + 2 * kStages * kTileBytes;
   static constexpr int kRows = kTiles + kWarps * kWarpTile, kBarriers = kRows + kStages * QueryRows::kBytes;
-  static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + 16 * (kStages + kKeyStages);
+  static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + 16 * (kStages + 1);
   static constexpr int kProducerRegisters = 32, kConsumerRegisters = 232;
 };
 
@@ -251,14 +250,12 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
   extern __shared__ unsigned char raw[];
   unsigned char* const shared = align_shared(raw);
   const unsigned keys = shared_address(shared), slots = keys + Tiles::kSlots, barriers = keys + Tiles::kBarriers;
-  const auto keys_at = [&](int stage) { return keys + 2 * stage * Tiles::kKeyBytes; };
-  const auto keys_full = [&](int stage) { return barriers + 16 * (Tiles::kStages + stage); };
-  const auto keys_empty = [&](int stage) { return keys_full(stage) + 8; };
+  const unsigned keys_full = barriers + 16 * Tiles::kStages, keys_empty = keys_full + 8;
   const auto queries_at = [&](int stage) { return slots + 2 * stage * Tiles::kTileBytes; };
   const auto full = [&](int stage) { return barriers + 16 * stage; };
   const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Tiles::kStages + Tiles::kKeyStages; ++stage) {
+    for (int stage = 0; stage < Tiles::kStages + 1; ++stage) {
       barrier_init(full(stage), 1);
       barrier_init(empty(stage), Tiles::kWarps);
     }
@@ -268,7 +265,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
 
   const unsigned blocks = static_cast<unsigned>(order.heads) * static_cast<unsigned>(order.tiles);
   const int warpgroup = threadIdx.x / kWarpgroup, query_tiles = static_cast<int>(QueryRows::tiles(a.queries));
-  int stage = 0, key_stage = 0;
+  int stage = 0;
   // What a block has to do: keys [first_key, first_key + kKeys) of one head, and the queries from first_tile on.
   struct KeyTile {
     int b, kv, first_key, first_tile;
@@ -282,14 +279,12 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
     give_registers<Tiles::kProducerRegisters>();
     if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
     int parity = 1, keys_parity = 1;
-    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x) {
+    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, keys_parity ^= 1) {
       const KeyTile at(a, order.at(block));
-      const unsigned to = keys_at(key_stage), filled = keys_full(key_stage);
-      barrier_wait(keys_empty(key_stage), keys_parity);
-      barrier_expect(filled, 2 * Tiles::kKeyBytes);
-      copy_box(to, &k_map, at.kv * kHeadWidth, at.first_key, at.b, filled);
-      copy_box(to + Tiles::kKeyBytes, &v_map, at.kv * kHeadWidth, at.first_key, at.b, filled);
-      if (++key_stage == Tiles::kKeyStages) key_stage = 0, keys_parity ^= 1;
+      barrier_wait(keys_empty, keys_parity);
+      barrier_expect(keys_full, 2 * Tiles::kKeyBytes);
+      copy_box(keys, &k_map, at.kv * kHeadWidth, at.first_key, at.b, keys_full);
+      copy_box(keys + Tiles::kKeyBytes, &v_map, at.kv * kHeadWidth, at.first_key, at.b, keys_full);
       for (int h = at.kv * a.group(); h < (at.kv + 1) * a.group(); ++h)
         for (int tile = at.first_tile; tile < query_tiles; ++tile) {
           barrier_wait(empty(stage), parity);
@@ -309,12 +304,15 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
   const bool signals = threadIdx.x % kWarp == 0;
   unsigned char* const own_tile = shared + Tiles::kTiles + warp * Tiles::kWarpTile;
   int parity = 0, keys_parity = 0;
-  for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x) {
+  for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, keys_parity ^= 1) {
     const KeyTile at(a, order.at(block));
     const int own_first = at.first_key + warpgroup * Tiles::kOwnKeys, warp_key = own_first + warp % 4 * 16;
-    const unsigned own_keys = keys_at(key_stage) + warpgroup * Tiles::kOwnKeys * kHeadRowBytes;
-    const unsigned own_values = own_keys + Tiles::kKeyBytes;
-    barrier_wait(keys_full(key_stage), keys_parity);
+    Fragments<1, kHeadWidth> k, v;
+    barrier_wait(keys_full, keys_parity);
+    load_fragments<kHeadWidth, 1>(k, keys, warp * 16);
+    load_fragments<kHeadWidth, 1>(v, keys + Tiles::kKeyBytes, warp * 16);
+    __syncwarp();
+    if (signals) barrier_arrive(keys_empty);
 
     Scores<1, kHeadWidth> dk = {}, dv = {};
     Scores<1, kQueries> p, ds;
@@ -331,11 +329,11 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           products_begin();
 #pragma unroll
           for (int i = 0; i < kHeadWidth / 16; ++i)
-            multiply_add_64x64<S>(p[0], descriptor(own_keys + i * 32), descriptor(queries + i * 32), i > 0);
+            multiply_add_64x64<S, false>(p[0], k[0][i], descriptor(queries + i * 32), i > 0);
           products_commit();
 #pragma unroll
           for (int i = 0; i < kHeadWidth / 16; ++i)
-            multiply_add_64x64<S>(ds[0], descriptor(own_values + i * 32), descriptor(d_o + i * 32), i > 0);
+            multiply_add_64x64<S, false>(ds[0], v[0][i], descriptor(d_o + i * 32), i > 0);
           products_commit();
           products_wait<1>();  // the tile before is done with, too
           products_done(p[0]);
@@ -354,7 +352,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           products_begin();
 #pragma unroll
           for (int i = 0; i < kQueries / 16; ++i)
-            multiply_add_64x64<S>(dv[0], rounded_p[i], descriptor(d_o + i * 16 * kHeadRowBytes));
+            multiply_add_64x64<S, true>(dv[0], rounded_p[i], descriptor(d_o + i * 16 * kHeadRowBytes));
           products_commit();
           products_wait<1>();
           products_done(ds[0]);
@@ -370,10 +368,12 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           products_begin();
 #pragma unroll
           for (int i = 0; i < kQueries / 16; ++i)
-            multiply_add_64x64<S>(dk[0], rounded_ds[i], descriptor(queries + i * 16 * kHeadRowBytes));
+            multiply_add_64x64<S, true>(dk[0], rounded_ds[i], descriptor(queries + i * 16 * kHeadRowBytes));
           products_commit();
           last = stage;
         }
+        keep_fragments(k[0], keys, a.T < 0);
+        keep_fragments(v[0], keys, a.T < 0);
         if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
       }
     }
@@ -381,8 +381,6 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
     products_done(dk[0]);
     products_done(dv[0]);
     if (signals && last >= 0) barrier_arrive(empty(last));
-    if (signals) barrier_arrive(keys_empty(key_stage));
-    if (++key_stage == Tiles::kKeyStages) key_stage = 0, keys_parity ^= 1;
 
 #pragma unroll
     for (int n = 0; n < kHeadWidth / 8; ++n)

@@ -100,6 +100,21 @@ __device__ __forceinline__ void products_done(float (&c)[kTiles][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[n][i])::"memory");
 }
 
+// Says at the end of a loop's body that products of its next turn read these fragments. ptxas (13.0) does not see it
+// and gives their registers to others. `never` is false, which it must not know; `shared` is some shared memory.
+template <int kFragments>
+__device__ __forceinline__ void keep_fragments(const unsigned (&a)[kFragments][4], unsigned shared, bool never) {
+#pragma unroll
+  for (int k = 0; k < kFragments; ++k)
+    asm volatile(
+        "{\n"
+        ".reg .pred never;\n"
+        "setp.ne.b32 never, %5, 0;\n"
+        "@never st.shared.v4.b32 [%4], {%0, %1, %2, %3};\n"
+        "}" ::"r"(a[k][0]),
+        "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3]), "r"(shared), "r"(int{never}));
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   PGOLF_SM90(asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)));
@@ -139,7 +154,6 @@ __device__ __forceinline__ void multiply_add_64x128(float (&c)[16][4], std::uint
 }
 #undef PGOLF_WGMMA_64X128
 
-// The same with 64 rows of b.
 #define PGOLF_C32 PGOLF_C4(0), PGOLF_C4(1), PGOLF_C4(2), PGOLF_C4(3), PGOLF_C4(4), PGOLF_C4(5), PGOLF_C4(6), PGOLF_C4(7)
 #define PGOLF_WGMMA_64X64(type, a_and_b, kept, transposed)                                                           \
   "{\n"                                                                                                              \
@@ -151,38 +165,30 @@ __device__ __forceinline__ void multiply_add_64x128(float (&c)[16][4], std::uint
   "%24, %25, %26, %27, %28, %29, %30, %31}, " a_and_b ", kept, 1, 1, " transposed                                    \
   ";\n"                                                                                                              \
   "}"
-template <class S>
-__device__ __forceinline__ void multiply_add_64x64(float (&c)[8][4], std::uint64_t a, std::uint64_t b, bool add) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if constexpr (std::is_same_v<S, bf16>)
-    asm volatile(PGOLF_WGMMA_64X64("bf16", "%32, %33", "%34", "0, 0") : PGOLF_C32 : "l"(a), "l"(b), "r"(int{add}));
-  else
-    asm volatile(PGOLF_WGMMA_64X64("f16", "%32, %33", "%34", "0, 0") : PGOLF_C32 : "l"(a), "l"(b), "r"(int{add}));
-#else
-  __trap();
-#endif
-}
-
-// c += a·b for 64 rows of a, 16 of whose columns each warp holds as an A fragment of its 16 rows (mma.cuh), and 16 rows
-// of b of 64 numbers. A fragment may be read once: ptxas (13.0) gives its registers away as soon as the product has
-// begun, even where a loop comes back to them.
+// c (+)= a·b for 64 rows of a, 16 of whose columns each warp holds as an A fragment of its 16 rows (mma.cuh). kRows: b
+// is 16 rows of 64 numbers; otherwise it is 16 columns of 64 rows, and the product a·bᵀ.
 #define PGOLF_A4 "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
-template <class S>
-__device__ __forceinline__ void multiply_add_64x64(float (&c)[8][4], const unsigned (&a)[4], std::uint64_t b) {
+#define PGOLF_WGMMA_A4(type, transposed)                                               \
+  asm volatile(PGOLF_WGMMA_64X64(type, "{%32, %33, %34, %35}, %36", "%37", transposed) \
+               : PGOLF_C32                                                             \
+               : PGOLF_A4, "l"(b), "r"(int{add}))
+template <class S, bool kRows>
+__device__ __forceinline__ void multiply_add_64x64(float (&c)[8][4], const unsigned (&a)[4], std::uint64_t b,
+                                                   bool add = true) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int kAdd = 1;
-  if constexpr (std::is_same_v<S, bf16>)
-    asm volatile(PGOLF_WGMMA_64X64("bf16", "{%32, %33, %34, %35}, %36", "%37", "1")
-                 : PGOLF_C32
-                 : PGOLF_A4, "l"(b), "n"(kAdd));
+  if constexpr (std::is_same_v<S, bf16> && kRows)
+    PGOLF_WGMMA_A4("bf16", "1");
+  else if constexpr (std::is_same_v<S, bf16>)
+    PGOLF_WGMMA_A4("bf16", "0");
+  else if constexpr (kRows)
+    PGOLF_WGMMA_A4("f16", "1");
   else
-    asm volatile(PGOLF_WGMMA_64X64("f16", "{%32, %33, %34, %35}, %36", "%37", "1")
-                 : PGOLF_C32
-                 : PGOLF_A4, "l"(b), "n"(kAdd));
+    PGOLF_WGMMA_A4("f16", "0");
 #else
   __trap();
 #endif
 }
+#undef PGOLF_WGMMA_A4
 #undef PGOLF_A4
 #undef PGOLF_WGMMA_64X64
 #undef PGOLF_C32
