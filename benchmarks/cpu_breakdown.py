@@ -125,7 +125,7 @@ class Bench:
                 (out_rows[1], calls, lambda saved: ops.project_residual_backward(saved, x)),
             )
 
-        calls, h = layers * self.parts, self.array(B, T, F)
+        calls, h = layers * self.parts, np.maximum(self.array(B, T, F), 0) ** 2
         up, out = state["blocks.0.mlp.fc.weight"], state["blocks.0.mlp.proj.weight"]
         self.measure(
             (self.row("mlp up, forward", forward(F, d)), calls, lambda _: ops.mlp_up(x, up)[1]),
@@ -140,7 +140,7 @@ class Bench:
             (
                 self.row("mlp out, backward", backward(d, F)),
                 calls,
-                lambda saved: ops.project_residual_backward(saved, x),
+                lambda saved: ops.project_residual_backward(saved, x, h_scale=1.0),
             ),
         )
         self.measure(

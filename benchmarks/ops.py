@@ -253,6 +253,9 @@ class Bench:
         N, d = self.N, self.d
         x, x0, mix = self.draw(self.B, self.T, d), self.draw(self.B, self.T, d), self.draw(2, d)
         a, w = self.draw(self.B, self.T, width), self.weight(d, width)
+        # The slope of ReLU² is taken here, by PyTorch in mlp_up's backward: their sum compares like with like.
+        h_scale = 0.0 if mixed else 1.0
+        a = a if mixed else np.maximum(a, 0) ** 2
         there, there0, mix_there = self.here(x), self.here(x0), self.here(mix)
         residual = ops.MixedInput(x, x0, mix) if mixed else x
         forward, backward = self.linear(d, width)
@@ -267,7 +270,7 @@ class Bench:
             (4.0 * N * d * width, self.S * N * (2 * width + d)),
             (
                 lambda _: ops.project_residual(residual, a, w)[1],
-                lambda saved: ops.project_residual_backward(saved, x),
+                lambda saved: ops.project_residual_backward(saved, x, h_scale=h_scale),
             ),
             natural,
             [self.here(a), self.here(w)],
@@ -276,13 +279,13 @@ class Bench:
 
     def mlp_up(self) -> None:
         N, d, hidden = self.N, self.d, self.hidden
-        x, w, dh = self.draw(self.B, self.T, d), self.weight(hidden, d), self.draw(self.B, self.T, hidden)
+        x, w, du = self.draw(self.B, self.T, d), self.weight(hidden, d), self.draw(self.B, self.T, hidden)
         forward, backward = self.linear(hidden, d)
         self.add(
             "mlp_up",
             (2.0 * N * d * hidden, self.S * N * (d + hidden)),
-            (4.0 * N * d * hidden, self.S * N * (3 * d + 2 * hidden)),
-            (lambda _: ops.mlp_up(x, w)[1], lambda saved: ops.mlp_up_backward(saved, dh)),
+            (4.0 * N * d * hidden, self.S * N * (3 * d + hidden)),
+            (lambda _: ops.mlp_up(x, w)[1], lambda saved: ops.mlp_up_backward(saved, du)),
             lambda x, w: F.relu(F.linear(peer_torch.rms(x), w)).square(),
             [self.here(x), self.here(w)],
             (self.library(forward), self.library(backward)),

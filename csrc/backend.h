@@ -125,12 +125,15 @@ struct ProjectResidual {
 };
 struct ProjectResidualGrads {
   TensorView dout;  // in [B, T, d]; it is at once the gradient at the residual, which needs no copy
-  TensorView da;    // out [B, T, c]
-  TensorView w;     // [d, c] += doutᵀ·a, NOT yet times scale: finish_projections ends it, once a step
+  // Where a is MlpUp's h, the slope of ReLU² belongs to the product that makes its gradient: with h_scale > 0, da is
+  // the gradient at u of h = h_scale·relu(u)², which is (dout·w)⊙2·√(h_scale·h), rounded once; with 0 that at a.
+  double h_scale = 0;
+  TensorView da;  // out [B, T, c]
+  TensorView w;   // [d, c] += doutᵀ·a, NOT yet times scale: finish_projections ends it, once a step
   TensorView scratch;
 };
 
-// h = h_scale·relu(rms(x)·wᵀ)²                                                                    §2.6
+// h = h_scale·relu(u)², u = rms(x)·wᵀ                                                              §2.6
 struct MlpUp {
   TensorView x;          // [B, T, d]
   TensorView w;          // [F, d]
@@ -141,7 +144,7 @@ struct MlpUp {
   TensorView saved, scratch;
 };
 struct MlpUpGrads {
-  TensorView dh;  // in [B, T, F]; left undefined
+  TensorView du;  // in [B, T, F]: the gradient at u, as ProjectResidualGrads leaves it
   TensorView dx;  // inout [B, T, d]: +=
   TensorView w;
   TensorView scratch;

@@ -260,30 +260,39 @@ def attention_case(B: int, T: int, H: int, K: int, D: int) -> Case:
     return Case(f"attention {B}x{T} H{H} K{K} D{D}", inputs, expected, run, list(inputs), ["gain"])
 
 
-def project_residual_case(B: int, T: int, d: int, c: int, skip: str | None = None) -> Case:
-    """skip: as in qkv_case; None: the residual is an array."""
+def project_residual_case(
+    B: int, T: int, d: int, c: int, skip: str | None = None, h_scale: float | None = None
+) -> Case:
+    """skip: as in qkv_case; None: the residual is an array. h_scale: a is h_scale·relu(u)², and u's gradient wanted."""
     rng = np.random.default_rng(4)
     first = T // 3
     inputs = {"x": draw(rng, B, T, d)} if skip is None else mixed_inputs(rng, B, T, d, skip)
     inputs |= {"a": draw(rng, B, T, c), "w": draw(rng, d, c), "scale": draw(rng, d)}
+    if h_scale is not None:  # 4 bits, whose squares all dtypes hold
+        inputs["u"] = np.clip(np.round(4 * inputs.pop("a")), -15, 15) / 4
 
     def expected(t):
         residual = t["x"] if skip is None else mixed_reference(t)
-        out = residual + t["scale"] * (t["a"] @ t["w"].T)
+        a = t["a"] if h_scale is None else h_scale * t["u"].relu().square()
+        out = residual + t["scale"] * (a @ t["w"].T)
         return {"out": out, **detached({"late out": out[:, first:]})}
 
     def run(inputs, upstream, starts):
         residual = inputs["x"] if skip is None else mixed_native(inputs, skip)
         w = ops.working_copy(inputs["w"], inputs["scale"])
+        a = inputs["a"] if h_scale is None else h_scale * np.maximum(inputs["u"], 0) ** 2
         late_residual = residual if isinstance(residual, ops.MixedInput) else residual[:, first:]
-        late, _ = ops.project_residual(late_residual, inputs["a"][:, first:], w)
-        out, saved = ops.project_residual(residual, inputs["a"], w)
-        da, dw = ops.project_residual_backward(saved, upstream["out"])
-        assert_same({"a"}, named(ops.project_residual_backward(saved, upstream["out"], weights=False)), {"a": da})
+        late, _ = ops.project_residual(late_residual, a[:, first:], w)
+        out, saved = ops.project_residual(residual, a, w)
+        da, dw = ops.project_residual_backward(saved, upstream["out"], h_scale=h_scale or 0)
+        without = ops.project_residual_backward(saved, upstream["out"], h_scale=h_scale or 0, weights=False)
+        assert_same({"a"}, named(without), {"a": da})
         dw, dscale = ops.finish_projection(inputs["w"], inputs["scale"], dw, starts["scale"])
-        return {"out": out, "late out": late}, {"a": da, "w": dw, "scale": dscale}
+        return {"out": out, "late out": late}, {wanted: da, "w": dw, "scale": dscale}
 
-    return Case(f"project {B}x{T} d{d} c{c} skip {skip!r}", inputs, expected, run, ["a", "w", "scale"], ["scale"])
+    wanted = "a" if h_scale is None else "u"
+    name = f"project {B}x{T} d{d} c{c} skip {skip!r}" + ("" if h_scale is None else f" h_scale {h_scale}")
+    return Case(name, inputs, expected, run, [wanted, "w", "scale"], ["scale"])
 
 
 def mlp_up_case(B: int, T: int, d: int, F: int) -> Case:
@@ -291,12 +300,13 @@ def mlp_up_case(B: int, T: int, d: int, F: int) -> Case:
     inputs = {"x": draw(rng, B, T, d), "w": draw(rng, F, d)}
 
     def expected(t):
-        return {"h": (reference.rms(t["x"]) @ t["w"].T).relu().square()}
+        u = reference.rms(t["x"]) @ t["w"].T
+        return {"u": u, **detached({"h": u.relu().square()})}
 
     def run(inputs, upstream, starts):
         h, saved = ops.mlp_up(**inputs)
-        gradients = named(ops.mlp_up_backward(saved, upstream["h"], add_to=starts))
-        without = ops.mlp_up_backward(saved, upstream["h"], weights=False, add_to={"x": starts["x"]})
+        gradients = named(ops.mlp_up_backward(saved, upstream["u"], add_to=starts))
+        without = ops.mlp_up_backward(saved, upstream["u"], weights=False, add_to={"x": starts["x"]})
         assert_same({"x"}, named(without), gradients)
         return {"h": h}, gradients
 
@@ -416,6 +426,8 @@ PROJECT_RESIDUAL = [
     project_residual_case(3, 2, 6, 64, ""),
     project_residual_case(1, 63, 64, 32, "x"),
     project_residual_case(5, 130, 70, 600),  # and a weight gradient of more than one tile each way
+    project_residual_case(2, 65, 34, 97, h_scale=1.0),
+    project_residual_case(5, 130, 32, 600, h_scale=1 / 16),
 ]
 MLP_UP = [
     mlp_up_case(2, 65, 34, 97),
@@ -532,7 +544,7 @@ def test_pending_may_be_dskip_itself(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_projection_may_write_onto_its_residual(dtype):
-    case = PROJECT_RESIDUAL[-1]
+    case = PROJECT_RESIDUAL[-3]
     inputs = cast(case.inputs, dtype)
     out, saved = ops.project_residual(inputs["x"], inputs["a"], inputs["w"])
     stream = inputs["x"].copy()
@@ -939,7 +951,12 @@ def saved_attention() -> ops.Saved:
         (
             lambda: ops.mlp_up_backward(ops.mlp_up(X, W)[1], X),
             ValueError,
-            r"dh has shape \(2, 3, 4\); expected \(2, 3, 5\)",
+            r"du has shape \(2, 3, 4\); expected \(2, 3, 5\)",
+        ),
+        (
+            lambda: ops.project_residual_backward(ops.project_residual(X, X, np.ones((4, 4)))[1], X, h_scale=-1.0),
+            ValueError,
+            "h_scale is -1.0; expected mlp_up's, or 0",
         ),
         (lambda: ops.attention_backward(saved_attention(), None), TypeError, "do has dtype object; expected float64"),
         (

@@ -78,6 +78,13 @@ CASES = [
     project_residual_case(1, 65, 64, 97, ""),
     project_residual_case(3, 130, 128, 192, "other"),
     project_residual_case(1, 600, 512, 512, ""),
+    project_residual_case(2, 65, 64, 48, h_scale=1.0),
+    project_residual_case(1, 63, 32, 97, h_scale=1 / 16),
+    project_residual_case(1, 1, 64, 128, h_scale=1.0),
+    project_residual_case(3, 130, 128, 256, h_scale=1 / 16),
+    project_residual_case(2, 300, 512, 1536, h_scale=1.0),
+    project_residual_case(3, 130, 640, 1920, h_scale=1 / 16),
+    project_residual_case(1, 40_000, 64, 128, h_scale=1.0),  # several tiles of rows for every block
     mlp_up_case(2, 65, 64, 97),
     mlp_up_case(40, 1, 32, 64),
     mlp_up_case(1, 40, 32, 1),
@@ -142,7 +149,7 @@ def check(case: Case, place: Place) -> None:
         size = float(np.linalg.norm(wanted))
         if size <= 1e-9 * everything:  # what is zero by its mathematics has no relative error
             size = everything
-        stored = name in ("x", "skip", "q", "k", "v", "a")
+        stored = name in ("x", "skip", "q", "k", "v", "a", "u")
         cancelled = (CANCELLED_IN_ATTENTION if "gain" in case.inputs else CANCELLED) if stored else 0.0
         compare(g, wanted, size, place, f"{case.name}: gradient of {name}", cancelled)
 
@@ -190,6 +197,18 @@ def test_products_of_small_integers_are_exact(N: int, d: int, c: int, place: Pla
     assert np.array_equal(out, x + a @ w.T)
     assert np.array_equal(gradients.a, dout @ w)
     assert np.array_equal(gradients.w, np.einsum("btd,btc->dc", dout, a))
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize(("N", "d", "F"), [(1, 32, 8), (65, 64, 48), (130, 64, 128), (300, 640, 384), (9000, 512, 256)])
+def test_gradients_before_relu2_are_exact_on_small_integers(N: int, d: int, F: int, place: Place) -> None:
+    rng = np.random.default_rng(2)
+    u, w = integers(rng, 1, N, F, most=4), integers(rng, d, F, most=1)
+    dout = integers(rng, 1, N, d, most=1) * (rng.random((1, N, d)) < 24 / d)  # sums of at most 24 ones or so
+    with ops.on(place.device, place.dtype):
+        _, saved = ops.project_residual(np.zeros((1, N, d), np.float32), np.maximum(u, 0) ** 2, w)
+        found = ops.project_residual_backward(saved, dout, h_scale=1.0, weights=False).a
+    assert np.array_equal(found, (dout @ w) * 2 * np.maximum(u, 0))
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)

@@ -300,8 +300,9 @@ ProjectResidual make_project_residual(Staged& t, const py::kwargs&) {
     op.x = t["x"];
   return op;
 }
-ProjectResidualGrads make_project_residual_grads(Staged& t, const py::kwargs&) {
+ProjectResidualGrads make_project_residual_grads(Staged& t, const py::kwargs& n) {
   ProjectResidualGrads grads;
+  grads.h_scale = number<double>(n, "h_scale");
   grads.dout = t["dout"];
   grads.da = t["da"];
   grads.w = t.find("dw", true);
@@ -317,7 +318,7 @@ MlpUp make_mlp_up(Staged& t, const py::kwargs& n) {
 }
 MlpUpGrads make_mlp_up_grads(Staged& t, const py::kwargs&) {
   MlpUpGrads grads;
-  grads.dh = t["dh"];
+  grads.du = t["du"];
   grads.dx = t["dx"];
   grads.w = t.find("dw", true);
   return grads;

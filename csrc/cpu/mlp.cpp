@@ -1,4 +1,4 @@
-// Norm, the first MLP product and ReLU². Its slope 2·relu(u) is 2·√(h/h_scale): u itself is not kept.
+// Norm, the first MLP product and ReLU². Its slope is projection.cpp's, from h: u itself is not kept.
 #include <atomic>
 
 #include "cpu/cpu_backend.h"
@@ -74,13 +74,8 @@ void CpuBackend<T>::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
   Layout scratch_layout(grads.scratch.data);
   const BackwardScratch<T> scratch(scratch_layout, concurrency(), s);
   const T* factor = op.saved.as<T>();
-  const T slope = T(2 * std::sqrt(op.h_scale));  // h_scale·2·relu(u) = 2·√h_scale·√h
   for_row_chunks(s.N, [&](i64 first, i64 count, int worker) {
-    T* du = grads.dh.as<T>() + first * s.F;
-    const T* h = op.h.as<T>() + first * s.F;
-    PGOLF_SIMD
-    for (i64 i = 0; i < count * s.F; ++i) du[i] *= slope * std::sqrt(h[i]);
-    round(du, count * s.F);
+    const T* du = grads.du.as<T>() + first * s.F;
     T* dnormed = scratch.dnormed.of(worker);
     gemm<T>(kPlain, kPlain, count, s.d, s.F, T(1), du, s.F, op.w.as<T>(), s.d, T(0), dnormed, s.d);
     round(dnormed, count * s.d);
@@ -95,7 +90,7 @@ void CpuBackend<T>::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
     }
     round(grads.dx.as<T>() + first * s.d, count * s.d);
   });
-  if (grads.w) gemm_weight_gradients<T>(s.N, s.d, T(1), scratch.normed, {{grads.dh.as<T>(), s.F, grads.w.as<T>()}});
+  if (grads.w) gemm_weight_gradients<T>(s.N, s.d, T(1), scratch.normed, {{grads.du.as<T>(), s.F, grads.w.as<T>()}});
 }
 
 #define PGOLF_INSTANTIATE(T)                                 \

@@ -52,9 +52,15 @@ template <class T>
 void CpuBackend<T>::project_residual_backward(const ProjectResidual& op, const ProjectResidualGrads& grads) {
   const i64 N = op.out.shape[0] * op.out.shape[1], d = op.w.shape[0], c = op.w.shape[1];
   const T* dout = grads.dout.as<T>();
+  const T slope = T(2 * std::sqrt(grads.h_scale));  // h_scale·2·relu(u) = 2·√h_scale·√h
   for_row_chunks(N, [&](i64 first, i64 count, int) {
     T* da = grads.da.as<T>() + first * c;
     gemm<T>(kPlain, kPlain, count, c, d, T(1), dout + first * d, d, op.w.as<T>(), c, T(0), da, c);
+    if (grads.h_scale > 0) {
+      const T* h = op.a.as<T>() + first * c;
+      PGOLF_SIMD
+      for (i64 i = 0; i < count * c; ++i) da[i] *= slope * std::sqrt(h[i]);
+    }
     round(da, count * c);
   });
   if (grads.w) gemm_weight_gradients<T>(N, c, T(1), op.a.as<T>(), {{dout, d, grads.w.as<T>()}});

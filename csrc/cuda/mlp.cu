@@ -1,9 +1,10 @@
-// Norm, the first MLP product and ReLU². Its slope 2·relu(u) comes from h: u itself is not kept.
+// Norm, the first MLP product and ReLU². Its slope is projection.cu's, from h: u itself is not kept.
 //
 // Rounded to S. Forward: normed = rms(x); h, whose value in f16 stays at the largest finite number.
-// Backward: du; dnormed = du·w; normed, recomputed for the weight gradient; dx. The norm's backward uses normed before
+// Backward: dnormed = du·w; normed, recomputed for the weight gradient; dx. The norm's backward uses normed before
 // it is rounded.
 #include "cuda/linear.h"
+#include "cuda/numbers.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/sm90/resident_product.cuh"
 
@@ -17,7 +18,6 @@ struct Dims {
   Linear linear(DType S) const { return {S, N, d, F}; }
 };
 
-constexpr int kThreads = 256;
 constexpr float kHalfMax = 65504.0f;
 
 // Rows whose u, float32, is made at a time: what is squared at once still lies in the second-level cache (50 MB on
@@ -26,20 +26,6 @@ i64 rows_at_once(const Dims& s) {
   constexpr i64 kBytes = 35'000'000, kTileRows = 256;
   const i64 rows = kBytes / (static_cast<i64>(sizeof(float)) * s.F) / kTileRows * kTileRows;
   return std::min(s.N, std::max(rows, kTileRows));
-}
-
-// to[i] = body(to[i], also[i]), eight numbers a thread; the last thread does what is left over.
-template <class S, class Also, class F>
-__device__ __forceinline__ void for_each_number(S* to, const Also* also, i64 count, F body) {
-  const i64 index = i64{blockIdx.x} * kThreads + threadIdx.x, at = index * kVector;
-  if (at + kVector <= count) {
-    Vector8 a = load8<S>(to + at), b = load8(also + at);
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) a.x[j] = body(a.x[j], b.x[j]);
-    store8(to + at, a);
-  } else {
-    for (i64 i = at; i < count; ++i) to[i] = from_float<S>(body(to_float(to[i]), to_float(also[i])));
-  }
 }
 
 // h_scale·relu(u)² for numbers of one thread, and how many of them f16 cannot hold. A NaN stays one.
@@ -65,7 +51,7 @@ class SquareRelu {
 
 // h from u. Memory-bound: 1 write, and 1 read of what the cache holds.
 template <class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kNumberThreads)
     square_relu(const float* u, S* h, i64 count, float h_scale, std::int64_t* saturated) {
   SquareRelu<S> square(h_scale);
   for_each_number<S>(h, u, count, [&](float, float at) { return square(at); });
@@ -90,12 +76,6 @@ struct StoreHidden {
     store_rows<S, 128, 1>(tile, u, h + row * F + column, static_cast<int>(F), 0, static_cast<int>(rows - row), 128);
   }
 };
-
-// dh → du = dh·h_scale·2·relu(u), where relu(u) = √(h/h_scale). Memory-bound: 2 reads, 1 write.
-template <class S>
-__global__ void __launch_bounds__(kThreads) square_relu_backward(S* dh_to_du, const S* h, i64 count, float h_scale) {
-  for_each_number<S>(dh_to_du, h, count, [=](float dh, float at) { return dh * (2.0f * sqrtf(h_scale * at)); });
-}
 
 }  // namespace
 
@@ -129,8 +109,8 @@ void CudaBackend::mlp_up_forward(const MlpUp& op) {
     for (i64 row = 0; row < s.N; row += rows_at_once(s)) {
       const i64 rows = std::min(rows_at_once(s), s.N - row);
       gemm(Linear{storage_, rows, s.d, s.F}.forward(normed + row * s.d, op.w.data, u, DType::f32));
-      square_relu<S><<<blocks_for(rows * s.F, kThreads * kVector), kThreads, 0, stream()>>>(
-          u, op.h.as<S>() + row * s.F, rows * s.F, h_scale, op.saturated);
+      square_relu<S><<<number_blocks(rows * s.F), kNumberThreads, 0, stream()>>>(u, op.h.as<S>() + row * s.F,
+                                                                                 rows * s.F, h_scale, op.saturated);
       PGOLF_LAUNCHED("square_relu");
     }
   });
@@ -140,10 +120,7 @@ void CudaBackend::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
   const Dims s(op);
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
-    square_relu_backward<S><<<blocks_for(s.N * s.F, kThreads * kVector), kThreads, 0, stream()>>>(
-        grads.dh.as<S>(), op.h.as<S>(), s.N * s.F, static_cast<float>(op.h_scale));
-    PGOLF_LAUNCHED("square_relu_backward");
-    gemm(s.linear(storage_).backward(grads.dh.data, op.w.data, grads.scratch.data));
+    gemm(s.linear(storage_).backward(grads.du.data, op.w.data, grads.scratch.data));
     with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
       norm_rows_backward<S, vectors, true><<<row_blocks(s.N, warps), kRowThreads, 0, stream()>>>(
           op.x.as<S>(), Positions{}, op.saved.as<float>(), s.N, static_cast<int>(s.d), warps, grads.scratch.as<S>(),
@@ -151,7 +128,7 @@ void CudaBackend::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
       PGOLF_LAUNCHED("norm_rows_backward");
     });
   });
-  if (grads.w) gemm(s.linear(storage_).weights(grads.dh.data, grads.scratch.data, grads.w.data));
+  if (grads.w) gemm(s.linear(storage_).weights(grads.du.data, grads.scratch.data, grads.w.data));
 }
 
 }  // namespace pgolf::cuda

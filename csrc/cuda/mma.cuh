@@ -95,6 +95,13 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return y;
 }
 
+// √x to a relative 2⁻²³; 0 for x below 2⁻¹²⁶.
+__device__ __forceinline__ float sqrt_approximate(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two numbers rounded to S, `low` in the lower half.
 template <class S>
 __device__ __forceinline__ unsigned pack(float low, float high) {

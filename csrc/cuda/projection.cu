@@ -1,9 +1,11 @@
 // Projections back into the residual stream. Their scale is part of w, so that all is plain products onto the residual.
-// And the bare product.
+// The slope of ReLU², on the way back to an MLP's hidden values. And the bare product.
 //
 // Rounded to S. Forward onto x: out. Forward onto the mixed input: first the product a·wᵀ, which is small against the
-// residual, then out, of the positions that it has. Backward: da.
+// residual, then out, of the positions that it has. Backward: da; where it is to be the gradient before ReLU², the one
+// at h is rounded as well unless the slope is in the product's epilogue.
 #include "cuda/linear.h"
+#include "cuda/numbers.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/sm90/resident_product.cuh"
 
@@ -15,8 +17,6 @@ struct Dims {
   explicit Dims(const ProjectResidual& op) : N(op.out.shape[0] * op.out.shape[1]), d(op.w.shape[0]), c(op.w.shape[1]) {}
   Linear linear(DType S) const { return {S, N, c, d}; }
 };
-
-constexpr int kThreads = 256;
 
 // Adds the mixed input to what is to become eight columns of a row of out.
 template <class S>
@@ -83,14 +83,66 @@ struct AddMixedToProduct {
 
 // out += the mixed input. Memory-bound: 3 or 4 reads, 1 write.
 template <class S>
-__global__ void __launch_bounds__(kThreads) add_mixed(AddMixed<S> add) {
-  const i64 index = i64{blockIdx.x} * kThreads + threadIdx.x;
+__global__ void __launch_bounds__(kNumberThreads) add_mixed(AddMixed<S> add) {
+  const i64 index = i64{blockIdx.x} * kNumberThreads + threadIdx.x;
   const unsigned vectors = static_cast<unsigned>(add.d / kVector);
   if (index >= add.rows * vectors) return;
   const unsigned row = static_cast<unsigned>(index) / vectors;
   const int column = static_cast<int>(static_cast<unsigned>(index) % vectors) * kVector;
   add(row, column, load8<S>(add.out + i64{row} * add.d + column));
 }
+
+// The gradient at h = h_scale·relu(u)² → that at u: times h_scale·2·relu(u), where relu(u) = √(h/h_scale).
+// Memory-bound: 2 reads, 1 write.
+template <class S>
+__global__ void __launch_bounds__(kNumberThreads)
+    square_relu_backward(S* dh_to_du, const S* h, i64 count, float h_scale) {
+  for_each_number<S>(dh_to_du, h, count, [=](float dh, float at) { return dh * (2.0f * sqrtf(h_scale * at)); });
+}
+
+// The same while the gradient at h is in registers.
+template <class S>
+struct SquareReluBackward {
+  using Tile = SharedTile<128>;
+  static constexpr int kPassRows = kWarp / Tile::kChunks, kPasses = 16 / kPassRows;
+  struct Ahead {
+    Packed8<S> h[kPasses];
+  };
+  const S* h;  // [rows, F]
+  S* du;
+  i64 rows, F;
+  float h_scale;
+
+  __device__ Ahead ahead(i64 first_row, int first_column) const {
+    const int lane_row = threadIdx.x % kWarp / Tile::kChunks, chunk = threadIdx.x % Tile::kChunks;
+    Ahead read;
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const i64 own = first_row + i * kPassRows + lane_row;
+      read.h[i] = load_packed(h + (own < rows ? own : rows - 1) * F + first_column + chunk * kVector);
+    }
+    return read;
+  }
+  __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, const Ahead& read, i64 row,
+                             int column) const {
+    const int pass_row = threadIdx.x % kWarp / Tile::kChunks, chunk = threadIdx.x % Tile::kChunks;
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i)
+      *reinterpret_cast<uint4*>(tile + Tile::offset(i * kPassRows + pass_row, chunk)) = read.h[i].piece[0];
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < 16; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const auto at = tile + Tile::offset(lane_row(i), n) + lane_column(i) * sizeof(S);
+        const float2 here = unpack<S>(*reinterpret_cast<const unsigned*>(at));
+        product[0][n][i] *= 2.0f * sqrt_approximate(h_scale * here.x);
+        product[0][n][i + 1] *= 2.0f * sqrt_approximate(h_scale * here.y);
+      }
+    store_rows<S, 128, 1>(tile, product, du + row * F + column, static_cast<int>(F), 0, static_cast<int>(rows - row),
+                          128);
+  }
+};
 
 }  // namespace
 
@@ -115,14 +167,28 @@ void CudaBackend::project_residual_forward(const ProjectResidual& op) {
         return sm90::launch_resident_product<S>(*this, "attention_out", op.a.data, op.w.data, s.N, s.d, s.c,
                                                 AddMixedToProduct<S>{add});
     gemm(product);
-    add_mixed<S><<<blocks_for(s.N * s.d, kThreads * kVector), kThreads, 0, stream()>>>(add);
+    add_mixed<S><<<number_blocks(s.N * s.d), kNumberThreads, 0, stream()>>>(add);
     PGOLF_LAUNCHED("add_mixed");
   });
 }
 
 void CudaBackend::project_residual_backward(const ProjectResidual& op, const ProjectResidualGrads& grads) {
   const Dims s(op);
-  gemm(s.linear(storage_).backward(grads.dout.data, op.w.data, grads.da.data));
+  const bool slopes = grads.h_scale > 0;
+  const float h_scale = static_cast<float>(grads.h_scale);
+  with_storage(storage_, [&](auto type) {
+    using S = decltype(type);
+    if constexpr (sizeof(S) == 2)
+      if (slopes && sm90::takes(*this, s.N, s.c, s.d))
+        return sm90::launch_resident_product<S, sm90::Second::plain>(
+            *this, "mlp_out_backward", grads.dout.data, op.w.data, s.N, s.c, s.d,
+            SquareReluBackward<S>{op.a.as<S>(), grads.da.as<S>(), s.N, s.c, h_scale});
+    gemm(s.linear(storage_).backward(grads.dout.data, op.w.data, grads.da.data));
+    if (!slopes) return;
+    square_relu_backward<S>
+        <<<number_blocks(s.N * s.c), kNumberThreads, 0, stream()>>>(grads.da.as<S>(), op.a.as<S>(), s.N * s.c, h_scale);
+    PGOLF_LAUNCHED("square_relu_backward");
+  });
   if (grads.w) gemm(s.linear(storage_).weights(grads.dout.data, op.a.data, grads.w.data));
 }
 

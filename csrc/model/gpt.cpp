@@ -220,7 +220,7 @@ void GPT::bind_parameters(Plan& plan, bool qat) const {
     bind(block + "attn.proj.weight", l.attention_out.w, &l.attention_out_grads.w);
     bind(block + "mlp.fc.weight", l.mlp_up.w, &l.mlp_up_grads.w);
     bind(block + "mlp.proj.weight", l.mlp_out.w, &l.mlp_out_grads.w);
-    l.mlp_up.h_scale = hidden_scale(*backend_);
+    l.mlp_up.h_scale = l.mlp_out_grads.h_scale = hidden_scale(*backend_);
   }
   plan.head.softcap = config_.logit_softcap;
   bind(config_.tie_embeddings ? "tok_emb.weight" : "lm_head.weight", plan.head.w, &plan.head_grads.w);

@@ -114,7 +114,7 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
   // ---- Tensors. x[i] is block i's input (x[0] = x0), x[L] the head's.
   struct Layer {
     int x, q, k, v, o, x_mid, h;
-    int d_o = -1, dq = -1, dk = -1, dv = -1, dh = -1, dskip = -1;
+    int d_o = -1, dq = -1, dk = -1, dv = -1, du = -1, dskip = -1;
   };
   std::vector<Layer> t(static_cast<std::size_t>(L) + 1);
   const int id_tensor = placer.declare("token ids", 0, clock.end(), tokens);
@@ -140,9 +140,9 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
     l.o = placer.declare("attention outputs", attention, clock.until(attention_out, attention), queries);
     l.x_mid = placer.declare("x between attention and mlp", attention_out, clock.until(mlp_out, mlp_up),
                              TensorView(real, {B, rows(i), d}));
-    l.h = placer.declare("mlp hidden", mlp_up, clock.until(mlp_out, mlp_up), hidden);
+    l.h = placer.declare("mlp hidden", mlp_up, clock.until(mlp_out, mlp_out), hidden);
     if (!train) continue;
-    l.dh = placer.declare("gradients, mlp", clock.back(mlp_out), clock.back(mlp_up), hidden);
+    l.du = placer.declare("gradients, mlp", clock.back(mlp_out), clock.back(mlp_up), hidden);
     l.d_o = placer.declare("gradients, attention", clock.back(attention_out), clock.back(attention), queries);
     l.dq = placer.declare("gradients, attention", clock.back(attention), clock.back(qkv), queries);
     l.dk = placer.declare("gradients, attention", clock.back(attention), clock.back(qkv), keys);
@@ -185,7 +185,7 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
       l.mlp_out.out = view(next.x);
       if (!train) continue;
       l.mlp_out_grads.dout = l.mlp_up_grads.dx = l.attention_out_grads.dout = l.qkv_grads.dx = view(dx);
-      l.mlp_up_grads.dh = l.mlp_out_grads.da = view(at.dh);
+      l.mlp_up_grads.du = l.mlp_out_grads.da = view(at.du);
       l.attention_grads.d_o = l.attention_out_grads.da = view(at.d_o);
       l.qkv_grads.dq = l.attention_grads.dq = view(at.dq);
       l.qkv_grads.dk = l.attention_grads.dk = view(at.dk);

@@ -102,7 +102,10 @@ class AttentionGrads(NamedTuple):
 
 
 class ProjectResidualGrads(NamedTuple):
-    """w's is added to, and is doutᵀ·a without the projection's scale until `finish_projection`."""
+    """w's is added to, and is doutᵀ·a without the projection's scale until `finish_projection`.
+
+    a's may be the gradient before ReLU²: see `project_residual_backward`.
+    """
 
     a: FloatArray
     w: FloatArray | None
@@ -349,17 +352,25 @@ def project_residual(residual: Any, a: Any, w: Any) -> tuple[FloatArray, Saved]:
 
 
 def project_residual_backward(
-    saved: Saved, dout: Any, *, weights: bool = True, add_to: Mapping[str, Any] | None = None
+    saved: Saved,
+    dout: Any,
+    *,
+    h_scale: float = 0.0,
+    weights: bool = True,
+    add_to: Mapping[str, Any] | None = None,
 ) -> ProjectResidualGrads:
     """The gradients of `project_residual` from dout [B, T, d], which is at once the residual's.
 
-    w's only with `weights`; `add_to` may hold it.
+    h_scale: where a is the h that `mlp_up` made with this h_scale, a's gradient is to be the one that `mlp_up_backward`
+    takes: at u, before ReLU². 0: at a. w's only with `weights`; `add_to` may hold it.
     """
+    if not 0 <= h_scale < float("inf"):
+        raise ValueError(f"h_scale is {h_scale}; expected mlp_up's, or 0 for the gradient at a itself.")
     call = _Backward("project_residual", saved)
     call.upstream(dout=dout)
     call.written("a")
     call.added(add_to, *(("w",) if weights else ()))
-    return ProjectResidualGrads(*call.run(*ProjectResidualGrads._fields))
+    return ProjectResidualGrads(*call.run(*ProjectResidualGrads._fields, h_scale=float(h_scale)))
 
 
 def finish_projection(
@@ -390,7 +401,7 @@ def finish_projection(
 
 
 def mlp_up(x: Any, w: Any, *, h_scale: float = 1.0) -> tuple[FloatArray, Saved]:
-    """`h = h_scale·relu(rms(x)·wᵀ)²` (docs/spec.md §2.6).
+    """`h = h_scale·relu(u)²` with `u = rms(x)·wᵀ` (docs/spec.md §2.6).
 
     Args:
         x: [B, T, d].
@@ -408,11 +419,14 @@ def mlp_up(x: Any, w: Any, *, h_scale: float = 1.0) -> tuple[FloatArray, Saved]:
 
 
 def mlp_up_backward(
-    saved: Saved, dh: Any, *, weights: bool = True, add_to: Mapping[str, Any] | None = None
+    saved: Saved, du: Any, *, weights: bool = True, add_to: Mapping[str, Any] | None = None
 ) -> MlpUpGrads:
-    """The gradients of `mlp_up` from dh [B, T, F]; w's only with `weights`; `add_to` may hold any field."""
+    """The gradients of `mlp_up` from du [B, T, F], the gradient at u: `project_residual_backward` makes it of h's.
+
+    w's only with `weights`; `add_to` may hold any field.
+    """
     call = _Backward("mlp_up", saved)
-    call.upstream(dh=dh)
+    call.inputs["du"] = call.like("h", "du", du)
     call.added(add_to, *(MlpUpGrads._fields if weights else ("x",)))
     return MlpUpGrads(*call.run(*MlpUpGrads._fields))
 
@@ -1005,8 +1019,8 @@ class _Backward:
         for name in present:
             self.outputs["d" + name] = self.start(name, f"add_to[{name!r}]", given.get(name))
 
-    def run(self, *fields: str) -> list[Any]:
-        """The gradients of these tensors, None where absent."""
+    def run(self, *fields: str, **numbers: float) -> list[Any]:
+        """The gradients of these tensors, None where absent. numbers: the backward's own."""
         native = _native(self.saved.dtype)
-        getattr(native, self.operation + "_backward")(self.inputs, self.outputs, **self.saved.numbers)
+        getattr(native, self.operation + "_backward")(self.inputs, self.outputs, **self.saved.numbers, **numbers)
         return [self.outputs.get("d" + name) for name in fields]

@@ -75,10 +75,11 @@ __device__ __forceinline__ unsigned char* align_shared(unsigned char* raw) {
 
 // Where wgmma finds rows of 64 16-bit numbers, eight rows in 1,024 bytes, in the copy engine's 128-byte swizzle. The
 // tile begins at a multiple of 1,024; where products sum over columns, a step of 16 adds 32 bytes to the address, where
-// they sum over rows 2,048.
-__device__ __forceinline__ std::uint64_t descriptor(unsigned address) {
+// they sum over rows 2,048. Where they sum over rows that have more than 64 numbers, `next` is how many bytes further
+// the tile of the next 64 of each begins.
+__device__ __forceinline__ std::uint64_t descriptor(unsigned address, unsigned next = 0) {
   constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62, kEightRows = std::uint64_t{1024 >> 4} << 32;
-  return kSwizzle128 | kEightRows | ((address & 0x3ffff) >> 4);
+  return kSwizzle128 | kEightRows | std::uint64_t{next >> 4} << 16 | ((address & 0x3ffff) >> 4);
 }
 
 __device__ __forceinline__ void products_begin() {
@@ -124,10 +125,10 @@ __device__ __forceinline__ void take_registers() {
   PGOLF_SM90(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)));
 }
 
-// c (+)= a·bᵀ for 64 rows of a, 128 rows of b and 16 columns of both; c as sixteen 16×8 results of each warp, which has
-// 16 of the rows. `add` false: c is overwritten.
+// c (+)= a·bᵀ for 64 rows of a, 128 rows of b and 16 columns of both; or a·b, for 16 rows of b of 128 numbers. c as
+// sixteen 16×8 results of each warp, which has 16 of the rows. `add` false: c is overwritten.
 #define PGOLF_C4(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
-#define PGOLF_WGMMA_64X128(type)                                                                                     \
+#define PGOLF_WGMMA_64X128(type, b_rows_summed)                                                                      \
   asm volatile(                                                                                                      \
       "{\n"                                                                                                          \
       ".reg .pred kept;\n"                                                                                           \
@@ -136,18 +137,27 @@ __device__ __forceinline__ void take_registers() {
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
       "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "    \
       "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "        \
-      "%64, %65, kept, 1, 1, 0, 0;\n"                                                                                \
+      "%64, %65, kept, 1, 1, 0, " b_rows_summed                                                                      \
+      ";\n"                                                                                                          \
       "}"                                                                                                            \
       : PGOLF_C4(0), PGOLF_C4(1), PGOLF_C4(2), PGOLF_C4(3), PGOLF_C4(4), PGOLF_C4(5), PGOLF_C4(6), PGOLF_C4(7),      \
         PGOLF_C4(8), PGOLF_C4(9), PGOLF_C4(10), PGOLF_C4(11), PGOLF_C4(12), PGOLF_C4(13), PGOLF_C4(14), PGOLF_C4(15) \
       : "l"(a), "l"(b), "r"(int{add}))
-template <class S>
+enum class Second { transposed, plain };  // bᵀ or b
+template <class S, Second kSecond = Second::transposed>
 __device__ __forceinline__ void multiply_add_64x128(float (&c)[16][4], std::uint64_t a, std::uint64_t b, bool add) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if constexpr (std::is_same_v<S, bf16>)
-    PGOLF_WGMMA_64X128("bf16");
-  else
-    PGOLF_WGMMA_64X128("f16");
+  if constexpr (kSecond == Second::transposed) {
+    if constexpr (std::is_same_v<S, bf16>)
+      PGOLF_WGMMA_64X128("bf16", "0");
+    else
+      PGOLF_WGMMA_64X128("f16", "0");
+  } else {
+    if constexpr (std::is_same_v<S, bf16>)
+      PGOLF_WGMMA_64X128("bf16", "1");
+    else
+      PGOLF_WGMMA_64X128("f16", "1");
+  }
 #else
   __trap();
 #endif

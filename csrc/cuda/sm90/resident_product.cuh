@@ -1,13 +1,16 @@
-// y = epilogue(x·wᵀ) for x [rows, depth] and w [columns, depth] of 16-bit numbers, on Hopper's tensor cores.
+// y = epilogue(x·wᵀ) for x [rows, depth] and w [columns, depth] of 16-bit numbers, or epilogue(x·w) for w [depth,
+// columns], on Hopper's tensor cores.
 //
-// The models here are narrow: all of depth of 128 columns of w, 128 KiB at a depth of 512, fits a multiprocessor's
-// shared memory. So a block keeps them there and streams rows of x past them, 128 at a time, which halves what comes
-// from the second-level cache and leaves the epilogue, which reads and writes the rest of the layer's memory traffic,
-// to one of two warpgroups while the other one multiplies. One warp of a third feeds the copy engine.
+// The models here are narrow: all of depth of 128 columns of the result, 128 KiB of w at a depth of 512, fits a
+// multiprocessor's shared memory. So a block keeps them there and streams rows of x past them, 128 at a time, which
+// halves what comes from the second-level cache and leaves the epilogue, which reads and writes the rest of the layer's
+// memory traffic, to one of two warpgroups while the other one multiplies. One warp of a third feeds the copy engine.
 //
 // An epilogue is called by each warp with 16 rows: operator()(tile, x, row, column) gets the products of rows
 // row … row+15 and columns column … column+127 as sixteen 16×8 results side by side, and 4 KiB of shared memory that
-// no other warp uses; it says itself which rows exist.
+// no other warp uses; it says itself which rows exist. One that reads memory may have the type `Ahead` and a method
+// ahead(row, column) that returns what it reads, as such: for the first half of a tile that is called before the
+// products, behind which its loads hide, and operator() gets the result after the products.
 #pragma once
 
 #include <algorithm>
@@ -19,6 +22,9 @@
 namespace pgolf::cuda::sm90 {
 
 using WarpRows = Scores<1, 128>;
+
+template <class Epilogue>
+inline constexpr bool kReadsAhead = requires { typename Epilogue::Ahead; };
 
 struct ResidentTiles {
   static constexpr int kRows = 128, kColumns = 128;  // of a tile of the result
@@ -44,7 +50,7 @@ struct ResidentTiles {
 };
 static_assert(ResidentTiles::stages(8) == 4 && ResidentTiles::stages(10) == 2);
 
-template <class S, class Epilogue>
+template <class S, Second kSecond, class Epilogue>
 __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
     resident_product(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w, int row_tiles,
                      int column_tiles, int depth_boxes, int stages, const __grid_constant__ Epilogue epilogue) {
@@ -77,8 +83,15 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
     if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
     prefetch(&x);
     barrier_expect(weights_here, depth_boxes * Tiles::kBoxBytes);
-    for (int k = 0; k < depth_boxes; ++k)
-      copy_box(weights + k * Tiles::kBoxBytes, &w, k * kBoxColumns, column, 0, weights_here);
+    for (int k = 0; k < depth_boxes; ++k) {
+      const unsigned to = weights + k * Tiles::kBoxBytes;
+      if constexpr (kSecond == Second::transposed) {
+        copy_box(to, &w, k * kBoxColumns, column, 0, weights_here);
+      } else {
+        copy_box(to, &w, column, k * kBoxColumns, 0, weights_here);
+        copy_box(to + Tiles::kBoxBytes / 2, &w, column + kBoxColumns, k * kBoxColumns, 0, weights_here);
+      }
+    }
     int stage = 0, parity = 1;
     for (int tile = first_tile; tile < row_tiles; tile += step)
       for (int k = 0; k < depth_boxes; ++k) {
@@ -98,6 +111,16 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
   // only one phase from the next: nobody may wait for a box before the other one has seen the last of its own.
   int box = warpgroup * depth_boxes, turn_parity = warpgroup == 0;
   for (int tile = first_tile + warpgroup * step; tile < row_tiles; tile += Tiles::kConsumers * step) {
+    const auto row_of = [&](int half_tile) {
+      return i64{tile} * Tiles::kRows + half_tile * Tiles::kHalfRows + warp % 4 * 16;
+    };
+    const auto read_ahead = [&](int half_tile) {
+      if constexpr (kReadsAhead<Epilogue>)
+        return epilogue.ahead(row_of(half_tile), column);
+      else
+        return 0;
+    };
+    [[maybe_unused]] auto ahead = read_ahead(0);
     float sums[2][16][4];
     int before = 0;
     barrier_wait(turn(warpgroup), turn_parity);  // at once for the very first tile
@@ -111,8 +134,12 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
       for (int part = 0; part < kBoxColumns / 16; ++part)
 #pragma unroll
         for (int half_tile = 0; half_tile < 2; ++half_tile)
-          multiply_add_64x128<S>(sums[half_tile], descriptor(rows + half_tile * (Tiles::kBoxBytes / 2) + part * 32),
-                                 descriptor(columns + part * 32), k + part > 0);
+          multiply_add_64x128<S, kSecond>(
+              sums[half_tile], descriptor(rows + half_tile * (Tiles::kBoxBytes / 2) + part * 32),
+              kSecond == Second::transposed
+                  ? descriptor(columns + part * 32)
+                  : descriptor(columns + part * 16 * kBoxColumns * int(sizeof(S)), Tiles::kBoxBytes / 2),
+              k + part > 0);
       products_commit();
       products_wait<1>();
       if (k > 0 && lane == 0) barrier_arrive(empty(before));
@@ -127,8 +154,14 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
 #pragma unroll
     for (int half_tile = 0; half_tile < 2; ++half_tile) {
       __syncwarp();  // the half before has left the tile
-      epilogue(own_tile, *reinterpret_cast<WarpRows*>(&sums[half_tile]),
-               i64{tile} * Tiles::kRows + half_tile * Tiles::kHalfRows + warp % 4 * 16, column);
+      WarpRows& products = *reinterpret_cast<WarpRows*>(&sums[half_tile]);
+      if constexpr (kReadsAhead<Epilogue>) {
+        const auto read = ahead;
+        if (half_tile == 0) ahead = read_ahead(1);
+        epilogue(own_tile, products, read, row_of(half_tile), column);
+      } else {
+        epilogue(own_tile, products, row_of(half_tile), column);
+      }
     }
   }
 }
@@ -141,7 +174,7 @@ inline bool takes(const CudaBackend& backend, i64 rows, i64 columns, i64 depth) 
          ResidentTiles::stages(static_cast<int>(std::min<i64>(depth, 1 << 20) / kBoxColumns)) >= 2;
 }
 
-template <class S, class Epilogue>
+template <class S, Second kSecond = Second::transposed, class Epilogue>
 void launch_resident_product(const CudaBackend& backend, const char* name, const void* x, const void* w, i64 rows,
                              i64 columns, i64 depth, const Epilogue& epilogue) {
   using Tiles = ResidentTiles;
@@ -149,12 +182,13 @@ void launch_resident_product(const CudaBackend& backend, const char* name, const
   const int column_tiles = static_cast<int>(columns / Tiles::kColumns), boxes = static_cast<int>(depth / kBoxColumns);
   const int groups = std::clamp(backend.processors() / column_tiles, 1, row_tiles);
   const int stages = Tiles::stages(boxes), shared = Tiles::bytes(boxes, stages);
-  const auto kernel = resident_product<S, Epilogue>;
+  const auto kernel = resident_product<S, kSecond, Epilogue>;
   PGOLF_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   kernel<<<column_tiles * groups, Tiles::kThreads, shared, backend.stream()>>>(
       tensor_map(x, backend.dtype(), 1, rows, depth, Tiles::kRows),
-      tensor_map(w, backend.dtype(), 1, columns, depth, Tiles::kColumns), row_tiles, column_tiles, boxes, stages,
-      epilogue);
+      kSecond == Second::transposed ? tensor_map(w, backend.dtype(), 1, columns, depth, Tiles::kColumns)
+                                    : tensor_map(w, backend.dtype(), 1, depth, columns, kBoxColumns),
+      row_tiles, column_tiles, boxes, stages, epilogue);
   PGOLF_LAUNCHED(name);
 }
 
