@@ -62,6 +62,9 @@ CASES = [
     qkv_case(2, 130, 96, 1, 1, 96, rank=8),
     qkv_case(2, 256, 512, 8, 4, 64, "other", rank=8),
     qkv_case(1, 65, 256, 2, 1, 128, "x", rank=16),
+    qkv_case(3, 24, 128, 2, 1, 64, "x", rank=8),  # blocks of rows of several sequences,
+    qkv_case(5, 24, 640, 10, 5, 64, rank=8),  # also in wide rows,
+    qkv_case(2, 512, 256, 4, 2, 64, "other", rank=8),  # and of parts of one
     attention_case(1, 1, 2, 1, 32),
     attention_case(2, 63, 4, 2, 32),
     attention_case(2, 65, 4, 2, 64),

@@ -204,8 +204,8 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
     back(dq, op.wq, s.H * s.D, T(0));
     back(dk, op.wk, s.K * s.D, T(1));
     back(dv, op.wv, s.K * s.D, T(1));
-    if (adapters.numbers) adapters.down_backward(first / s.T, count, du, dnormed);
     round(dnormed, count * d);
+    if (adapters.numbers) adapters.down_backward(first / s.T, count, du, dnormed);
 
     T *dmix0 = scratch.vectors.start(first), *dmix1 = dmix0 + d, *dweight = dmix1 + d;
     for (i64 row = first; row < first + count; ++row) {

@@ -3,8 +3,8 @@
 // Rounded to S. Forward: normed = rms(m); the product normed·wᵀ of each of q, k, v; q and k after norm and rotation.
 // Backward: the gradients of the products; dnormed, their sum over q, k, v; normed, recomputed for the weight
 // gradients; dskip; dx. The gradient at m and the norm's backward are not rounded, dx0 takes float32, and a pending
-// dskip is added as rounded. With adapters: u, du, and dnormed once more, before du·a is added; u·b is added in
-// float32.
+// dskip is added as rounded. With adapters: u, du; u·b is added in float32, and so is du·a, to dnormed as rounded,
+// after which that is rounded once more where the sum is a product's.
 #include "cuda/adapters.h"
 #include "cuda/columns.cuh"
 #include "cuda/linear.h"
@@ -55,6 +55,14 @@ bool fuses(const CudaBackend& backend, const Dims& s) {
   const bool whole_heads = s.H * s.D % Tiles::kColumns == 0 && s.K * s.D % Tiles::kColumns == 0;
   const bool whole_ranks = s.rank % kVector == 0 && (s.rank == 0 || s.T % 16 == 0);  // Delta::add_to_rows
   return whole_ranks && whole_heads && (s.D == 64 || s.D == 128) && sm90::takes(backend, s.N, s.width, s.d);
+}
+
+// Whether mixed_backward adds du·a of adapters (Added), a warp a row.
+constexpr int kAddedWidth = 16;
+bool adds_in_rows(const CudaBackend& backend, const Dims& s) {
+  constexpr i64 kMostWidth = 640;  // for which 64 KiB of shared memory suffice, the least that a GPU has
+  return backend.dtype() != DType::f32 && 2 * s.rank == kAddedWidth && s.T % kRowWarps == 0 && s.d % 128 == 0 &&
+         s.d <= kMostWidth;
 }
 
 struct ForwardScratch {
@@ -453,21 +461,104 @@ InputGrads input_grads(const QkvGrads& grads) {
   return g;
 }
 
+// What adapters add to dnormed, du·a, for 2·rank = 16: of the rows of a block's turn, one a warp. Each warp makes a
+// slice of the columns of all of them by matrix instructions, and the rows' own warps read the sums in shared memory.
+// The rows of a turn are of one sequence, and those of a block stand together: its a's, there as well, seldom change.
+template <class S>
+struct Added {
+  const S *du, *a;  // [N, 16]; the first sequence's a's
+  i64 step;         // from one sequence's to the next
+  i64 run;          // rows of a block
+  int T;
+
+  static __host__ __device__ constexpr int stride(int d) { return d + 4; }  // rows begin in different banks
+  static __host__ __device__ constexpr int floats(int d) { return 2 * kRowWarps * stride(d); }
+  static constexpr int bytes(int d) { return floats(d) * int(sizeof(float)) + kAddedWidth * d * int(sizeof(S)); }
+};
+template <class S, int kTiles>  // kTiles: of 16 columns, that a slice of d/8 has at most
+class AddedRows {
+  using Of = Added<S>;
+
+ public:
+  __device__ AddedRows(const Of& of, float* room, int d)
+      : of_(of),
+        room_(room),
+        own_a_(reinterpret_cast<uint4*>(room + Of::floats(d)) + threadIdx.x),
+        d_(d),
+        slice_(threadIdx.x / kWarp * (d / kRowWarps)) {}
+
+  // Begins the turn of the rows from `base` on.
+  __device__ void read(i64 base) {
+    const S* row = of_.du + (base + lane_row(0)) * kAddedWidth + lane_column(0);
+    du_[0] = *reinterpret_cast<const unsigned*>(row);
+    du_[1] = *reinterpret_cast<const unsigned*>(row + kAddedWidth / 2);
+    const int sequence = static_cast<int>(static_cast<unsigned>(base) / static_cast<unsigned>(of_.T));
+    if (sequence == sequence_) return;
+    sequence_ = sequence;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (tile * 16 >= d_ / kRowWarps) break;
+      const S* const at = of_.a + sequence * of_.step + lane_column(0) * d_ + column(tile);
+      unsigned row[4];  // two neighbours of each row
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        row[k] = *reinterpret_cast<const unsigned*>(at + (k / 2 * (kAddedWidth / 2) + k % 2) * d_);
+      own_a_[tile * kRowThreads] = {__byte_perm(row[0], row[1], 0x5410), __byte_perm(row[0], row[1], 0x7632),
+                                    __byte_perm(row[2], row[3], 0x5410), __byte_perm(row[2], row[3], 0x7632)};
+    }
+  }
+  // The sums for this warp's row, until the turn after the next. For all threads of the block.
+  __device__ const float* sums() {
+    float* const here = room_ + turn_ * kRowWarps * Of::stride(d_);
+    turn_ ^= 1;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (tile * 16 >= d_ / kRowWarps) break;
+      const uint4 a = own_a_[tile * kRowThreads];
+      float c[4] = {};
+      multiply_add<S>(c, {a.x, a.y, a.z, a.w}, du_[0], du_[1]);
+      // The columns of c are rows of the turn; its rows g and g + 8 are columns next to each other.
+      float* const at = here + lane_column(0) * Of::stride(d_) + column(tile);
+      *reinterpret_cast<float2*>(at) = {c[0], c[2]};
+      *reinterpret_cast<float2*>(at + Of::stride(d_)) = {c[1], c[3]};
+    }
+    __syncthreads();  // two turns alternate: who writes where this one was has passed the next barrier
+    return here + threadIdx.x / kWarp * Of::stride(d_);
+  }
+
+ private:
+  __device__ int column(int tile) const { return slice_ + tile * 16 + lane_row(0) * 2; }
+
+  const Of& of_;
+  float* room_;
+  uint4* own_a_;  // fragments, for this thread alone
+  int d_, slice_, turn_ = 0, sequence_ = -1;
+  unsigned du_[2];
+};
+
 // The gradient at m, from dx (the residual path's) and dnormed, and from it all that m is made of. dnormed gives way to
 // normed. Memory-bound: x, x0, skip, dnormed, dx, pending read, normed, dx, dskip written in S, dx0 read and written.
-// dx0 may be null; kSums: the gradients of the vectors are summed.
-template <class S, int kVectors, bool kSkip, bool kSums>
-__global__ void __launch_bounds__(kRowThreads)
+// Few warps fit beside each other, so all of a row is under way before any of it is used.
+// dx0 may be null; kSums: the gradients of the vectors are summed; kAdds: adapters add to dnormed.
+template <class S, int kVectors, bool kSkip, bool kSums, bool kAdds>
+__global__ void __launch_bounds__(kRowThreads, kVectors * sizeof(S) <= 4 && !(kSums && kSkip) ? 2 : 1)
     mixed_backward(Mixed<S> in, i64 rows, int d, int warps, const float* __restrict__ factors, S* dnormed_to_normed,
-                   InputGrads grads, float* __restrict__ partials) {
-  extern __shared__ float shared[];  // [d]
+                   InputGrads grads, float* __restrict__ partials, const __grid_constant__ Added<S> added) {
+  constexpr bool kRoom = kVectors * sizeof(S) <= 4;  // in a thread's registers, for dx0 as well
+  extern __shared__ __align__(16) float shared[];    // [d], then Added::bytes
   const Team team(warps);
   Vector8 dmix0[kVectors] = {}, dmix1[kVectors] = {}, dweight[kSkip ? kVectors : 1] = {};
-  const i64 step = i64{gridDim.x} * team.teams();
-  for (i64 base = i64{blockIdx.x} * team.teams(); base < rows; base += step) {
+  AddedRows<S, 2 * kVectors> added_rows(added, shared + d, d);
+  const i64 step = kAdds ? team.teams() : i64{gridDim.x} * team.teams();
+  const i64 first = i64{blockIdx.x} * (kAdds ? added.run : team.teams());
+  const i64 end = kAdds && first + added.run < rows ? first + added.run : rows;
+  for (i64 base = first; base < end; base += step) {
     const i64 own = base + team.index, row = own < rows ? own : rows - 1;
     const float factor = factors[row];
-    Packed8<S> raw[kVectors], raw0[kVectors], raw_dn[kVectors], raw_skip[kSkip ? kVectors : 1];
+    if constexpr (kAdds) added_rows.read(base);
+    Packed8<S> raw[kVectors], raw0[kVectors], raw_dn[kVectors], raw_skip[kSkip ? kVectors : 1], raw_dx[kVectors];
+    Packed8<S> raw_pending[kVectors];
+    Packed8<float> raw_dx0[kRoom ? kVectors : 1];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int column = team.column(v);
@@ -477,7 +568,22 @@ __global__ void __launch_bounds__(kRowThreads)
       raw0[v] = load_packed(in.x0 + at);
       raw_dn[v] = load_packed<S>(dnormed_to_normed + at);
       if constexpr (kSkip) raw_skip[v] = load_packed(in.skip + at);
+      raw_dx[v] = load_packed(static_cast<const S*>(grads.dx) + at);
+      if (grads.kind == Pending::stored) raw_pending[v] = load_packed(static_cast<const S*>(grads.pending) + at);
+      if constexpr (kRoom)
+        if (grads.dx0) raw_dx0[v] = load_packed<float>(grads.dx0 + at);
     }
+    const float* sums = nullptr;
+    if constexpr (kAdds) sums = added_rows.sums();
+    const auto gradient = [&](int v) {  // at normed
+      Vector8 dn = unpack(raw_dn[v]);
+      if constexpr (kAdds) {
+        const Vector8 more = load8(sums + team.column(v));
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) dn.x[j] += more.x[j];
+      }
+      return dn;
+    };
     const auto mixed = [&](int v, Vector8& at_sum) {
       at_sum = unpack(raw[v]);
       if constexpr (kSkip) at_sum = in.skipped(at_sum, unpack(raw_skip[v]), team.column(v));
@@ -488,7 +594,7 @@ __global__ void __launch_bounds__(kRowThreads)
     for (int v = 0; v < kVectors; ++v) {
       if (team.column(v) >= d) break;
       Vector8 at_sum;
-      const Vector8 m = mixed(v, at_sum), dn = unpack(raw_dn[v]);
+      const Vector8 m = mixed(v, at_sum), dn = gradient(v);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) dot = fmaf(m.x[j] * factor, dn.x[j], dot);
     }
@@ -499,10 +605,14 @@ __global__ void __launch_bounds__(kRowThreads)
       const int column = team.column(v);
       if (column >= d) break;
       const i64 at = row * d + column;
-      S* dx = static_cast<S*>(grads.dx) + at;
-      Vector8 at_sum, normed = mixed(v, at_sum), g = load8<S>(dx), g0{};
-      if (grads.dx0) g0 = load8<float>(grads.dx0 + at);
-      const Vector8 x0 = unpack(raw0[v]), dn = unpack(raw_dn[v]);
+      Vector8 at_sum, normed = mixed(v, at_sum), g = unpack(raw_dx[v]), g0{};
+      if (grads.dx0) {
+        if constexpr (kRoom)
+          g0 = unpack(raw_dx0[v]);
+        else
+          g0 = load8<float>(grads.dx0 + at);
+      }
+      const Vector8 x0 = unpack(raw0[v]), dn = gradient(v);
       const Vector8 mix0 = load8(in.mix0 + column), mix1 = load8(in.mix1 + column);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
@@ -517,24 +627,24 @@ __global__ void __launch_bounds__(kRowThreads)
       }
       store8(dnormed_to_normed + at, normed);
       if (grads.dx0) store8(grads.dx0 + at, g0);
-      Vector8 added{};
+      Vector8 back{};  // what joins dx
       if constexpr (kSkip) {
         const Vector8 skip = unpack(raw_skip[v]), weight = load8(in.weight + column);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
           if constexpr (kSums) dweight[v].x[j] = fmaf(g.x[j], skip.x[j], dweight[v].x[j]);
-          added.x[j] = to_float(from_float<S>(weight.x[j] * g.x[j]));
+          back.x[j] = to_float(from_float<S>(weight.x[j] * g.x[j]));
         }
-        store8(static_cast<S*>(grads.dskip) + at, added);
+        store8(static_cast<S*>(grads.dskip) + at, back);
       }
-      if (grads.kind == Pending::stored) added = load8(static_cast<const S*>(grads.pending) + at);
-      if (grads.kind == Pending::stored_f32) added = load8(static_cast<const float*>(grads.pending) + at);
-      if (grads.kind == Pending::dx0) added = g0;
+      if (grads.kind == Pending::stored) back = unpack(raw_pending[v]);
+      if (grads.kind == Pending::stored_f32) back = load8(static_cast<const float*>(grads.pending) + at);
+      if (grads.kind == Pending::dx0) back = g0;
       if (grads.kind != Pending::none) {
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) g.x[j] += added.x[j];
+        for (int j = 0; j < kVector; ++j) g.x[j] += back.x[j];
       }
-      store8(dx, g);
+      store8(static_cast<S*>(grads.dx) + at, g);
     }
   }
   if constexpr (kSums) {
@@ -656,26 +766,33 @@ void CudaBackend::qkv_backward(const Qkv& op, const QkvGrads& grads) {
     }
     if (!grads.dx) return norm_input<S>(stream(), op, s, s.N, 0, scratch.dnormed, nullptr);
     gemm(s.linear(storage_).backward(scratch.packed, packed_weights(stream(), op, scratch.weights), scratch.dnormed));
-    if (s.rank) gemm(adapters.down_backward(scratch.du, op.adapters.data, scratch.dnormed));
+    const bool adds = s.rank && adds_in_rows(*this, s);
+    if (s.rank && !adds) gemm(adapters.down_backward(scratch.du, op.adapters.data, scratch.dnormed));
+    const i64 blocks = column_blocks(s.N);
+    const Added<S> added{static_cast<const S*>(scratch.du), op.adapters.as<S>(), adapters.size(),
+                         (s.N / kRowWarps + blocks - 1) / blocks * kRowWarps, static_cast<int>(s.T)};
     // The column sums leave a thread room for two or three vectors.
     with_row_team<sizeof(S) == 4 ? 2 : 3>(s.d, [&](auto vectors, int warps) {
-      const auto launch = [&](auto skips, auto sums) {
-        mixed_backward<S, vectors, skips, sums>
-            <<<static_cast<unsigned>(column_blocks(s.N)), kRowThreads, s.d * sizeof(float), stream()>>>(
-                Mixed<S>(op.in), s.N, static_cast<int>(s.d), warps, saved.input, static_cast<S*>(scratch.dnormed),
-                input_grads(grads), scratch.columns);
+      const auto launch = [&](auto skips, auto sums, auto adding) {
+        const auto kernel = mixed_backward<S, vectors, skips, sums, adding>;
+        const int d = static_cast<int>(s.d), shared = d * int(sizeof(float)) + (adding ? Added<S>::bytes(d) : 0);
+        if (adding) PGOLF_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+        kernel<<<static_cast<unsigned>(blocks), kRowThreads, shared, stream()>>>(
+            Mixed<S>(op.in), s.N, d, warps, saved.input, static_cast<S*>(scratch.dnormed), input_grads(grads),
+            scratch.columns, added);
         PGOLF_LAUNCHED("mixed_backward");
       };
-      const auto choose = [&](auto skips) {
-        if (grads.resid_mix)
-          launch(skips, std::true_type{});
-        else
-          launch(skips, std::false_type{});
+      const auto choose = [&](auto skips, auto sums) {
+        if constexpr (sizeof(S) == 2)
+          if (adds) return launch(skips, sums, std::true_type{});
+        launch(skips, sums, std::false_type{});
       };
-      if (op.in.skip)
-        choose(std::true_type{});
-      else
-        choose(std::false_type{});
+      const auto choose_sums = [&](auto skips) {
+        if (grads.resid_mix) return choose(skips, std::true_type{});
+        choose(skips, std::false_type{});
+      };
+      if (op.in.skip) return choose_sums(std::true_type{});
+      choose_sums(std::false_type{});
     });
   });
   if (grads.dx && grads.resid_mix)
