@@ -1,4 +1,4 @@
-// pybind11 face of the library, a file per folder; no logic.
+// pybind11 face of the library, no logic: a file for each folder that Python calls, and one for backend.h's operations.
 #pragma once
 
 #include <pybind11/numpy.h>

@@ -18,7 +18,7 @@ using Sums = float[kWarpRows][kColumns];
 
 // Elements from a row to the next in shared memory: an odd number of 16-byte chunks, for different banks.
 __host__ __device__ constexpr int stride_of(int D) { return D + 4; }
-// kOwn tensors of the block's rows, tiles of two tensors, and kWeights weights for each pair of a row and a tile's row
+// own: tensors of the block's rows, besides tiles of two; weights: numbers for each pair of a row and a tile's row
 constexpr std::size_t shared_bytes(int D, int own, int weights) {
   return static_cast<std::size_t>((own * kRows + 2 * kTile) * stride_of(D) + weights * kRows * kTile) * sizeof(float);
 }
