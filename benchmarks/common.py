@@ -106,7 +106,7 @@ def git_state() -> dict[str, Any]:
 
 
 def cpu_machine() -> dict[str, Any]:
-    from pgolf.doctor import processor
+    from pgolf.machine import processor
 
     return {
         "cpu": processor(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 import pgolf
-from pgolf import _C, doctor
+from pgolf import _C, doctor, machine
 from pgolf.doctor import Check, examine
 from pgolf.trainer import Trainer
 from tests.test_interrupt import pgolf_
@@ -35,7 +36,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The kernel's files, by their paths, in place of this machine's."""
     files = {"/proc/meminfo": "MemTotal:       16000000 kB\nMemFree: 1 kB\nMemAvailable:   8000000 kB\n"}
-    monkeypatch.setattr(doctor, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(machine, "kernel_file", lambda path: files.get(path, ""))
     return files
 
 
@@ -180,7 +181,29 @@ def test_threads(kernel: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Non
     assert broken == Check("threads", "broken", "It must be a number.", "unset PGOLF_NUM_THREADS")
     for limit, cores in (("max 100000\n", 8), ("150000 100000\n", 2), ("9000000 100000\n", 8), ("50000 100000\n", 1)):
         kernel["/sys/fs/cgroup/cpu.max"] = limit
-        assert doctor.usable_cores() == cores
+        assert machine.usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("counts", "cores"),
+    [
+        ({"process_cpu_count": lambda: 3, "cpu_count": lambda: 12}, 3),
+        ({"cpu_count": lambda: 12}, 12),
+        ({"cpu_count": lambda: None}, 1),
+    ],
+)
+def test_cores_and_memory_on_macos_and_windows(
+    counts: dict[str, Any], cores: int, kernel: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.delattr(os, "process_cpu_count", raising=False)
+    for name, function in counts.items():
+        monkeypatch.setattr(os, name, function, raising=False)
+    kernel.clear()
+    assert machine.usable_cores() == cores
+    assert doctor._threads(lambda: cores).status == "ok"
+    assert machine.usable_memory() is None
+    assert doctor._memory() == Check("memory", "ok", f"not known on {platform.system()}")
 
 
 @pytest.mark.parametrize("name", ["PGOLF_CPU_ISA", "PGOLF_NUM_THREADS"])
@@ -196,11 +219,11 @@ def test_an_environment_that_says_nonsense(name: str) -> None:
 
 
 def test_memory(kernel: dict[str, str]) -> None:
-    assert doctor.usable_memory() == (8_192_000_000, 16_384_000_000)
+    assert machine.usable_memory() == (8_192_000_000, 16_384_000_000)
     check = doctor._memory()
     assert check.status == "ok" and check.found.startswith("8.2 of 16.4 GB free; the recipe base needs ")
     kernel["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert doctor.usable_memory() == (8_192_000_000, 16_384_000_000)
+    assert machine.usable_memory() == (8_192_000_000, 16_384_000_000)
     kernel["/sys/fs/cgroup/memory.max"] = "500000000\n"
     check = doctor._memory()
     assert check.found.startswith("0.5 of 0.5 GB free; ")

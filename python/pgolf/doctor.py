@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import math
 import os
 import platform
 import shutil
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pgolf import __version__
+from pgolf import __version__, machine
 
 if TYPE_CHECKING:
     from pgolf._C import CudaStatus
@@ -79,14 +78,8 @@ def _native() -> Iterator[Check]:
     yield _openblas()
 
 
-def processor() -> str:
-    """The processor's name, as it gives it."""
-    lines = (line.partition(":") for line in _read("/proc/cpuinfo").splitlines())
-    return next((value.strip() for key, _, value in lines if key.strip() == "model name"), platform.machine())
-
-
 def _instruction_set(cpu_isa: Callable[[], str]) -> Check:
-    name = processor()
+    name = machine.processor()
     try:
         isa = cpu_isa()
     except ValueError as error:
@@ -99,7 +92,7 @@ def _instruction_set(cpu_isa: Callable[[], str]) -> Check:
 
 
 def _threads(get_num_threads: Callable[[], int]) -> Check:
-    cores = usable_cores()
+    cores = machine.usable_cores()
     try:
         threads = get_num_threads()
     except ValueError as error:
@@ -110,13 +103,6 @@ def _threads(get_num_threads: Callable[[], int]) -> Check:
     if threads > cores:
         return Check("threads", "limited", f"{found}: they wait for each other", f"export PGOLF_NUM_THREADS={cores}")
     return Check("threads", "limited", f"{found}, as PGOLF_NUM_THREADS says", "unset PGOLF_NUM_THREADS")
-
-
-def usable_cores() -> int:
-    """The cores that this process may use: what the scheduler allows and a container's quota (cgroup v2) leaves."""
-    cores = len(os.sched_getaffinity(0))
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    return min(cores, math.ceil(int(quota) / int(period))) if quota.isdigit() else cores
 
 
 def _openblas() -> Check:
@@ -131,7 +117,10 @@ def _openblas() -> Check:
 
 
 def _memory() -> Check:
-    free, total = usable_memory()
+    memory = machine.usable_memory()
+    if memory is None:
+        return Check("memory", "ok", f"not known on {platform.system()}")
+    free, total = memory
     found = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
     try:
         needed = {name: training_bytes(name) for name in ("base", "tiny")}
@@ -141,14 +130,6 @@ def _memory() -> Check:
     if free >= needed["base"]:
         return Check("memory", "ok", found)
     return Check("memory", "limited", found, "pgolf train --recipe tiny")
-
-
-def usable_memory() -> tuple[int, int]:
-    """Bytes of memory that are free and that there are; no more than a container (cgroup v2) may have."""
-    fields = dict(line.split(":") for line in _read("/proc/meminfo").splitlines())
-    free, total = (1024 * int(fields[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
-    limit = _read("/sys/fs/cgroup/memory.max").strip()
-    return (min(free, int(limit)), min(total, int(limit))) if limit.isdigit() else (free, total)
 
 
 def training_bytes(recipe: str) -> int:
@@ -184,7 +165,7 @@ def _cuda(status: CudaStatus) -> Check:
             f"cuBLASLt {version // 10000}.{version // 100 % 100}.{version % 100}, {path}",
         ]
         return Check("GPU", "ok", "; ".join(part.removesuffix(".") for part in parts))
-    if status.missing == "backend" and not _read("/proc/driver/nvidia/version"):
+    if status.missing == "backend" and not machine.kernel_file("/proc/driver/nvidia/version"):
         found = "no NVIDIA driver is installed, and this build of pgolf has no CUDA backend: training runs on the CPU"
         return Check("GPU", "limited", found)
     found = f"{status.problem.removesuffix('.')}: training runs on the CPU"
@@ -245,11 +226,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _read(path: str) -> str:
-    """A file of the kernel's; empty where it has none such."""
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

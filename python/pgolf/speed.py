@@ -24,6 +24,7 @@ import numpy as np
 from pgolf import _C
 from pgolf.config import ModelConfig
 from pgolf.data.files import atomic_write
+from pgolf.machine import processor
 from pgolf.model import resolve_device
 
 _SECONDS = 0.2  # of products, after half as long of warm-up
@@ -129,8 +130,6 @@ def _machine(device: str) -> dict[str, Any]:
     """All that the limit depends on and that can be read."""
     place, number = resolve_device(device)
     if place == "cpu":
-        from pgolf.doctor import processor
-
         what = {"processor": processor(), "isa": _C.cpu_isa(), "threads": _C.get_num_threads()}
     else:
         status = _C.cuda_status()

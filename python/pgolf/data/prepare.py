@@ -21,6 +21,7 @@ from pgolf.data.shard_file import MAX_TOKEN
 from pgolf.data.shard_writer import ShardWriter
 from pgolf.data.shards import StrPath
 from pgolf.data.train_tokenizer import NORMALIZATIONS, SMALLEST_VOCAB, train_tokenizer
+from pgolf.machine import usable_cores
 from pgolf.tokenizer import Tokenizer
 
 DEFAULT_VOCAB_SIZE = 1024
@@ -99,7 +100,7 @@ def prepare(
         elif given is not None:
             model = partial / given.path.name
             shutil.copyfile(given.path, model)
-        splits = _encode_splits(reader, val_docs, model, partial, shard_tokens, workers or _cpus(), report)
+        splits = _encode_splits(reader, val_docs, model, partial, shard_tokens, workers or usable_cores(), report)
         made = _manifest(reader, Tokenizer(model), splits)
         publish(partial, out, made)
     return PrepareReport(out, made, time.monotonic() - started, _warning(made, was_given=given is not None))
@@ -277,13 +278,6 @@ def _warning(made: Manifest, was_given: bool) -> str | None:
         return sentence
     how = "without --tokenizer and with" if was_given else "with"
     return f"{sentence} To keep every byte, prepare {how} --normalization identity."
-
-
-def _cpus() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1
 
 
 def _no_progress(progress: Progress) -> None:
