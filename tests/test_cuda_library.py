@@ -10,10 +10,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from pgolf import _C
+from pgolf import _C, model
 
 BACKEND = Path(_C.__file__).with_name("libpgolf_cuda.so")
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -45,6 +46,43 @@ def stand_in_cublaslt(path: Path, version: int = 130100, without: str = "") -> P
     functions = [f"int cublasLt{name}(void) {{ return 1; }}" for name in CUBLASLT if name != without]
     return stand_in(
         path, f"#include <stddef.h>\nsize_t cublasLtGetVersion(void) {{ return {version}; }}" + "\n".join(functions)
+    )
+
+
+def stand_in_gpu(path: Path, major: int = 9, minor: int = 0, problem: str = "", cublaslt: str = "") -> Path:
+    """A backend (csrc/cuda/api.h) with one GPU, as far as its capabilities are asked for.
+
+    problem: why the GPU cannot be used; cublaslt: why cuBLASLt cannot be opened.
+    """
+    return stand_in(
+        path,
+        f"""
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+typedef struct {{ char text[4096]; }} Text;
+typedef struct {{ const char* missing; Text sentence; }} Problem;
+typedef struct {{ int version, devices; Problem problem; }} Driver;
+typedef struct {{ Text name; int major, minor; uint64_t memory; Problem problem; }} Device;
+typedef struct {{ Text path; int version; }} BlasInfo;
+static void driver(Driver* found) {{ *found = (Driver){{ 13000, 1, {{ "" }} }}; }}
+static void device(int index, Device* found) {{
+  static const Device gpu = {{
+    {{"stand-in"}}, {major}, {minor}, 16000000000u, {{ "{"newer GPU" if problem else ""}", {{"{problem}"}} }}
+  }};
+  *found = gpu;
+}}
+static int open_blas(const char* const* folders, size_t count, BlasInfo* found, Text* message) {{
+  *found = (BlasInfo){{ {{"stand-in"}}, 130100 }};
+  strcpy(message->text, "{cublaslt}");
+  return {2 if cublaslt else 0};
+}}
+static struct {{
+  const char* stamp; int runtime; const char* compiled_for; void (*driver)(Driver*); void (*device)(int, Device*);
+  int (*open_blas)(const char* const*, size_t, BlasInfo*, Text*);
+}} api = {{ "{_C.build_stamp()}", 13000, "75-real", driver, device, open_blas }};
+void* pgolf_cuda_open(void) {{ return &api; }}
+""",
     )
 
 
@@ -171,6 +209,78 @@ print(pgolf.GPT(config).device)
 """
     sentence, device = python(program, **NO_GPU).splitlines()
     assert sentence.endswith(".") and device == "cpu"
+
+
+# What a model without a device says
+
+ANY_DEVICE = """
+import warnings
+from pathlib import Path
+from pgolf import model, doctor
+model.shows_nvidia_gpu = lambda: {there}
+config = model.ModelConfig(vocab_size=8, num_layers=1, model_dim=8, num_heads=2, num_kv_heads=1, bigram_vocab_size=0)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    doctor.examine(Path.cwd())
+    assert model.GPT(config, device="cpu").device == "cpu" and not caught
+    for _ in range(3):
+        assert model.GPT(config).device == "cpu"
+for warning in caught:
+    print(warning.message)
+    assert warning.category is UserWarning and warning.filename == "<string>"
+"""
+
+
+def said(there: bool, **environment: str | Path) -> list[str]:
+    """The warnings of three models without a device, on a machine with or without the device file of a GPU."""
+    return python(ANY_DEVICE.format(there=there), **environment).splitlines()
+
+
+def sentence(problem: str) -> str:
+    return (
+        f"The CPU is used, although this machine has an NVIDIA GPU: {problem} The device 'cpu', where it is named, is "
+        "used without this warning."
+    )
+
+
+@compiled
+@pytest.mark.parametrize("what", ["problem", "cublaslt"])
+def test_a_gpu_that_cannot_be_used_is_told_once(tmp_path: Path, what: str) -> None:
+    library = stand_in_gpu(tmp_path / "gpu.so", **{what: "It lacks something."})
+    for there in (False, True):  # some systems show no device file
+        assert said(there, PGOLF_CUDA_LIBRARY=library) == [sentence("It lacks something.")]
+
+
+def test_a_backend_that_does_not_work_is_told_where_there_is_a_gpu(tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere.so"
+    _, problem = missing(PGOLF_CUDA_LIBRARY=nowhere)
+    assert said(True, PGOLF_CUDA_LIBRARY=nowhere) == [sentence(problem)]
+    assert said(False, PGOLF_CUDA_LIBRARY=nowhere) == []
+
+
+def test_a_build_without_the_backend_is_silent_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "shows_nvidia_gpu", lambda: True)
+    lacking = SimpleNamespace(usable=False, missing="backend", problem="There is none.", devices=[])
+    monkeypatch.setattr(model._C, "cuda_status", lambda: lacking)
+    assert model.resolve_device(None) == ("cpu", -1)
+
+
+@pytest.mark.parametrize(("visible", "told"), [("", False), ("-1", False), ("7", True), (None, True)])
+def test_gpus_that_are_hidden_are_not_missed(visible: str | None, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = SimpleNamespace(usable=False, missing="GPU", problem="The driver shows none.", devices=[])
+    monkeypatch.setattr(model._C, "cuda_status", lambda: lacking)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(model, "shows_nvidia_gpu", lambda: False)
+    assert model.resolve_device(None) == ("cpu", -1)
+    monkeypatch.setattr(model, "shows_nvidia_gpu", lambda: True)
+    if told:
+        with pytest.warns(UserWarning, match="although this machine has an NVIDIA GPU: The driver shows none"):
+            assert model.resolve_device(None) == ("cpu", -1)
+    assert model.resolve_device(None) == ("cpu", -1)
+    model._warn_of_cpu.cache_clear()
 
 
 @built

@@ -43,7 +43,7 @@ from tests.reference import quant as reference_quant
 from tests.reference.model import fake_quantise, perturb, qat_clips
 from tests.reference.rng import init_state
 from tests.reference.trainer import ReferenceTrainer, newton_schulz
-from tests.test_cuda_library import COMPILER, python, stand_in
+from tests.test_cuda_library import COMPILER, python, stand_in_gpu
 from tests.test_trainer import Clock
 from tests.test_training import batches, use_float64
 
@@ -538,22 +538,6 @@ def test_scored_by(recipe: str, cell: str, data: Path, tmp_path: Path) -> None:
 
 # Also needed ----------------------------------------------------------------------------------------------------------
 
-# A GPU of the CUDA backend's C border (csrc/cuda/api.h), as far as its capabilities are asked for.
-GPU = """
-#include <stdint.h>
-typedef struct {{ char text[4096]; }} Text;
-typedef struct {{ const char* missing; Text sentence; }} Problem;
-typedef struct {{ Text name; int major, minor; uint64_t memory; Problem problem; }} Device;
-static void driver(void* found) {{ }}
-static void device(int index, Device* found) {{
-  *found = (Device){{ {{"stand-in"}}, {major}, {minor}, 16000000000u, {{ "" }} }};
-}}
-static struct {{
-  const char* stamp; int runtime; const char* compiled_for; void (*driver)(void*); void (*device)(int, Device*);
-}} api = {{ "{stamp}", 13000, "75-real", driver, device }};
-void* pgolf_cuda_open(void) {{ return &api; }}
-"""
-
 
 def check_fallback(recipe: str, data: Path, tmp_path: Path) -> None:
     """On a GPU without bfloat16 the recipe's dtype is float16, in which it trains as in float32, with a loss scale."""
@@ -565,8 +549,7 @@ pgolf.model.resolve_device = lambda device: ("cuda", 0)
 print(resolve_dtype(pgolf.Config.from_recipe({recipe!r}).train.dtype, "cuda"))
 """
     for major, minor, dtype in ((7, 5, "float16"), (8, 0, "bfloat16"), (9, 0, "bfloat16")):
-        source = GPU.format(major=major, minor=minor, stamp=pgolf._C.build_stamp())
-        library = stand_in(tmp_path / f"gpu{major}{minor}.so", source)
+        library = stand_in_gpu(tmp_path / f"gpu{major}{minor}.so", major, minor)
         assert python(program, PGOLF_CUDA_LIBRARY=library) == dtype
     losses = {}
     for dtype in ("float32", "float16"):

@@ -192,10 +192,10 @@ def _mend_cuda(missing: str) -> str | None:
 def _limit() -> Check:
     """What steps are compared with, on the device that a run would take."""
     try:
-        from pgolf import speed
-        from pgolf.model import resolve_device
+        from pgolf import _C, speed
+        from pgolf.model import best_device
 
-        limit = speed.known_limit(resolve_device(None)[0])
+        limit = speed.known_limit(best_device(_C.cuda_status()))
     except (ImportError, ValueError):  # of a native core that does not work, another check tells
         return Check("limit", "limited", "not known without the native core")
     if limit is None:

@@ -40,6 +40,11 @@ def usable_memory() -> tuple[int, int] | None:
     return (min(free, int(limit)), min(total, int(limit))) if limit.isdigit() else (free, total)
 
 
+def shows_nvidia_gpu() -> bool:
+    """Whether an NVIDIA GPU's device file is there: on Linux with a driver; in a container, with access to the GPU."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def kernel_file(path: str) -> str:
     """The text of a file of the kernel's; empty where it has none such."""
     try:

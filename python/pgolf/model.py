@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import os
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -13,6 +16,7 @@ import numpy.typing as npt
 
 from pgolf import _C
 from pgolf.config import ModelConfig
+from pgolf.machine import shows_nvidia_gpu
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int32]
@@ -31,7 +35,8 @@ class GPT:
         config: the [model] table.
         seed: 0 … 2⁶⁴ − 1; with a tensor's name it determines every initial weight. None leaves them zero, for a state
             dict that replaces them.
-        device: "cpu", "cuda", "cuda:<number>"; None is the best there is.
+        device: "cpu", "cuda", "cuda:<number>"; None is the best there is, and where a GPU is there but cannot be used,
+            a warning says why it is the CPU.
         dtype: of activations and of what products read: "bfloat16", "float16", "float32", on CPUs also (to check
             gradients) "float64". Weights themselves, gradients and losses are float32 (float64). None and "auto" are
             bfloat16 on GPUs (float16 where the GPU has no bfloat16), float32 on CPUs. A 16-bit dtype on the CPU is
@@ -349,15 +354,44 @@ def _native_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def resolve_device(device: str | None) -> tuple[str, int]:
-    """The name of a device and its number for the native code, −1 for the CPU; None is the best there is."""
+    """The name of a device and its number for the native code, −1 for the CPU; None is the best there is.
+
+    A warning, once in a process, says why None is the CPU on a machine with a GPU.
+    """
     if device is None:
-        device = "cuda" if _C.cuda_status().usable else "cpu"
+        status = _C.cuda_status()
+        device = best_device(status)
+        if device == "cpu" and _gpu_is_there(status):
+            _warn_of_cpu(status.problem)
     if device == "cpu":
         return device, -1
     kind, _, number = device.partition(":")
     if kind != "cuda" or (number and not number.isdecimal()) or device.endswith(":"):
         raise ValueError(f"The device is {device!r}; expected 'cpu', 'cuda' or 'cuda:<number>'.")
     return device, int(number or 0)
+
+
+def best_device(status: _C.CudaStatus) -> str:
+    """The device of a model for which none is named."""
+    return "cuda" if status.usable else "cpu"
+
+
+def _gpu_is_there(status: _C.CudaStatus) -> bool:
+    """Whether a GPU that cannot be used is meant to be: this build has a backend for it, and no one hides it."""
+    if status.missing == "backend":
+        return False
+    if status.missing == "GPU" and os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):
+        return False
+    return bool(status.devices) or status.missing == "newer driver" or shows_nvidia_gpu()
+
+
+@functools.cache
+def _warn_of_cpu(problem: str) -> None:
+    warnings.warn(
+        f"The CPU is used, although this machine has an NVIDIA GPU: {problem} The device 'cpu', where it is named, is "
+        "used without this warning.",
+        stacklevel=4,  # where pgolf.GPT is called
+    )
 
 
 def resolve_dtype(dtype: str | None, device: str) -> str:

@@ -33,10 +33,11 @@ def doctor_command(
     from pgolf.doctor import examine
 
     if measure:
-        from pgolf.model import resolve_device
+        from pgolf import _C
+        from pgolf.model import best_device
         from pgolf.speed import measure_limit
 
-        measure_limit(resolve_device(None)[0])
+        measure_limit(best_device(_C.cuda_status()))
     checks = examine(Path.cwd())
     console = console_for(as_json)
     width = max(len(check.name) for check in checks)
