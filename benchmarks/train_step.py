@@ -95,7 +95,7 @@ def measure_pgolf(work: Work, args: argparse.Namespace) -> dict[str, Any]:
         optimizer.wait(ticket)
         ticket = following
         ends.append(time.perf_counter())
-    loss, _, finite, _ = optimizer.wait(ticket)
+    loss, _, finite, *_ = optimizer.wait(ticket)
     assert finite
     seconds = [after - earlier for earlier, after in itertools.pairwise(ends)]
     return {

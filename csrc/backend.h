@@ -192,7 +192,7 @@ struct StepValues : StepSettings {
   // State that lives from step to step:
   std::int32_t stopped;     // a step was not finite and losses are not scaled: no later step changes anything either
   std::int32_t scaling;     // fp16: the loss scale adapts, and a step that overflows is skipped
-  std::int32_t clean;       // steps since the loss scale last changed
+  std::int32_t clean;       // steps since the loss scale last changed; below 0: overflows in a row at its least
   double loss_scale;        // what gradients were multiplied by; 1 unless `scaling`
   std::int64_t adam_steps;  // t: steps that changed weights
   double loss_sum;          // Σ losses of the step's micro-batches

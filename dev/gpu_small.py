@@ -48,7 +48,7 @@ def train(dtype: str, changes: dict[str, object]) -> None:
             ids = rng.integers(0, config.vocab_size, (batch, 71), dtype=np.int32)
             model._native.micro_step(ids, np.roll(ids, -1, axis=1), 1 / 284)
         model._native.end_step()
-        loss, norm, finite, _ = optimizer.wait(optimizer.step(SETTINGS))
+        loss, norm, finite, *_ = optimizer.wait(optimizer.step(SETTINGS))
         assert finite and np.isfinite([loss, norm]).all()
         optimizer.add_snapshot()
     optimizer.use_snapshot_mean()

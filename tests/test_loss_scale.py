@@ -3,6 +3,7 @@ changes no weight and halves it, 2,000 steps without double it (docs/gpu.md)."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,8 @@ class Run:
     def step(self) -> tuple[float, bool]:
         """The gradient norm, and whether all gradients were finite."""
         self.gradients()
-        _, norm, finite, _ = self.optimizer.wait(self.optimizer.step(SETTINGS))
+        _, norm, finite, _, overflows = self.optimizer.wait(self.optimizer.step(SETTINGS))
+        assert overflows == max(0, -self.optimizer.counts[2])
         return norm, finite
 
     def overflow(self) -> None:
@@ -96,7 +98,10 @@ def test_the_scale_has_limits() -> None:
     run = Run("float16")
     run.optimizer.counts = (7, 2.0**-14, 5)
     run.overflow()
-    assert run.optimizer.counts == (7, 2.0**-14, 0)
+    assert run.optimizer.counts == (7, 2.0**-14, -1)
+    run.overflow()
+    assert run.optimizer.counts == (7, 2.0**-14, -2)  # in a row
+    assert run.step()[1] and run.optimizer.counts == (8, 2.0**-14, 1)
     run.factor = 1e-4  # gradients that 2**24 times are no overflow
     run.optimizer.counts = (7, 2.0**24, 1999)
     assert run.step()[1] and run.optimizer.counts == (8, 2.0**24, 0)
@@ -113,3 +118,15 @@ def test_other_dtypes_have_no_scale_and_stop_at_what_is_not_finite(dtype: str) -
     assert all(np.array_equal(value, before[name]) for name, value in run.model.state_dict().items())
     run.optimizer.go_on()
     assert run.step()[1] and run.optimizer.counts[:2] == (2, 1.0)
+
+
+def test_counts_that_no_run_has_are_refused() -> None:
+    run = Run("float16")
+    for counts, sentence in (
+        ((-1, 1.0, 0), "Adam's step count is -1; it cannot be negative."),
+        ((0, 0.0, 0), "The loss scale is 0; it must be above 0."),
+        ((0, 1.0, 2**40), f"The steps since the loss scale changed are {2**40}, which no run has taken."),
+        ((0, 1.0, -(2**63)), f"The steps since the loss scale changed are -{2**63}, which no run has taken."),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+            run.optimizer.counts = counts

@@ -431,6 +431,39 @@ def test_a_gradient_that_is_no_number_changes_nothing(small_corpus: Path) -> Non
     assert_same_state(plain, trainer)
 
 
+def test_float16_ends_where_no_loss_scale_helps(small_corpus: Path, tmp_path: Path) -> None:
+    """After ten overflows in a row at the least scale, which a checkpoint counts too; a run that is mended goes on."""
+    config = tiny(dtype="float16", iterations=40, checkpoint_every=8)
+    name = "blocks.1.attn.proj.weight"
+
+    def ending(overflows: int, step: int) -> str:
+        return (
+            f"^The gradients overflowed float16 in {overflows} steps in a row, the last of them step {step}, although "
+            r"the losses were scaled by 2\*\*-14, the least factor; no weight was changed by them. Set train.dtype to "
+            "'bfloat16' or 'float32', or lower the learning rates.$"
+        )
+
+    trainer = Trainer(config, small_corpus, run_dir=tmp_path / "run")
+    weight = trainer._native.read(name)
+    trainer._native.write(name, np.full_like(weight, 3e38))
+    trainer._optimizer.counts = (0, 2.0**-12, 0)
+    before = trainer.model.state_dict()
+    records = []
+    with pytest.raises(NonFiniteError, match=ending(10, 12)):
+        records.extend(trainer)  # two steps halve the scale, ten find it at its least
+    assert [record.step for record in records] == list(range(1, 13)) and all(record.skipped for record in records)
+    assert all(np.array_equal(array, before[key]) for key, array in trainer.model.state_dict().items())
+    with pytest.raises(NonFiniteError, match=ending(11, 13)):
+        list(trainer)
+    resumed = Trainer(config, small_corpus, run_dir=tmp_path / "run", resume=True)
+    assert resumed.step == 8
+    with pytest.raises(NonFiniteError, match=ending(10, 12)):
+        list(resumed)
+    resumed._native.write(name, weight)
+    assert not any(record.skipped for record in resumed)
+    assert resumed.done and resumed._optimizer.counts == (28, 2.0**-14, 28)
+
+
 def test_the_tensor_with_the_bad_gradient_is_named(small_corpus: Path) -> None:
     trainer = Trainer(tiny(), small_corpus)
     native = trainer._native

@@ -64,9 +64,10 @@ void bind_optim(py::module_& m) {
           "wait",
           [](NativeOptimizer& self, int ticket) {
             const StepResult r = locked(self, [&] { return self.optimizer.wait(ticket); });
-            return py::make_tuple(r.loss_sum, r.grad_norm, r.finite, r.saturated);
+            return py::make_tuple(r.loss_sum, r.grad_norm, r.finite, r.saturated, r.overflows);
           },
-          py::arg("ticket"), "Waits for a step: (sum of its losses, gradient norm, finite, saturated values).")
+          py::arg("ticket"),
+          "Waits for a step: (sum of its losses, gradient norm, finite, saturated values, overflows in a row).")
       .def("go_on", [](NativeOptimizer& self) { locked(self, [&] { self.optimizer.go_on(); }); })
       .def(
           "warm_up",

@@ -2,6 +2,7 @@
 #include "core/random.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/rows.h"
+#include "grad_norm.h"
 
 PGOLF_CPU_BEGIN
 namespace {
@@ -95,31 +96,6 @@ void orient(i64 rows, i64 cols, T* x, F&& element) {
         for (i64 c = c0; c < cols && c < c0 + kTile; ++c) element(r * cols + c, x[c * rows + r]);
 }
 
-// What follows from the norm of all gradients: whether the step counts, its clip factor, Adam's count.
-void finish_norm(double scaled_norm, StepValues* v) {
-  constexpr double kLeastScale = 0x1p-14, kMostScale = 0x1p24;
-  constexpr std::int32_t kCleanSteps = 2000;
-  const bool overflow = !std::isfinite(scaled_norm);
-  const double loss_scale = v->loss_scale;
-  v->grad_norm = scaled_norm / loss_scale;
-  if (overflow && !v->scaling) v->stopped = 1;
-  v->finite = !overflow && !v->stopped;
-  if (v->scaling && !v->stopped) {
-    v->clean = overflow ? 0 : v->clean + 1;
-    if (overflow && loss_scale > kLeastScale) v->loss_scale = loss_scale / 2;
-    if (v->clean == kCleanSteps) {
-      v->clean = 0;
-      if (loss_scale < kMostScale) v->loss_scale = loss_scale * 2;
-    }
-  }
-  if (!v->finite) return;
-  const double clip = v->clip > 0 ? v->clip / (v->grad_norm + 1e-6) : 1.0;
-  v->grad_scale = (clip < 1.0 ? clip : 1.0) / loss_scale;
-  ++v->adam_steps;
-  v->bias1 = 1.0 - std::pow(v->beta1, static_cast<double>(v->adam_steps));
-  v->bias2 = 1.0 - std::pow(v->beta2, static_cast<double>(v->adam_steps));
-}
-
 template <class T>
 std::size_t newton_schulz_bytes(const TensorView& u) {
   Layout layout;
@@ -145,7 +121,7 @@ void CpuBackend<T>::grad_norm(std::span<const TensorView> grads, StepValues* val
     });
     for (std::size_t i = 0; i < count; ++i) total += sums[i];
   }
-  finish_norm(std::sqrt(total), values);
+  settle_step(std::sqrt(total), values);
 }
 
 template <class T>

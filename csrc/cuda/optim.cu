@@ -4,6 +4,7 @@
 
 #include "core/random.h"
 #include "cuda/batch.cuh"
+#include "grad_norm.h"
 
 namespace pgolf::cuda {
 namespace {
@@ -36,32 +37,10 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partials[blockIdx.x] += sum;
 }
 
-// What follows from the norm of all gradients: whether the step counts, its clip factor, Adam's count.
 __global__ void __launch_bounds__(CudaBackend::kPartials) finish_norm(const double* partials, StepValues* v) {
-  constexpr double kLeastScale = 0x1p-14, kMostScale = 0x1p24;
-  constexpr std::int32_t kCleanSteps = 2000;
   __shared__ double shared[kWarp];
   const double scaled_norm = sqrt(block_sum(partials[threadIdx.x], shared));
-  if (threadIdx.x != 0) return;
-  const bool overflow = !isfinite(scaled_norm);
-  const double loss_scale = v->loss_scale;
-  v->grad_norm = scaled_norm / loss_scale;
-  if (overflow && !v->scaling) v->stopped = 1;
-  v->finite = !overflow && !v->stopped;
-  if (v->scaling && !v->stopped) {
-    v->clean = overflow ? 0 : v->clean + 1;
-    if (overflow && loss_scale > kLeastScale) v->loss_scale = loss_scale / 2;
-    if (v->clean == kCleanSteps) {
-      v->clean = 0;
-      if (loss_scale < kMostScale) v->loss_scale = loss_scale * 2;
-    }
-  }
-  if (!v->finite) return;
-  const double clip = v->clip > 0 ? v->clip / (v->grad_norm + 1e-6) : 1.0;
-  v->grad_scale = (clip < 1.0 ? clip : 1.0) / loss_scale;
-  ++v->adam_steps;
-  v->bias1 = 1.0 - pow(v->beta1, static_cast<double>(v->adam_steps));
-  v->bias2 = 1.0 - pow(v->beta2, static_cast<double>(v->adam_steps));
+  if (threadIdx.x == 0) settle_step(scaled_norm, v);
 }
 
 __global__ void __launch_bounds__(kThreads) sum_elements(const float* x, i64 size, double* partials) {

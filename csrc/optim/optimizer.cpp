@@ -61,7 +61,7 @@ StepResult Optimizer::wait(int ticket) {
   static_assert(sizeof(StepValues) <= Backend::kReadBytes);
   StepValues values;
   model_->backend().wait(ticket, &values, sizeof values);
-  return {values.loss_sum, values.grad_norm, values.finite != 0, values.saturated};
+  return {values.loss_sum, values.grad_norm, values.finite != 0, values.saturated, std::max(0, -values.clean)};
 }
 
 void Optimizer::go_on() {
@@ -82,8 +82,10 @@ StepCounts Optimizer::counts() const {
 }
 
 void Optimizer::set_counts(const StepCounts& counts) {
-  require(counts.adam_steps >= 0 && counts.clean >= 0, "The optimizer's step counts are ", counts.adam_steps, " and ",
-          counts.clean, "; they cannot be negative.");
+  require(counts.adam_steps >= 0, "Adam's step count is ", counts.adam_steps, "; it cannot be negative.");
+  constexpr std::int64_t kMost = 1 << 30;
+  require(counts.clean > -kMost && counts.clean < kMost, "The steps since the loss scale changed are ", counts.clean,
+          ", which no run has taken.");
   require(counts.loss_scale > 0, "The loss scale is ", counts.loss_scale, "; it must be above 0.");
   StepValues values = read_values();
   values.adam_steps = counts.adam_steps;

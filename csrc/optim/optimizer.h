@@ -15,13 +15,14 @@ struct StepResult {
   double grad_norm;
   bool finite;             // else the step changed nothing
   std::int64_t saturated;  // hidden values that fp16 could not hold
+  std::int64_t overflows;  // in a row, this step's the last, at the least loss scale
 };
 
 // What the optimizer keeps from step to step besides its moments.
 struct StepCounts {
   std::int64_t adam_steps;  // t
   double loss_scale;        // fp16
-  std::int64_t clean;       // steps since it last changed
+  std::int64_t clean;       // StepValues::clean
 };
 
 class Optimizer {

@@ -106,8 +106,9 @@ class Optimizer:
     def step(self, settings: dict[str, Any]) -> int:
         """Applies the gradients in the model; returns a ticket for `wait`."""
 
-    def wait(self, ticket: int) -> tuple[float, float, bool, int]:
-        """Waits for a step: (sum of losses, gradient norm, whether all was finite, values that float16 cut off)."""
+    def wait(self, ticket: int) -> tuple[float, float, bool, int, int]:
+        """Waits for a step: (sum of losses, gradient norm, whether all was finite, values that float16 cut off,
+        overflows in a row at the least loss scale)."""
 
     def go_on(self) -> None:
         """After a step that was not finite: later ones change weights again."""
@@ -117,7 +118,8 @@ class Optimizer:
 
     @property
     def counts(self) -> tuple[int, float, int]:
-        """Adam's steps, the loss scale, and the steps since it last changed."""
+        """Adam's steps, the loss scale, and the steps since it last changed; below 0: the overflows in a row at its
+        least."""
 
     @counts.setter
     def counts(self, counts: tuple[int, float, int], /) -> None: ...

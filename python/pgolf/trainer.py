@@ -54,6 +54,8 @@ _GPU_MEMORY_SHARE = 0.85  # of the memory limit; the rest is for validation, lib
 
 # Steps that a GPU's host may be ahead of the step whose results it waits for.
 _GPU_STEPS_AHEAD = 2
+# Steps in a row that overflow float16 at the least loss scale, 2⁻¹⁴, and end a run: what is left to halve is nothing.
+_MOST_OVERFLOWS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,9 @@ class _Flight:
 
 class Trainer:
     """A training run; iterate over it for its steps, then call `finish`.
+
+    An iteration raises NonFiniteError where a gradient became NaN or infinite; in float16, where such steps are skipped
+    and halve the loss scale, where ten in a row have done so at its least. It can be taken up again.
 
     Args:
         config: the run's configuration.
@@ -174,6 +179,7 @@ class Trainer:
         self.last_validation: StepRecord | None = None
         self._taken: list[StepRecord] = []  # finished steps that are not validated and logged yet
         self._flights: deque[_Flight] = deque()
+        self._overflows = 0  # in a row at float16's least loss scale, the last step's among them
         self._clock = 0.0  # when the last finished step ended
         self._warm = False  # whether the device has run and recorded what a step runs
         self._validated = -1  # the step after which validation was last measured
@@ -242,6 +248,8 @@ class Trainer:
 
     def _next_step(self) -> StepRecord:
         """The next finished step. The device is given steps ahead, but none beyond one that is looked at afterwards."""
+        if self._overflows >= _MOST_OVERFLOWS:
+            self._stop_overflowing()
         with self.model._training:  # nobody else's gradients in between
             if self._measures_limit and self._clock and not self._flights:
                 self._measure_limit()
@@ -300,7 +308,7 @@ class Trainer:
         """Waits for the oldest step under way."""
         with _uninterrupted():
             flight = self._flights[0]
-            loss_sum, grad_norm, finite, saturated = self._optimizer.wait(flight.ticket)
+            loss_sum, grad_norm, finite, saturated, self._overflows = self._optimizer.wait(flight.ticket)
             now = time.perf_counter()
             if not finite and self.model.dtype != "float16":
                 self._stop(flight)
@@ -341,6 +349,15 @@ class Trainer:
         self._optimizer.snapshots = flight.snapshots
         self._stream.position = flight.position
         raise NonFiniteError(self._describe_non_finite(self.step + 1, late))
+
+    def _stop_overflowing(self) -> None:
+        """Ends a run in float16 that no loss scale helps: its steps would be skipped for ever."""
+        overflows, self._overflows = self._overflows, 0
+        raise NonFiniteError(
+            f"The gradients overflowed float16 in {overflows:,} steps in a row, the last of them step {self.step:,}, "
+            "although the losses were scaled by 2**-14, the least factor; no weight was changed by them. Set "
+            "train.dtype to 'bfloat16' or 'float32', or lower the learning rates."
+        )
 
     def _settle(self) -> None:
         """Waits for all steps under way; their records are handed out when the iteration goes on."""
@@ -456,6 +473,7 @@ class Trainer:
             else:
                 raise FormatError(f"The checkpoint lacks {name}.")
         self._optimizer.counts = tuple(values["counts"])
+        self._overflows = max(0, -values["counts"][2])
         self.step, self.seconds = values["step"], values["seconds"]
         self._stream.position = values["position"]
         self._validated, self._warned = values["validated"], values["warned"]
