@@ -16,6 +16,8 @@ from tests.places import GPU
 
 CORPUS_VOCAB = 512
 
+pytest.register_assert_rewrite("tests.cases", "tests.runs")  # so that their assertions tell what they compared
+
 collect_ignore = [] if GPU else ["test_cuda.py"]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; tests send it

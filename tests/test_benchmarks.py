@@ -64,7 +64,7 @@ def test_sliding_evaluation_scores_as_the_eager_peer_does(tmp_path: Path) -> Non
 
 
 def test_a_trained_model_is_scored_in_bits_per_byte(small_corpus: Path, tmp_path: Path) -> None:
-    from tests.test_trainer import tiny
+    from tests.runs import tiny
 
     trainer = pgolf.Trainer(tiny(), small_corpus)
     list(trainer)

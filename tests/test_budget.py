@@ -16,7 +16,7 @@ import pgolf
 from pgolf import budget
 from pgolf.config import ExportConfig, ModelConfig
 from pgolf.plot import plot_frontier
-from tests.test_interrupt import pgolf_
+from tests.runs import pgolf_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

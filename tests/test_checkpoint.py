@@ -22,7 +22,7 @@ from pgolf.config import Config
 from pgolf.data.files import atomic_write
 from pgolf.errors import FormatError
 from pgolf.trainer import Trainer
-from tests.test_trainer import assert_same_state, log_of, run, tiny
+from tests.runs import assert_same_state, log_of, run, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 import pgolf
 from pgolf import errors
@@ -27,6 +27,7 @@ from pgolf.data.inspect import inspect_data
 from pgolf.progress import duration, seconds_left, stages, training_progress
 from pgolf.trainer import StepRecord
 from tests import hub
+from tests.runs import files, last_json, pgolf_, refused
 
 CONFIG = """
 extends = "tiny"
@@ -51,11 +52,6 @@ train_log_every = 8
 """
 
 
-def pgolf_(*arguments: str | Path) -> Result:
-    """The command in this process."""
-    return CliRunner(env={"PGOLF_TRACEBACK": "", "COLUMNS": "120"}).invoke(app, [str(word) for word in arguments])
-
-
 def process(*arguments: str | Path) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     return subprocess.Popen(
@@ -65,25 +61,6 @@ def process(*arguments: str | Path) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "PGOLF_NUM_THREADS": "1"},
     )
-
-
-def last_json(result: Result) -> dict[str, Any]:
-    assert result.exit_code == 0, result.output
-    value: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return value
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file in a folder that holds something, by its path there."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
-def refused(result: Result, pattern: str) -> None:
-    """Exit code 2, and on standard error one message and nothing else."""
-    assert result.exit_code == 2, result.output
-    assert result.stderr.startswith("Error: ") and "Traceback" not in result.stderr
-    assert len(result.stderr.splitlines()) == 1 and re.search(pattern, result.stderr), result.stderr
 
 
 @pytest.fixture(scope="module")

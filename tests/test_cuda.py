@@ -29,9 +29,9 @@ from tests.conftest import CORPUS_VOCAB
 from tests.places import GPU_DTYPES, GPU_PLACES, Place
 from tests.reference.model import ReferenceGPT, perturb
 from tests.reference.rng import init_state
+from tests.runs import assert_same_state
 from tests.test_model import assert_gradients_close, relative, tokens
 from tests.test_places import CASES, rounded
-from tests.test_trainer import assert_same_state
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -20,8 +20,7 @@ import pgolf
 from pgolf import _C, doctor, machine
 from pgolf.doctor import Check, examine
 from pgolf.trainer import Trainer
-from tests.test_interrupt import pgolf_
-from tests.test_trainer import tiny
+from tests.runs import pgolf_, tiny
 
 Usage = namedtuple("Usage", "total used free")
 

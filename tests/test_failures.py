@@ -18,18 +18,8 @@ from pgolf import checkpoint
 from pgolf.config import Config
 from pgolf.data.shards import read_shard, write_shard
 from pgolf.trainer import step_settings
-from tests.test_interrupt import (
-    CONFIG,
-    NEXT_BATCH,
-    assert_same_run,
-    child,
-    command_in,
-    held,
-    pgolf_,
-    train,
-    wait_for,
-)
-from tests.test_trainer import log_of
+from tests.runs import log_of, pgolf_
+from tests.test_interrupt import CONFIG, NEXT_BATCH, assert_same_run, child, command_in, held, train, wait_for
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ import zstandard
 import pgolf
 from pgolf.config import Config
 from pgolf.model import parameter_shapes
-from tests.conftest import CORPUS_VOCAB
 from tests.reference.model import fake_quantise
 from tests.reference.quant import quantize_state
+from tests.runs import SMALL_MODEL
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,13 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 STEPS = 20
 SMALL = {
-    "model.vocab_size": CORPUS_VOCAB,
-    "model.num_layers": 2,
-    "model.model_dim": 32,
-    "model.num_heads": 2,
-    "model.num_kv_heads": 1,
-    "model.bigram_vocab_size": 64,
-    "model.bigram_dim": 16,
+    **SMALL_MODEL,
     "train.iterations": STEPS,
     "train.train_batch_tokens": 512,
     "train.train_seq_len": 64,

@@ -30,8 +30,7 @@ from pgolf.inspect import (
 )
 from pgolf.plot import Curves
 from pgolf.trainer import Trainer
-from tests.test_interrupt import pgolf_
-from tests.test_trainer import tiny
+from tests.runs import pgolf_, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,15 +25,13 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
 from pgolf import checkpoint
-from pgolf.cli.app import app
 from pgolf.cli.interrupts import watched_interrupts
 from pgolf.data.batches import BatchStream
 from pgolf.inspect import checkpoint_step
 from pgolf.trainer import Trainer
-from tests.test_trainer import log_of
+from tests.runs import log_of, pgolf_
 
 CONFIG = """
 extends = "tiny"
@@ -103,11 +101,6 @@ def plain(config_file: Path, small_corpus: Path, tmp_path_factory: pytest.TempPa
     result = pgolf_("train", "--config", config_file, "--data", small_corpus, "--run-dir", folder)
     assert result.exit_code == 0, result.output
     return folder
-
-
-def pgolf_(*arguments: str | Path) -> Result:
-    """The command in this process."""
-    return CliRunner(env={"PGOLF_TRACEBACK": "", "COLUMNS": "120"}).invoke(app, [str(word) for word in arguments])
 
 
 @contextmanager

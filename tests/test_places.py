@@ -16,10 +16,7 @@ import torch
 
 from pgolf import ops
 from pgolf.quantize import quantize_rows
-from tests.places import GPU_PLACES, ROUNDING_PLACES, Place
-from tests.reference import trainer
-from tests.reference.rng import uniform
-from tests.test_ops import (
+from tests.cases import (
     Case,
     adapted_head_case,
     attention_case,
@@ -31,6 +28,9 @@ from tests.test_ops import (
     qkv_case,
     same_bits,
 )
+from tests.places import GPU_PLACES, ROUNDING_PLACES, Place
+from tests.reference import trainer
+from tests.reference.rng import uniform
 
 torch.set_num_threads(2)
 

@@ -43,8 +43,8 @@ from tests.reference import quant as reference_quant
 from tests.reference.model import fake_quantise, perturb, qat_clips
 from tests.reference.rng import init_state
 from tests.reference.trainer import ReferenceTrainer, newton_schulz
+from tests.runs import Clock
 from tests.test_cuda_library import COMPILER, python, stand_in_gpu
-from tests.test_trainer import Clock
 from tests.test_training import batches, use_float64
 
 torch.set_num_threads(1)

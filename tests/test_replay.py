@@ -14,7 +14,7 @@ from pgolf.config import Config, TrainConfig
 from pgolf.errors import FormatError
 from pgolf.replay import Replay
 from pgolf.trainer import Trainer
-from tests.test_trainer import Clock, assert_same_state, log_of, run, tiny
+from tests.runs import Clock, assert_same_state, log_of, run, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,8 +17,7 @@ from pgolf.config import Config, ModelConfig
 from pgolf.errors import DeviceError
 from pgolf.speed import Limit, flop_per_token, known_limit, measure_limit, peak_rss
 from pgolf.trainer import MEASURED, StepRecord, Trainer
-from tests.test_interrupt import pgolf_
-from tests.test_trainer import Clock, log_of, run, tiny
+from tests.runs import Clock, log_of, pgolf_, run, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
