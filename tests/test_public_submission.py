@@ -128,7 +128,11 @@ PUBLIC_VIOLATIONS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("bytes", {}, {"bytes_total": 16_500_000}, "said to have 16,500,000 bytes; the limit is 16,000,000"),
     ("time", {"time": 612_000}, {}, r"\d+ of them started after the limit of 600 s, and only 2 can be in flight"),
     ("scoring-time", {"scoring": 700_000}, {}, "Scoring took 700.0 s"),
+    ("time", {"first": 700_000}, {}, r"By train\.log, step 10,620 ends at 599\.9 s, before step 1,000 at 700\.0 s"),
     ("claims", {}, {"val_bpb": 1.1}, "No line of train.log has val_bpb 1.1.*; the nearest is 1.2168"),
+    # Digits that the loss does not have say nothing of bits per byte.
+    ("claims", {}, {"val_loss": 2, "val_bpb": 1.18}, r"No line of train\.log has val_bpb 1\.18"),
+    ("claims", {}, {"val_loss": 1e-7, "val_bpb": 1.0}, r"No line of train\.log has val_bpb 1\.0"),
     ("claims", {"total": 15_999_000}, {}, "train.log says 15,999,000 bytes in total; submission.json 15,863,068"),
     ("claims", {}, {"val_bpb": "1.2"}, "gives no val_bpb"),
     ("files", {}, {"name": None}, "has no name"),
@@ -152,15 +156,47 @@ def test_a_public_folder_without_a_log_leaves_its_claims_unchecked(public: Path)
     assert (found["claims"], found["time"], found["files"]) == ("unchecked", "unchecked", "failed")
 
 
+@pytest.mark.parametrize("what", ["x.log", "train_again.txt", "other.py", "configs/config.toml", "logs/1.log"])
+@pytest.mark.parametrize("how", ["folder", "nothing behind it", "another program's"])
+def test_what_a_folder_holds_besides_is_left_alone(what: str, how: str, public: Path) -> None:
+    expected = outcomes(check(public))
+    path = public / what
+    path.parent.mkdir(exist_ok=True)
+    if how == "folder":
+        path.mkdir()
+    elif how == "nothing behind it":
+        path.symlink_to("nowhere")
+    else:
+        path.write_text("colour = 1\n")
+    assert outcomes(check(public)) == expected
+
+
+@pytest.mark.parametrize(
+    "code", ["x = (", "\0", "(" * 100_000, "-" * 100_000 + "1"], ids=["open", "NUL", "deep", "long"]
+)
+def test_scripts_that_cannot_be_read_are_told(code: str, public: Path) -> None:
+    (public / "train_gpt.py").write_text(code)
+    report = check(public)
+    assert outcomes(report)["files"] == "failed" and "train_gpt.py is not a Python script" in sentence(report, "files")
+
+
 names = st.sampled_from(["val_bpb", "val_loss", "bytes_total", "bytes_code", "seed_results", "name", "author"])
 odd = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(names | st.text(max_size=3), inner, max_size=2),
     max_leaves=6,
 )
 
 
-@given(values=st.dictionaries(names, odd, max_size=7), log=st.text(max_size=80) | st.just(public_log()))
+logs = st.text(max_size=80) | st.sampled_from(["", *(f"{line}\n" for line in (
+    f"step:{'9' * 5000}/1 train_time:1ms",
+    f"step:9/1 train_time:{'9' * 5000}ms",
+    f"Total submission size: {'9' * 5000} bytes",
+    f"val_loss:{'9' * 5000}.0 val_bpb:{'9' * 5000}.0",
+))]).map(lambda line: public_log() + line)  # fmt: skip
+
+
+@given(values=st.dictionaries(names, odd, max_size=7), log=logs)
 def test_odd_public_folders_are_judged_without_a_crash(
     values: dict[str, Any], log: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

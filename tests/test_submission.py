@@ -805,6 +805,8 @@ def test_requests_that_cannot_be(runs: list[Path], code: Path, tmp_path: Path, m
         submit([], tmp_path / "out", ABOUT, settings=settings)
     with pytest.raises(FileNotFoundError, match="this folder is no run folder"):
         submit([tmp_path], tmp_path / "out", ABOUT, settings=settings)
+    with pytest.raises(ValueError, match=r"have the seeds \[\d+, (\d+), \1\]; each may stand there once"):
+        submit(runs, tmp_path / "out", ABOUT, baseline=[*runs[:2], runs[1]], settings=settings)
     with pytest.raises(FileNotFoundError, match="holds no report.json"):
         (runs[1] / "report.json").unlink()
         submit(runs, tmp_path / "out", ABOUT, baseline=runs[1:], settings=settings)

@@ -7,10 +7,11 @@ name that is not found makes a rule unchecked, never passed.
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ _LOSS, _BPB = ("val_loss", "mean_val_loss", "val_loss_mean"), ("val_bpb", "mean_
 _CODE = ("bytes_code", "code_bytes")
 _TOTAL = ("bytes_total", "total_bytes", "artifact_bytes_max", "artifact_bytes", "artifact_size_bytes")
 
-# Some scripts give a step's time in tenths of minutes, and in milliseconds only where they stop.
+_CLAIMED = ("val_loss", "val_bpb", "code_bytes", "total_bytes", "score_seconds")
+
+# Some scripts give a step's time in tenths of minutes, and in milliseconds only where they stop. No run prints numbers
+# of more digits than are looked for.
 _STEP = re.compile(
-    r"^(?:step:\s*(?P<step>\d+)/\d+\b.*?|stopping_early:.*?)\btrain_time:\s*(?P<time>\d+(?:\.\d+)?)ms"
-    r"(?: step:\s*(?P<last>\d+)/)?",
+    r"^(?:step:\s*(?P<step>\d{1,15})/\d+\b.*?|stopping_early:.*?)\btrain_time:\s*(?P<time>\d{1,15}(?:\.\d+)?)ms"
+    r"(?: step:\s*(?P<last>\d{1,15})/)?",
     re.M,
 )
 _FINAL = re.compile(r"\bval_loss:\s*(\d+\.\d+)\s+val_bpb:\s*(\d+\.\d+)")
-_SCORING = re.compile(r"\beval_time:\s*(\d+)ms")
-_TOTAL_LINE = re.compile(r"^Total submission size[^:\n]*:\s*(\d+) bytes", re.M)
-_CODE_LINE = re.compile(r"^Code size[^:\n]*:\s*(\d+) bytes", re.M)
+_SCORING = re.compile(r"\beval_time:\s*(\d{1,15})ms")
+_TOTAL_LINE = re.compile(r"^Total submission size[^:\n]*:\s*(\d{1,15}) bytes", re.M)
+_CODE_LINE = re.compile(r"^Code size[^:\n]*:\s*(\d{1,15}) bytes", re.M)
 _SEED_LINE, _SEED_NAME = re.compile(r"^seed:\s*(\d+)", re.M), re.compile(r"seed[_-]?(\d+)")
 
 
@@ -53,7 +57,8 @@ def claim_of(values: Mapping[str, Any]) -> Claim:
     return Claim(
         val_loss=loss,
         val_bpb=bpb,
-        precision=max((_precision(value) for value in (loss, bpb) if value is not None), default=0.0),
+        loss_precision=_precision(loss),
+        bpb_precision=_precision(bpb),
         **{name: None if value is None else int(value) for name, value in sizes.items()},
     )
 
@@ -70,15 +75,19 @@ def _first(values: Mapping[str, Any], names: Sequence[str]) -> float | None:
     """The first of these that is a finite number."""
     for name in names:
         value = values.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        # abs is exact for an integer of any size, which a float need not hold.
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             return float(value)
     return None
 
 
-def _precision(value: float) -> float:
-    """Half a unit of a number's last printed decimal."""
-    _, _, decimals = repr(value).partition(".")
-    return 0.5 * 10.0 ** -len(decimals)
+def _precision(value: float | None) -> float:
+    """Half a unit of a number's last printed decimal; 0 where there is none."""
+    if value is None:
+        return 0.0
+    exponent = Decimal(repr(value)).as_tuple().exponent
+    assert isinstance(exponent, int)  # no infinity and no NaN
+    return 0.5 * 10.0**exponent
 
 
 @dataclass(frozen=True)
@@ -110,13 +119,11 @@ class TextLog:
             path,
             None if seed is None else seed[1],
             tuple(ends),
-            Claim(
-                claim.val_loss,
-                claim.val_bpb,
+            replace(
+                claim,
                 total_bytes=int(totals[-1]) if totals else None,
                 code_bytes=int(codes[-1]) if codes else None,
                 score_seconds=int(scoring[-1]) / 1000 if scoring else None,
-                precision=claim.precision,
             ),
             tuple(float(line[2]) for line in finals),
         )
@@ -143,9 +150,13 @@ class PublicRun(Evidence):
     def claim(self) -> Claim:
         """submission.json's where it has one, else the log's, value by value."""
         logged = self.log.claim if self.log is not None else Claim()
-        names = ("val_loss", "val_bpb", "code_bytes", "total_bytes", "score_seconds")
-        values = {name: getattr(self.claimed, name) or getattr(logged, name) for name in names}
-        return Claim(**values, precision=max(self.claimed.precision, logged.precision))
+        sources = {name: self.claimed if getattr(self.claimed, name) else logged for name in _CLAIMED}
+        values = {name: getattr(source, name) for name, source in sources.items()}
+        return Claim(
+            **values,
+            loss_precision=sources["val_loss"].loss_precision,
+            bpb_precision=sources["val_bpb"].bpb_precision,
+        )
 
     @kept
     def timeline(self) -> Timeline:

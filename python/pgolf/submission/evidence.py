@@ -109,8 +109,8 @@ class Settings:
 class Claim:
     """What a folder says of its score; None where it says nothing.
 
-    val_loss: nats per token; val_bpb: bits per byte. tokens, bytes: scored. Sizes in bytes. precision: how far
-    val_loss and val_bpb may be off by the digits that are given.
+    val_loss: nats per token; val_bpb: bits per byte. tokens, bytes: scored. Sizes in bytes. loss_precision,
+    bpb_precision: how far val_loss and val_bpb may be off by the digits that are given.
     """
 
     val_loss: float | None = None
@@ -121,7 +121,8 @@ class Claim:
     code_bytes: int | None = None
     total_bytes: int | None = None
     score_seconds: float | None = None
-    precision: float = 0.0
+    loss_precision: float = 0.0
+    bpb_precision: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf.submission.claims import PublicRun, TextLog, claim_of, read_submission, seed_claims, telling_log
-from pgolf.submission.evidence import Claim, Evidence, Library, Progress, RunFolder, Settings
+from pgolf.submission.evidence import RUN_FILES, Claim, Evidence, Library, Progress, RunFolder, Settings
 from pgolf.submission.verdict import Unchecked
 
 SUBMISSION, README = "submission.json", "README.md"
@@ -41,6 +41,8 @@ class Folder:
         ours: list[Evidence] = [
             RunFolder(config.parent, settings, library, config.parent.name)
             for config in sorted(path.glob("*/config.toml"))
+            # A config.toml alone may be another program's.
+            if any((config.parent / name).is_file() for name in RUN_FILES if name != config.name)
         ]
         return cls(path, submission, ours or _public_runs(path, settings, library, submission), settings.progress)
 
@@ -70,12 +72,12 @@ def _script(path: Path) -> Path | None:
     named = path / "train_gpt.py"
     if named.is_file():
         return named
-    scripts = sorted(path.glob("*.py"))
+    scripts = sorted(script for script in path.glob("*.py") if script.is_file())
     return scripts[0] if len(scripts) == 1 else None
 
 
 def _logs(path: Path) -> list[Path]:
-    return sorted({log for pattern in _LOGS for log in path.glob(pattern)})
+    return sorted({log for pattern in _LOGS for log in path.glob(pattern) if log.is_file()})
 
 
 def _public_runs(path: Path, settings: Settings, library: Library, submission: dict[str, Any]) -> list[Evidence]:

@@ -11,6 +11,7 @@ import ast
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -93,6 +94,12 @@ def code_and_artifact_fit(run: Evidence) -> str:
 @run_rule("time", "No training step may start after the time limit; a GPU may finish the two it has been given.")
 def steps_start_in_time(run: Evidence) -> str:
     limit, timeline = run.settings.limit_seconds, run.timeline
+    for (step, seconds), (later_step, later) in pairwise(timeline.ends):
+        if later < seconds:
+            raise Broken(
+                f"By {timeline.source}, step {later_step:,} ends at {later:,.1f} s, before step {step:,} at "
+                f"{seconds:,.1f} s: what the run took in all is not known."
+            )
     steps, seconds = timeline.ends[-1]
     took = f"{steps:,} steps in {seconds:,.1f} s by {timeline.source}"
     if limit <= 0:
@@ -209,9 +216,8 @@ def bytes_are_the_texts(run: Evidence) -> str:
     counted = int((run.times * validation.target_bytes).sum(dtype=np.int64))
     per_token = counted / int(run.times.sum(dtype=np.int64))
     implied = claim.val_loss / math.log(2) / claim.val_bpb
-    slack = claim.precision * (1 / claim.val_loss + 1 / claim.val_bpb) + (
-        _BYTES_ERROR if claim.tokens is not None else _UNKNOWN_TAIL
-    )
+    slack = claim.loss_precision / claim.val_loss + claim.bpb_precision / claim.val_bpb
+    slack += _BYTES_ERROR if claim.tokens is not None else _UNKNOWN_TAIL
     if claim.bytes not in (None, counted) or abs(implied / per_token - 1) > slack:
         raise Broken(
             f"{claim.val_loss:.6f} nats per token and {claim.val_bpb:.6f} bits per byte mean {implied:.6f} bytes per "
@@ -301,8 +307,8 @@ def files_are_there(folder: Folder) -> str:
         ast.parse(script.read_bytes(), filename=script.name)
     except Unchecked as missing:
         raise Broken(str(missing)) from None
-    except (SyntaxError, ValueError) as error:
-        raise Broken(f"{script.name} is not a Python script: {error}.") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two of parentheses without end
+        raise Broken(f"{script.name} is not a Python script: {error or type(error).__name__}.") from None
     return f"{_listed([README, 'submission.json', *(log.name for log in folder.logs), script.name])} are there."
 
 
@@ -345,14 +351,14 @@ def submission_says_what_runs_say(folder: Folder) -> str:
             found, said = run.claim, by_seed.get(str(run.report.seed))
             if found.val_bpb is None or said is None or said.val_bpb is None:
                 raise Broken(f"{run.name} is not in submission.json's seed_results, or has no bits per byte.")
-            if abs(said.val_bpb - found.val_bpb) > said.precision + 1e-12:
+            if abs(said.val_bpb - found.val_bpb) > said.bpb_precision + 1e-12:
                 raise Broken(f"{run.name} scored {found.val_bpb:.8f}; submission.json says {said.val_bpb:.8f}.")
             scores.append(found.val_bpb)
         largest = max(run.artifact.stat().st_size + run.code.stat().st_size for run in folder.runs)
         if claimed.total_bytes != largest:
             raise Broken(f"bytes_total is {claimed.total_bytes}; the largest artifact and the code have {largest:,}.")
     mean = fmean(scores) if scores else claimed.val_bpb
-    if claimed.val_bpb < mean - claimed.precision - 1e-12:
+    if claimed.val_bpb < mean - claimed.bpb_precision - 1e-12:
         raise Broken(f"val_bpb is {claimed.val_bpb:.8f}; the mean of the {len(scores)} seeds is {mean:.8f}.")
     return f"val_bpb {claimed.val_bpb:.6f} is what {len(scores) or 1} run{'s' * (len(scores) > 1)} came to."
 
@@ -361,7 +367,7 @@ def _check_log(run: PublicRun) -> None:
     log, claimed = run.log, run.claimed
     if log is None or claimed.val_bpb is None or len(log.scores) == 0:
         return
-    slack = max(claimed.precision, log.claim.precision) * 1.001
+    slack = max(claimed.bpb_precision, log.claim.bpb_precision) * 1.001
     nearest = min(log.scores, key=lambda score: abs(score - claimed.val_bpb))  # type: ignore[operator]
     if abs(nearest - claimed.val_bpb) > slack:
         raise Broken(f"No line of {log.path.name} has val_bpb {claimed.val_bpb:.8f}; the nearest is {nearest:.8f}.")

@@ -78,7 +78,8 @@ def submit(
     Raises:
         Refused: a rule is broken or could not be checked; every reason is named, and nothing is written.
         FileExistsError: ``out`` holds files, and either ``force`` was not given or they are no submission of pgolf's.
-        ValueError: no run; both against and baseline; either with one run on a side; a baseline without bits per byte.
+        ValueError: no run; both against and baseline; either with one run on a side; a baseline without bits per byte
+            or with a seed twice.
         FileNotFoundError: a run or the script is missing.
     """
     settings = _with_code(settings or Settings())
@@ -95,6 +96,8 @@ def submit(
         if not (run / "config.toml").is_file():
             raise FileNotFoundError(f"{run}: this folder is no run folder, as it holds no config.toml.")
     others = [_report_of(Path(run)) for run in baseline]
+    if len({report.seed for report in others}) < len(others):
+        raise ValueError(f"The baseline's runs have the seeds {[r.seed for r in others]}; each may stand there once.")
 
     folder = Folder.of_runs(folders, settings)
     report = CheckReport(str(folder.path), tuple(judge(folder, submission=False)))
