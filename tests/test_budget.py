@@ -108,8 +108,17 @@ def test_on_the_command_line(model: pgolf.GPT, small_corpus: Path, tmp_path: Pat
     ("error", "message", "arguments"),
     [
         (ValueError, r"The coarsest encodings take [\d,]+ bytes; 900 are left", {"limit": 1000}),
-        (ValueError, "margin is -1 and tokens", {"margin": -1}),
+        (
+            ValueError,
+            "is 500; the code takes 0 and the margin 500, and nothing is left",
+            {"limit": 500, "margin": 500},
+        ),
+        (ValueError, "limit_bytes is 0; the code takes 0 and the margin 100", {"limit": 0}),
+        (ValueError, "margin is -1; expected at least 0", {"margin": -1}),
         (ValueError, "tokens is 0; ", {"tokens": 0}),
+        (TypeError, r"tokens is 2\.5; expected an integer", {"tokens": 2.5}),
+        (ValueError, "seq_len is 0; expected at least 1", {"seq_len": 0}),
+        (ValueError, "seq_len is -5; expected at least 1", {"seq_len": -5}),
         (ValueError, r"data has 3,000 tokens; 188 windows of 33 are needed. Ask for fewer", {"tokens": 3000}),
         (FileNotFoundError, "There is no script", {"code": "no.py"}),
     ],

@@ -441,7 +441,7 @@ def test_load_tokens_refuses_what_it_cannot_score(tmp_path: Path) -> None:
         load_tokens(tmp_path / "absent")
     with pytest.raises(TypeError, match="float64"):
         load_tokens([0.5])
-    for bad in (np.zeros((2, 2), int), np.zeros(0, int)):
+    for bad in (np.zeros((2, 2), int), np.zeros(0, int), []):
         with pytest.raises(ValueError, match="one dimension with at least one token"):
             load_tokens(bad)
     for low, high in ((-1, 3), (0, 9)):

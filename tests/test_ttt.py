@@ -370,6 +370,7 @@ def test_it_learns_what_repeats(model: GPT) -> None:
         ({"ttt_lora_lr": -1.0}, ValueError, r"ttt_lora_lr is -1\.0"),
         ({"ttt_lora_lr": float("nan")}, ValueError, "ttt_lora_lr is nan"),
         ({"ttt_seed": -1}, ValueError, "ttt_seed is -1"),
+        ({"ttt_seed": 0.5}, TypeError, r"ttt_seed is 0\.5; expected an integer"),
         (
             {"ttt_chunk_size": 2**17, "ttt_eval_seq_len": 2**17},
             ValueError,

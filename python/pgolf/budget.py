@@ -37,6 +37,7 @@ from pgolf.container import encode_stream, encode_streams, pack
 from pgolf.model import GPT
 from pgolf.quantize import Float32Array, encode_plan
 from pgolf.threads import on_threads
+from pgolf.windows import check_positive
 
 if TYPE_CHECKING:
     from pgolf.tokenizer import Tokenizer
@@ -132,18 +133,26 @@ def fit(
 
     Raises:
         ValueError: impossible arguments, too little data, or a limit below what the coarsest encodings take.
+        TypeError: tokens or seq_len is no integer.
         FileNotFoundError, FormatError, NonFiniteError: as ``export`` and ``evaluate``.
     """
     began = time.perf_counter()
     show = progress or (lambda what, done, total: None)
     settings = Config.from_recipe(policy).export if isinstance(policy, str) else policy
     settings.validate()
-    if margin < 0 or tokens < 1:
-        raise ValueError(f"margin is {margin} and tokens is {tokens}; at least 0 and at least 1 were expected.")
-    length = seq_len or model.train_seq_len
+    if margin < 0:
+        raise ValueError(f"margin is {margin}; expected at least 0.")
+    length = model.train_seq_len if seq_len is None else seq_len
     if length is None:
         raise ValueError("seq_len is None and the model has no training length to take; give seq_len.")
+    check_positive(tokens=tokens, seq_len=length)
     code_bytes = 0 if code is None else script_bytes(code)
+    room = limit_bytes - code_bytes - margin
+    if room < 1:
+        raise ValueError(
+            f"limit_bytes is {limit_bytes:,}; the code takes {code_bytes:,} and the margin {margin:,}, and nothing is "
+            "left for the artifact."
+        )
     state = finite_state(model)
     free = _free(state, settings)
     if not free:
@@ -173,7 +182,7 @@ def fit(
         return len(pack(header, recipe_tensors | {key: encode_tensor(state[key], plan[key]) for key in plan}))
 
     points: list[Point] = []
-    plan = _largest_that_fits(solver, limit_bytes - code_bytes - margin, size_of)
+    plan = _largest_that_fits(solver, room, size_of)
     recipe, chosen = measure("recipe", {}), measure("chosen", plan)
     for share in FRONTIER:
         measure(f"{share:.0%}", solver.solve(share * recipe_bytes))

@@ -62,6 +62,8 @@ class Settings:
             )
         if not 0 <= self.lr < float("inf"):
             raise ValueError(f"ttt_lora_lr is {self.lr}; expected a number from 0.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)):
+            raise TypeError(f"ttt_seed is {self.seed!r}; expected an integer.")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"ttt_seed is {self.seed}; expected 0 to 2**64 - 1.")
 

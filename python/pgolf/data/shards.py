@@ -199,7 +199,7 @@ def load_tokens(data: Any, split: str = "val", vocab_size: int | None = None) ->
         shards = ShardSet(paths, vocab_size)
         return shards.read(0, len(shards))
     array = np.asarray(data)
-    if array.dtype.kind not in "iu":
+    if array.dtype.kind not in "iu" and array.size:  # an empty list has no dtype of its own
         raise TypeError(f"token ids have dtype {array.dtype}; integers are expected.")
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"token ids have shape {array.shape}; one dimension with at least one token is expected.")
