@@ -772,6 +772,26 @@ def test_nothing_is_overwritten_without_force(
         submit(runs[:1], other / "mine.txt", ABOUT, settings=Settings(code=code), force=True)
 
 
+def test_where_a_submission_may_lie(
+    runs: list[Path], code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below folders that are not there yet, and where a link leads; not in the place of the current folder."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    for out in (".", empty):
+        with pytest.raises(ValueError, match="this is the current folder, which cannot be replaced; name another one"):
+            submit(runs[:1], out, ABOUT, settings=Settings(code=code))
+    link = tmp_path / "link"
+    link.symlink_to("behind", target_is_directory=True)
+    for out, place in (("new/../a/b/", empty / "a" / "b"), (link, tmp_path / "behind")):
+        submit(runs[:1], out, ABOUT, settings=Settings(code=code))
+        assert (place / "submission.json").is_file()
+    submit(runs[1:2], link, ABOUT, settings=Settings(code=code), force=True)
+    assert json.loads((tmp_path / "behind" / "submission.json").read_text())["seeds"] == [SEEDS[1]]
+    assert link.is_symlink() and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 @pytest.mark.parametrize("moment", ["README", "rules", "rename"])
 def test_a_failure_leaves_what_was_there(
     moment: str, runs: list[Path], submission: Path, code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

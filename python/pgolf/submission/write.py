@@ -78,8 +78,8 @@ def submit(
     Raises:
         Refused: a rule is broken or could not be checked; every reason is named, and nothing is written.
         FileExistsError: ``out`` holds files, and either ``force`` was not given or they are no submission of pgolf's.
-        ValueError: no run; both against and baseline; either with one run on a side; a baseline without bits per byte
-            or with a seed twice.
+        ValueError: no run; the current folder as ``out``; both against and baseline; either with one run on a side; a
+            baseline without bits per byte or with a seed twice.
         FileNotFoundError: a run or the script is missing.
     """
     settings = _with_code(settings or Settings())
@@ -107,8 +107,9 @@ def submit(
     findings = [replace(finding, where=names.get(finding.where, "")) for finding in report.findings]
     test = _test(folder, against, others, margin_nats)
     submission = _submission(folder, about, settings, test)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    missing = [parent for parent in target.parents if not parent.exists()]
+    place = Path(os.path.realpath(target))  # of a link, what it leads to
+    partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    missing = [parent for parent in place.parents if not parent.exists()]
     try:
         with naming(partial):
             partial.mkdir(parents=True)
@@ -118,7 +119,7 @@ def submit(
             report = CheckReport(str(target), (*(f for f in findings if f.where), *of_folder))
             if not report.ok:
                 raise Refused(report)
-            _put(partial, target)
+            _put(partial, place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in missing:
@@ -141,6 +142,8 @@ def _with_code(settings: Settings) -> Settings:
 
 
 def _check_target(target: Path, force: bool) -> None:
+    if target.exists() and target.samefile(Path.cwd()):
+        raise ValueError(f"{target}: this is the current folder, which cannot be replaced; name another one.")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not target.is_dir():
