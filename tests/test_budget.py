@@ -131,6 +131,18 @@ def test_refusals_leave_no_file(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_weight_beyond_fp16_is_stored_in_steps(tmp_path: Path) -> None:
+    name = "blocks.0.mlp.fc.weight"
+    fresh = pgolf.GPT(SMALL, seed=3, device="cpu")
+    state = fresh.state_dict()
+    state[name][0, 0] = 1e5
+    fresh.load_state_dict(state)
+    found = fitted(fresh, tmp_path / "m.pgolf", limit=10**6, seq_len=32)
+    encodings = {tensor.name: tensor.encoding for tensor in found.export.tensors}
+    assert encodings[name].startswith("rms:") and encodings["blocks.1.mlp.fc.weight"] == "fp16"
+    assert all(np.isfinite(point.bytes) for point in (found.chosen, *found.frontier))
+
+
 def test_a_model_without_training_length_or_large_matrices_is_named(tmp_path: Path) -> None:
     fresh = pgolf.GPT(SMALL, seed=1, device="cpu")
     with pytest.raises(ValueError, match="no training length to take; give seq_len"):

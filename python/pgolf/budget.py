@@ -283,8 +283,10 @@ def _rms(steps: float) -> str:
     return f"rms:{steps:.3g}"
 
 
-def _encoded_size(w: Float32Array, encoding: str) -> tuple[int, float]:
-    """(bytes, squared error) of one encoding."""
+def _encoded_size(w: Float32Array, encoding: str) -> tuple[float, float]:
+    """(bytes, squared error) of one encoding; both infinite, so that nothing chooses it, where fp16 does not hold w."""
+    if encoding == "fp16" and np.abs(w).max() > np.finfo(np.float16).max:
+        return math.inf, math.inf
     tensor = encode_tensor(w, encoding)
     return len(encode_stream(tensor)), _squared_error(decode_tensor(tensor), w)
 
