@@ -4,9 +4,10 @@
     python dev/mutants.py rope skip       those whose names contain one of the words
     python dev/mutants.py --check         only whether every mutant still has exactly one place to bend
 
-The tests must pass on the untouched copy first. A mutant's own selection of tests runs first, then, if none of them
-fails, all tests of the mathematics and formats. What was found is kept in build/mutants and is good until code or a
-test changes, so an interrupted run goes on where it stopped. The exit status is 1 if a mutant survives.
+The tests must pass on the untouched copy first: all, or for some mutants their own selections. A mutant's own selection
+of tests runs first, then, if none of them fails, all tests of the mathematics and formats. What was found is kept in
+build/mutants and is good until code or a test changes, so an interrupted run goes on where it stopped. The exit status
+is 1 if a mutant survives.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -189,6 +191,17 @@ class Tree:
 
     def judge(self, mutant: Mutant) -> str | None:
         """The test that fails on the mutant, or None for a survivor."""
+        with self._bent(mutant):
+            if failed := self.failing_test(mutant.name, mutant.tests):
+                return failed
+            failed = self.failing_test(mutant.name, ALL_TESTS)
+        if failed is not None and self.failing_test("untouched sources", shlex.quote(failed)):
+            raise Failure(f"{mutant.name}: {failed} fails on the untouched sources too.")
+        return failed
+
+    @contextmanager
+    def _bent(self, mutant: Mutant) -> Iterator[None]:
+        """The tree with the mutant in it, compiled."""
         path = self.path / mutant.file
         original, stamp = path.read_text(encoding="utf-8"), path.stat()
         native = not mutant.file.endswith((".py", ".toml"))
@@ -198,7 +211,7 @@ class Tree:
                 self._compile_kernels()
             elif native:
                 self._compile()
-            return self.failing_test(mutant.name, mutant.tests) or self.failing_test(mutant.name, ALL_TESTS)
+            yield
         finally:
             path.write_text(original, encoding="utf-8")
             os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
@@ -271,21 +284,30 @@ class Results:
         return json.dumps(astuple(mutant)[1:])
 
 
-UNTOUCHED = Mutant("untouched sources", "", "", "", ALL_TESTS)
+def untouched(selection: str) -> Mutant:
+    """What the results of a selection of tests on the untouched sources are kept under."""
+    return Mutant("untouched sources", "", "", "", selection)
 
 
-def run(mutants: Sequence[Mutant], results: Results, names: Sequence[str], jobs: int) -> list[str]:
-    """Judges what has no result yet and prints a line for each; returns what kept mutants from being judged."""
+def run(
+    mutants: Sequence[Mutant], results: Results, names: Sequence[str], jobs: int, first_tests: Sequence[str]
+) -> list[str]:
+    """Judges what has no result yet and prints a line for each; returns what kept mutants from being judged.
+
+    first_tests: selections that must pass on the untouched sources before.
+    """
     waiting = [mutant for mutant in mutants if results[mutant] is None]
     trees: queue.SimpleQueue[Tree] = queue.SimpleQueue()
     if waiting:
         first = Tree(0, names)
-        if results[UNTOUCHED] is None:
-            print("untouched sources …", flush=True)
-            started = time.monotonic()
-            if failed := first.failing_test(UNTOUCHED.name, ALL_TESTS):
-                raise Failure(f"{failed} fails on the untouched sources; no mutant can be judged.")
-            results[UNTOUCHED] = ("none", time.monotonic() - started)
+        for selection in first_tests:
+            plain = untouched(selection)
+            if results[plain] is None:
+                print(f"{plain.name}: {selection}", flush=True)
+                started = time.monotonic()
+                if failed := first.failing_test(plain.name, selection):
+                    raise Failure(f"{failed} fails on the untouched sources; no mutant can be judged.")
+                results[plain] = ("none", time.monotonic() - started)
         for tree in (first, *(Tree(number, names) for number in range(1, jobs))):
             trees.put(tree)
 
@@ -353,7 +375,8 @@ def main() -> int:
         WORK.mkdir(parents=True, exist_ok=True)
         names = sources()
         results = Results(names)
-        failures = run(chosen, results, names, max(1, arguments.jobs))
+        first_tests = [ALL_TESTS] if chosen == mutants else sorted({m.tests for m in chosen})
+        failures = run(chosen, results, names, max(1, arguments.jobs), first_tests)
     except Failure as failure:
         print(failure, file=sys.stderr)
         return 1
