@@ -79,6 +79,9 @@ def own_kernels(dtype: str) -> None:
         ids = rng.integers(0, 50, (3, 130))
         _, saved = ops.embed(ids, draw(50, 96), draw(96), draw(33, 96), None, np.float32(0.1))
         ops.embed_backward(saved, draw(3, 130, 96))
+        if dtype != "float32":  # whose products are cuBLASLt's
+            shapes = ((136, 264), (264, 136), (392, 400), (24, 8), (1, 9))
+            ops.muon(*([draw(*shape) for shape in shapes] for _ in range(3)), lr=0.02)
         w = [draw(130, 40), draw(7)]
         ops.grad_norm(w, 0.3)
         ops.adam(w, w, w, [a * a for a in w], step=1, lr=0.1)

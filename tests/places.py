@@ -28,6 +28,11 @@ class Place:
         return dtype
 
     @property
+    def description(self) -> str:
+        """What the backend says of itself."""
+        return str(_C.Ops(0 if self.device == "cuda" else -1, self.dtype).description())
+
+    @property
     def ulp(self) -> float:
         """The distance between neighbours at 1."""
         return float(torch.finfo(self.torch_dtype).eps)

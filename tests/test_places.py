@@ -282,7 +282,7 @@ def test_embedding_gradients_gather_every_reader_once(place: Place) -> None:
 
 # Optimizer ------------------------------------------------------------------------------------------------------------
 
-NS_SHAPES = [(64, 64), (40, 136), (136, 40), (1, 8), (8, 1), (512, 128), (256, 512)]
+NS_SHAPES = [(64, 64), (40, 136), (136, 40), (1, 8), (8, 1), (512, 128), (256, 512), (130, 200), (330, 260), (390, 900)]
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
@@ -302,7 +302,7 @@ def test_newton_schulz_rounds_as_the_storage_does(place: Place) -> None:
             assert reached.min() >= 0.6 and reached.max() <= 1.3, shape
 
 
-def emulated_newton_schulz(u: np.ndarray, place: Place) -> np.ndarray:
+def emulated_newton_schulz(u: np.ndarray, place: Place, steps: int = 5) -> np.ndarray:
     def stored(x: torch.Tensor) -> torch.Tensor:
         return x.to(place.torch_dtype).to(torch.float32)
 
@@ -310,11 +310,45 @@ def emulated_newton_schulz(u: np.ndarray, place: Place) -> np.ndarray:
     x = torch.tensor(u)
     x = x.T if x.shape[0] > x.shape[1] else x
     x = stored(x / (x.norm() + 1e-7))
-    for _ in range(5):
+    for _ in range(steps):
         gram = stored(x @ x.T)
         poly = stored(b * gram + c * (gram @ gram))
         x = stored(a * x + poly @ x)
     return (x.T if u.shape[0] > u.shape[1] else x).numpy()
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place.dtype != "float32"], ids=str)
+@pytest.mark.parametrize("shape", [(8, 8), (100, 100), (129, 136), (136, 321), (264, 72), (392, 500), (650, 650)])
+def test_one_newton_schulz_step_of_signs_in_every_element(shape: tuple[int, int], place: Place) -> None:
+    """Of ±1 and 0 the Gram matrix is exact in any order, so that only sums of its square and of the result may differ.
+
+    A number that is written to a wrong place is wrong by far more: rows differ in how many zeros they have.
+    """
+    rng = np.random.default_rng(23)
+    zeros = rng.random(shape) < np.linspace(0.5, 0.95, shape[0])[:, None]
+    u = np.where(zeros, 0.0, rng.choice([-1.0, 1.0], shape)).astype(np.float32)
+    with ops.on(place.device, place.dtype):
+        found = ops.newton_schulz(u, steps=1)
+    expected = emulated_newton_schulz(u, place, steps=1)
+    # Sums in another order fall on the other side of a tie now and then: a unit of the largest number at the most.
+    assert np.abs(found - expected).max() <= 2 * place.ulp * np.abs(expected).max()
+    assert np.linalg.norm(found - expected) <= place.ulp / 4 * np.linalg.norm(expected)
+
+
+WHOLE_BATCHES = [p for p in PLACES if p.device == "cpu" or (p.dtype != "float32" and "path 90" in p.description)]
+"""Where a matrix's update depends on no other one: cuBLASLt, which the other paths use, knows how many there are."""
+
+
+@pytest.mark.parametrize("place", WHOLE_BATCHES, ids=str)
+def test_muon_of_many_shapes_is_muon_of_each(place: Place) -> None:
+    rng = np.random.default_rng(24)
+    shapes = [(128 + 8 * i, 200 + 16 * i) for i in range(10)] * 2 + [(200, 128), (72, 8), (1, 7), (136, 216)]
+    weights, gradients, momenta = ([draw(rng, *shape).astype(np.float32) for shape in shapes] for _ in range(3))
+    with ops.on(place.device, place.dtype):
+        together = ops.muon(weights, gradients, momenta, lr=0.02)
+        for i, shape in enumerate(shapes):
+            alone = ops.muon(*([arrays[i]] for arrays in (weights, gradients, momenta)), lr=0.02)
+            assert all(same_bits(all_of[i], one[0]) for all_of, one in zip(together, alone, strict=True)), shape
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)

@@ -7,6 +7,16 @@ namespace pgolf::cuda {
 
 inline constexpr std::size_t kParameterBytes = 4000;  // of the 4,096 that a launch takes everywhere
 
+// The last of `count` rising numbers that is at most `block`; the first one is.
+__device__ __forceinline__ int last_at_most(const unsigned* first, int count, unsigned block) {
+  int low = 0, high = count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (first[middle] <= block ? low : high) = middle;
+  }
+  return low;
+}
+
 template <class Entry>
 struct Batch {
   static constexpr int kEntries = static_cast<int>((kParameterBytes - 8) / (sizeof(Entry) + sizeof(unsigned)));
@@ -21,14 +31,7 @@ struct Batch {
     blocks += static_cast<unsigned>(its_blocks);
   }
 
-  __device__ int entry_of(unsigned block) const {
-    int low = 0, high = count;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (first[middle] <= block ? low : high) = middle;
-    }
-    return low;
-  }
+  __device__ int entry_of(unsigned block) const { return last_at_most(first, count, block); }
 };
 
 // Calls launch(batch) until every item was in one; blocks_of(entry) may be 0, for an empty tensor.

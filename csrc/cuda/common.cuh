@@ -105,6 +105,21 @@ __device__ __forceinline__ T block_sum(T x, T* shared) {
   return x;
 }
 
+// Between blocks of one launch: counts what this thread has stored, and what threads have with which it has met at a
+// barrier since, as done.
+__device__ __forceinline__ void add_done(unsigned* counter, unsigned count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(count) : "memory");
+}
+// Until *counter ≥ count; this thread, and threads that meet it at a barrier next, see what was counted.
+__device__ __forceinline__ void wait_until(const unsigned* counter, unsigned count) {
+  unsigned found;
+  while (true) {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+    if (found >= count) return;
+    __nanosleep(32);
+  }
+}
+
 inline unsigned blocks_for(i64 count, i64 per_block) {
   return static_cast<unsigned>((count + per_block - 1) / per_block);
 }

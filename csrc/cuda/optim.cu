@@ -4,12 +4,11 @@
 
 #include "core/random.h"
 #include "cuda/batch.cuh"
+#include "cuda/sm90/newton_schulz.cuh"
 #include "grad_norm.h"
 
 namespace pgolf::cuda {
 namespace {
-
-i64 round_up(i64 count, i64 multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 // ---- Sums in float64: stage 1 leaves a number for each block, stage 2 adds them in one block.
 
@@ -240,139 +239,35 @@ __global__ void __launch_bounds__(kThreads)
   to.store(y + begin, left);
 }
 
-// ---- Muon. Matrices of one wide shape go through Newton–Schulz together.
+// ---- Muon. All matrices go through each step of it together.
 
-// `count` matrices X [r, c], r ≤ c, that are the updates of weights [r, c], or [c, r] where `tall`.
-struct Wide {
-  static constexpr int kMatrices = 120;
-  struct Matrix {
-    float* w;
-    const float* grad;
-    float* momentum;
-  };
-  Matrix matrices[kMatrices];
-  bool tall[kMatrices];
-  int count = 0;
-  int r = 0, c = 0;
+using Squares = Elements<4>;
 
-  Wide() = default;
-  Wide(i64 rows, i64 cols) : r(static_cast<int>(std::min(rows, cols))), c(static_cast<int>(std::max(rows, cols))) {}
-  void add(const Matrix& matrix, i64 rows, i64 cols) {
-    matrices[count] = matrix;
-    tall[count++] = rows > cols;
+// A weight [rows, cols] and its update X, which lies wide, [r, c] with r ≤ c: transposed where the weight is tall. Both
+// sides of X are padded with zeros to multiples of 8, which its products keep at zero and which aligns every row to 16
+// bytes.
+struct Matrix {
+  float* w;
+  const float* grad;
+  float* momentum;
+  void* x;           // S [padded_r, padded_c]
+  double* partials;  // [pieces]
+  int rows, cols;
+
+  __host__ __device__ bool tall() const { return rows > cols; }
+  __host__ __device__ int padded_r() const { return padded(tall() ? cols : rows); }
+  __host__ __device__ int padded_c() const { return padded(tall() ? rows : cols); }
+  __host__ __device__ i64 size() const { return i64{rows} * cols; }
+  // Elements that one block squares, and how many blocks that takes.
+  __host__ __device__ i64 piece() const {
+    return ((size() + kThreads - 1) / kThreads + Squares::kChunk - 1) / Squares::kChunk * Squares::kChunk;
   }
+  __host__ __device__ int pieces() const { return static_cast<int>((size() + piece() - 1) / piece()); }
+
+ private:
+  __host__ __device__ static int padded(int side) { return (side + kVector - 1) / kVector * kVector; }
 };
-static_assert(sizeof(Wide) <= kParameterBytes);
-
-// The areas of Newton–Schulz. Both sides of X are padded with zeros to multiples of 8, which its products keep at zero
-// and which aligns every row to 16 bytes.
-struct NewtonSchulz {
-  using Squares = Elements<4>;
-
-  DType dtype;
-  i64 r, c, count;  // r and c padded
-  i64 size, piece;  // elements of a matrix, and of what one block squares
-  int pieces;
-  void *x, *next, *gram, *poly;  // count·[r, c] twice, count·[r, r] twice
-  double* partials;              // [count, pieces]
-
-  NewtonSchulz(Layout& layout, DType storage, const Wide& wide)
-      : dtype(storage),
-        r(round_up(wide.r, kVector)),
-        c(round_up(wide.c, kVector)),
-        count(wide.count),
-        size(i64{wide.r} * wide.c),
-        piece(round_up((size + kThreads - 1) / kThreads, Squares::kChunk)),
-        pieces(static_cast<int>((size + piece - 1) / piece)),
-        x(layout.take(dtype, count * r * c)),
-        next(layout.take(dtype, count * r * c)),
-        gram(layout.take(dtype, count * r * r)),
-        poly(layout.take(dtype, count * r * r)),
-        partials(layout.take<double>(count * pieces)) {}
-
-  // x ← the quintic of x, `steps` times; its coefficients are Keller Jordan's.
-  void iterate(const CudaBackend& backend, int steps) {
-    constexpr float a = 3.4445f, b = -4.7750f, q = 2.0315f;
-    Gemm square;  // gram = x·xᵀ
-    square.transpose_b = true;
-    square.m = square.n = r;
-    square.k = square.lda = square.ldb = c;
-    square.ldd = r;
-    square.in = square.out = dtype;
-    square.d = gram;
-    square.count = count;
-    square.a_step = square.b_step = r * c;
-    square.d_step = r * r;
-    Gemm quartic = square;  // poly = q·gram² + b·gram; the Gram matrix is symmetric: its square is G·Gᵀ
-    quartic.k = quartic.lda = quartic.ldb = r;
-    quartic.a = quartic.b = quartic.c = gram;
-    quartic.d = poly;
-    quartic.alpha = q;
-    quartic.beta = b;
-    quartic.a_step = quartic.b_step = r * r;
-    Gemm quintic = quartic;  // next = poly·x + a·x
-    quintic.transpose_b = false;
-    quintic.n = quintic.ldb = quintic.ldd = c;
-    quintic.a = poly;
-    quintic.alpha = 1.0f;
-    quintic.beta = a;
-    quintic.b_step = quintic.d_step = r * c;
-    for (int step = 0; step < steps; ++step) {
-      square.a = square.b = quintic.b = quintic.c = x;
-      quintic.d = next;
-      backend.gemm(square);
-      backend.gemm(quartic);
-      backend.gemm(quintic);
-      std::swap(x, next);
-    }
-  }
-};
-
-// What is orthogonalised: with kMuon u = g + μ·m, else the gradient's pointer itself. `momentum` is m after its update.
-template <bool kMuon>
-struct Update {
-  float scale = 1, mu = 0;
-
-  __device__ explicit Update(const StepValues* values) {
-    if constexpr (kMuon) {
-      scale = static_cast<float>(values->grad_scale);
-      mu = static_cast<float>(values->momentum);
-    }
-  }
-  __device__ float momentum(float grad, float before) const { return mu * before + grad * scale; }
-  __device__ float operator()(float grad, float momentum) const { return kMuon ? grad * scale + mu * momentum : grad; }
-};
-
-// Step 1: m ← μ·m + g, and the sums of squares of u. Memory-bound: 2 reads, 1 write.
-template <bool kMuon>
-__global__ void __launch_bounds__(kThreads)
-    gather_updates(const __grid_constant__ Wide wide, i64 piece, const StepValues* values, double* partials) {
-  using Squares = NewtonSchulz::Squares;
-  __shared__ double shared[kWarp];
-  if (kMuon && !values->finite) return;
-  const Update<kMuon> update(values);
-  const Wide::Matrix& matrix = wide.matrices[blockIdx.y];
-  const i64 size = i64{wide.r} * wide.c, begin = blockIdx.x * piece;
-  const i64 end = begin + piece < size ? begin + piece : size;
-  double sum = 0;
-  for (i64 at = begin; at < end; at += Squares::kChunk) {
-    Squares grad, m{};
-    grad.load(matrix.grad + at, size - at);
-    if constexpr (kMuon) {
-      m.load(matrix.momentum + at, size - at);
-#pragma unroll
-      for (int i = 0; i < Squares::kCount; ++i) m.x[i] = update.momentum(grad.x[i], m.x[i]);
-      m.store(matrix.momentum + at, size - at);
-    }
-#pragma unroll
-    for (int i = 0; i < Squares::kCount; ++i) {
-      const double u = update(grad.x[i], m.x[i]);
-      sum += u * u;
-    }
-  }
-  sum = block_sum(sum, shared);
-  if (threadIdx.x == 0) partials[blockIdx.y * gridDim.x + blockIdx.x] = sum;
-}
+using Matrices = Batch<Matrix>;
 
 // A square of X and the square of the weight's shape that it is the update of: a transposition's two sides. It lies in
 // shared memory as the weight does; the odd stride spreads columns over the banks.
@@ -387,24 +282,28 @@ struct Tile {
   int padded_r, padded_c;      // of X
   int x_row, x_col, row, col;  // the corners
 
-  __device__ Tile(const Wide& wide, int x_rows, int x_cols) : padded_r(x_rows), padded_c(x_cols) {
-    const int across = (padded_c + kSide - 1) / kSide, index = static_cast<int>(blockIdx.x);
-    tall = wide.tall[blockIdx.y];
-    rows = tall ? wide.c : wide.r;
-    cols = tall ? wide.r : wide.c;
+  __device__ Tile(const Matrix& matrix, unsigned block)
+      : tall(matrix.tall()),
+        rows(matrix.rows),
+        cols(matrix.cols),
+        padded_r(matrix.padded_r()),
+        padded_c(matrix.padded_c()) {
+    const int across = (padded_c + kSide - 1) / kSide, index = static_cast<int>(block);
     x_row = index / across * kSide;
     x_col = index % across * kSide;
     row = tall ? x_col : x_row;
     col = tall ? x_row : x_col;
   }
 
+  static i64 count(const Matrix& matrix) {
+    return i64{blocks_for(matrix.padded_r(), kSide)} * blocks_for(matrix.padded_c(), kSide);
+  }
+
   // Thread's vector v: eight numbers of X from (a, b) of the square on, and where they lie in shared memory.
   static __device__ int vector_row(int v) { return (v * kThreads + threadIdx.x) / (kSide / kVector); }
   static __device__ int vector_col(int v) { return (v * kThreads + threadIdx.x) % (kSide / kVector) * kVector; }
   __device__ bool holds(int a, int b) const { return x_row + a < padded_r && x_col + b < padded_c; }
-  __device__ i64 x_index(int a, int b) const {
-    return (i64{blockIdx.y} * padded_r + x_row + a) * padded_c + (x_col + b);
-  }
+  __device__ i64 x_index(int a, int b) const { return i64{x_row + a} * padded_c + (x_col + b); }
   __device__ int shared_index(int a, int b) const { return tall ? b * kStride + a : a * kStride + b; }
 
   // Thread's quad q: four neighbours of a row of the weight's square.
@@ -433,25 +332,211 @@ struct Tile {
   }
 };
 
-// Step 2: X = u/(‖u‖ + 1e−7), lying wide and padded. Memory-bound: 2 reads, 1 write of S.
+// All matrices of a launch that makes X, and the blocks at which its steps begin.
+struct Preparation {
+  static constexpr int kMatrices = 70;
+  Matrix matrices[kMatrices];
+  unsigned first[2 * kMatrices];
+  int count = 0;
+  unsigned blocks = 0;
+
+  void number() {
+    blocks = 0;
+    for (int i = 0; i < 2 * count; ++i) {
+      const PreparationStep step = preparation_step(i, count);
+      const Matrix& matrix = matrices[step.matrix];
+      first[i] = blocks;
+      blocks += step.normalizes ? static_cast<unsigned>(Tile::count(matrix)) : static_cast<unsigned>(matrix.pieces());
+    }
+  }
+};
+static_assert(sizeof(Preparation) <= kParameterBytes);
+
+// Newton–Schulz: its areas, and the iterations on all matrices at once.
+class NewtonSchulz {
+ public:
+  NewtonSchulz(Layout& layout, DType storage, std::span<const MuonTensor> tensors) : dtype_(storage) {
+    for (const MuonTensor& t : tensors) {
+      if (t.w.size() == 0) continue;
+      Matrix matrix{t.w.as<float>(),
+                    t.grad.as<float>(),
+                    t.momentum.as<float>(),
+                    nullptr,
+                    nullptr,
+                    static_cast<int>(t.w.shape[0]),
+                    static_cast<int>(t.w.shape[1])};
+      matrix.partials = layout.take<double>(matrix.pieces());
+      const i64 r = matrix.padded_r(), c = matrix.padded_c();
+      auto group = std::find_if(groups_.begin(), groups_.end(), [&](const Group& g) { return g.r == r && g.c == c; });
+      if (group == groups_.end()) group = groups_.insert(group, Group{.count = 0, .r = r, .c = c});
+      placed_.push_back({matrix, static_cast<std::size_t>(group - groups_.begin()), group->count++});
+    }
+    states_ = static_cast<i64>(groups_.size() + placed_.size() + preparations() + placed_.size());
+    state_ = layout.take<unsigned>(states_);
+    for (Group& g : groups_) {
+      g.x = layout.take(dtype_, g.count * g.r * g.c);
+      g.next = layout.take(dtype_, g.count * g.r * g.c);
+      g.gram = layout.take(dtype_, g.count * g.r * g.r);
+      g.poly = layout.take(dtype_, g.count * g.r * g.r);
+    }
+  }
+
+  // Calls launch(preparation, counters) until every matrix was in one; first of all, as it sets all counters to 0.
+  template <class F>
+  void prepare(cudaStream_t stream, F&& launch) const {
+    if (placed_.empty()) return;
+    PGOLF_CUDA(cudaMemsetAsync(state_, 0, static_cast<std::size_t>(states_) * sizeof *state_, stream));
+    unsigned* counters = state_ + groups_.size() + placed_.size();
+    Preparation preparation;
+    for (const Placed& p : placed_) {
+      preparation.matrices[preparation.count++] = with_x(p);
+      if (preparation.count < Preparation::kMatrices && &p != &placed_.back()) continue;
+      preparation.number();
+      launch(preparation, counters);
+      counters += 1 + preparation.count;
+      preparation.count = 0;
+    }
+  }
+
+  // Calls launch(batch) until every matrix was in one, with blocks_of(matrix) blocks each.
+  template <class BlocksOf, class F>
+  void in_all(BlocksOf&& blocks_of, F&& launch) const {
+    in_batches(placed_, [&](const Placed& p) { return with_x(p); }, blocks_of, launch);
+  }
+
+  // x ← the quintic of x, `steps` times.
+  void iterate(const CudaBackend& backend, int steps) {
+    if (groups_.empty()) return;
+    with_storage(dtype_, [&](auto storage) {
+      using S = decltype(storage);
+      if constexpr (sizeof(S) == 2)
+        if (backend.path() >= Path::sm90)
+          return sm90::launch_newton_schulz<S>(backend, groups_, steps, a, b, q, state_);
+      for (const Group& g : groups_) iterate_group(backend, g, steps);
+    });
+    if (steps % 2 != 0)
+      for (Group& g : groups_) std::swap(g.x, g.next);
+  }
+
+ private:
+  static constexpr float a = 3.4445f, b = -4.7750f, q = 2.0315f;  // Keller Jordan's
+
+  using Group = sm90::WideMatrices;
+  struct Placed {
+    Matrix matrix;
+    std::size_t group;
+    i64 place;
+  };
+
+  std::size_t preparations() const { return (placed_.size() + Preparation::kMatrices - 1) / Preparation::kMatrices; }
+
+  Matrix with_x(const Placed& p) const {
+    const Group& g = groups_[p.group];
+    Matrix matrix = p.matrix;
+    matrix.x = static_cast<char*>(g.x) + static_cast<std::size_t>(p.place * g.r * g.c) * size_of(dtype_);
+    return matrix;
+  }
+
+  void iterate_group(const CudaBackend& backend, const Group& g, int steps) const {
+    Gemm square;  // gram = x·xᵀ
+    square.transpose_b = true;
+    square.m = square.n = g.r;
+    square.k = square.lda = square.ldb = g.c;
+    square.ldd = g.r;
+    square.in = square.out = dtype_;
+    square.d = g.gram;
+    square.count = g.count;
+    square.a_step = square.b_step = g.r * g.c;
+    square.d_step = g.r * g.r;
+    Gemm quartic = square;  // poly = q·gram² + b·gram; the Gram matrix is symmetric: its square is G·Gᵀ
+    quartic.k = quartic.lda = quartic.ldb = g.r;
+    quartic.a = quartic.b = quartic.c = g.gram;
+    quartic.d = g.poly;
+    quartic.alpha = q;
+    quartic.beta = b;
+    quartic.a_step = quartic.b_step = g.r * g.r;
+    Gemm quintic = quartic;  // next = poly·x + a·x
+    quintic.transpose_b = false;
+    quintic.n = quintic.ldb = quintic.ldd = g.c;
+    quintic.a = g.poly;
+    quintic.alpha = 1.0f;
+    quintic.beta = a;
+    quintic.b_step = quintic.d_step = g.r * g.c;
+    for (int step = 0; step < steps; ++step) {
+      square.a = square.b = quintic.b = quintic.c = step % 2 == 0 ? g.x : g.next;
+      quintic.d = step % 2 == 0 ? g.next : g.x;
+      backend.gemm(square);
+      backend.gemm(quartic);
+      backend.gemm(quintic);
+    }
+  }
+
+  DType dtype_;
+  std::vector<Placed> placed_;
+  std::vector<Group> groups_;
+  unsigned* state_ = nullptr;  // zeros at first: launch_newton_schulz's, then those of prepare's launches
+  i64 states_ = 0;
+};
+
+// What is orthogonalised: with kMuon u = g + μ·m, else the gradient's pointer itself. `momentum` is m after its update.
+template <bool kMuon>
+struct Update {
+  float scale = 1, mu = 0;
+
+  __device__ explicit Update(const StepValues* values) {
+    if constexpr (kMuon) {
+      scale = static_cast<float>(values->grad_scale);
+      mu = static_cast<float>(values->momentum);
+    }
+  }
+  __device__ float momentum(float grad, float before) const { return mu * before + grad * scale; }
+  __device__ float operator()(float grad, float momentum) const { return kMuon ? grad * scale + mu * momentum : grad; }
+};
+
+// A piece of a matrix: m ← μ·m + g, and the sum of squares of u. Memory-bound: 2 reads, 1 write.
+template <bool kMuon>
+__device__ __forceinline__ void gather_piece(const Matrix& matrix, unsigned number, const Update<kMuon>& update,
+                                             double* shared, unsigned* gathered) {
+  const i64 size = matrix.size(), piece = matrix.piece(), begin = number * piece;
+  const i64 end = begin + piece < size ? begin + piece : size;
+  double sum = 0;
+  for (i64 at = begin; at < end; at += Squares::kChunk) {
+    Squares grad, m{};
+    grad.load(matrix.grad + at, size - at);
+    if constexpr (kMuon) {
+      m.load(matrix.momentum + at, size - at);
+#pragma unroll
+      for (int i = 0; i < Squares::kCount; ++i) m.x[i] = update.momentum(grad.x[i], m.x[i]);
+      m.store(matrix.momentum + at, size - at);
+    }
+#pragma unroll
+    for (int i = 0; i < Squares::kCount; ++i) {
+      const double u = update(grad.x[i], m.x[i]);
+      sum += u * u;
+    }
+  }
+  sum = block_sum(sum, shared);  // and all have stored
+  if (threadIdx.x != 0) return;
+  matrix.partials[number] = sum;
+  add_done(gathered, 1);
+}
+
+// A tile of X = u/(‖u‖ + 1e−7), lying wide and padded, once all pieces are gathered. 2 reads, of the L2 cache where the
+// pieces were gathered a moment ago, and 1 write of S.
 template <class S, bool kMuon>
-__global__ void __launch_bounds__(kThreads)
-    normalize_updates(const __grid_constant__ Wide wide, int padded_r, int padded_c, const double* partials, int pieces,
-                      const StepValues* values, S* x) {
+__device__ __forceinline__ void normalize_tile(const Matrix& matrix, unsigned number, const Update<kMuon>& update,
+                                               double* shared, const unsigned* gathered) {
   __shared__ float square[Tile::kSide * Tile::kStride];
-  __shared__ double shared[kWarp];
-  if (kMuon && !values->finite) return;
-  const Update<kMuon> update(values);
-  const Wide::Matrix& matrix = wide.matrices[blockIdx.y];
-  const Tile tile(wide, padded_r, padded_c);
+  const Tile tile(matrix, number);
   float4 grad[Tile::kQuads], m[Tile::kQuads];
 #pragma unroll
-  for (int q = 0; q < Tile::kQuads; ++q) {
-    grad[q] = tile.load_quad(matrix.grad, q);
-    m[q] = kMuon ? tile.load_quad(matrix.momentum, q) : make_float4(0, 0, 0, 0);
-  }
-  const bool mine = static_cast<int>(threadIdx.x) < pieces;
-  const double squares = block_sum(mine ? partials[blockIdx.y * pieces + threadIdx.x] : 0.0, shared);
+  for (int q = 0; q < Tile::kQuads; ++q) grad[q] = tile.load_quad(matrix.grad, q);
+  if (threadIdx.x == 0) wait_until(gathered, static_cast<unsigned>(matrix.pieces()));
+  __syncthreads();
+#pragma unroll
+  for (int q = 0; q < Tile::kQuads; ++q) m[q] = kMuon ? tile.load_quad(matrix.momentum, q) : make_float4(0, 0, 0, 0);
+  const bool mine = static_cast<int>(threadIdx.x) < matrix.pieces();
+  const double squares = block_sum(mine ? matrix.partials[threadIdx.x] : 0.0, shared);
   const float inverse = static_cast<float>(1.0 / (sqrt(squares) + 1e-7));
 #pragma unroll
   for (int q = 0; q < Tile::kQuads; ++q) {
@@ -469,18 +554,43 @@ __global__ void __launch_bounds__(kThreads)
     Vector8 numbers;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) numbers.x[i] = square[tile.shared_index(a, b + i)];
-    store8(x + tile.x_index(a, b), numbers);
+    store8(static_cast<S*>(matrix.x) + tile.x_index(a, b), numbers);
   }
 }
 
-// Step 3, after the iterations: w ← w·(1 − lr·wd) − lr·√max(1, rows/cols)·X, or w ← X. Memory-bound: 2 reads, 1 write.
+// Step 1, both of these. A block's number is the order in which it begins to run, not its place in the grid: a tile
+// waits for pieces with smaller numbers, which then run and wait for nothing. counters: the blocks that have begun, and
+// of each matrix the pieces gathered.
 template <class S, bool kMuon>
-__global__ void __launch_bounds__(kThreads) apply_updates(const __grid_constant__ Wide wide, int padded_r, int padded_c,
-                                                          const S* x, const StepValues* values, double tall_stretch) {
-  __shared__ float square[Tile::kSide * Tile::kStride];
+__global__ void __launch_bounds__(kThreads)
+    prepare_updates(const __grid_constant__ Preparation preparation, const StepValues* values, unsigned* counters) {
+  __shared__ double shared[kWarp];
+  __shared__ unsigned own;
   if (kMuon && !values->finite) return;
-  const Wide::Matrix& matrix = wide.matrices[blockIdx.y];
-  const Tile tile(wide, padded_r, padded_c);
+  const Update<kMuon> update(values);
+  if (threadIdx.x == 0) own = atomicAdd(counters, 1u);
+  __syncthreads();
+  const int index = last_at_most(preparation.first, 2 * preparation.count, own);
+  const PreparationStep step = preparation_step(index, preparation.count);
+  const unsigned number = own - preparation.first[index];
+  const Matrix& matrix = preparation.matrices[step.matrix];
+  unsigned* const gathered = counters + 1 + step.matrix;
+  if (step.normalizes)
+    normalize_tile<S, kMuon>(matrix, number, update, shared, gathered);
+  else
+    gather_piece<kMuon>(matrix, number, update, shared, gathered);
+}
+
+// Step 2, after the iterations: w ← w·(1 − lr·wd) − lr·√max(1, rows/cols)·X, or w ← X. Memory-bound: 2 reads, 1 write.
+template <class S, bool kMuon>
+__global__ void __launch_bounds__(kThreads)
+    apply_updates(const __grid_constant__ Matrices matrices, const StepValues* values) {
+  __shared__ float square[Tile::kSide * Tile::kStride];
+  __shared__ float rate, keep;
+  if (kMuon && !values->finite) return;
+  const int index = matrices.entry_of(blockIdx.x);
+  const Matrix& matrix = matrices.entries[index];
+  const Tile tile(matrix, blockIdx.x - matrices.first[index]);
   float4 w[Tile::kQuads];
 #pragma unroll
   for (int q = 0; q < Tile::kQuads; ++q) w[q] = kMuon ? tile.load_quad(matrix.w, q) : make_float4(0, 0, 0, 0);
@@ -488,17 +598,21 @@ __global__ void __launch_bounds__(kThreads) apply_updates(const __grid_constant_
   for (int v = 0; v < Tile::kVectors; ++v) {
     const int a = Tile::vector_row(v), b = Tile::vector_col(v);
     if (!tile.holds(a, b)) continue;
-    const Vector8 numbers = load8(x + tile.x_index(a, b));
+    const Vector8 numbers = load8(static_cast<const S*>(matrix.x) + tile.x_index(a, b));
 #pragma unroll
     for (int i = 0; i < kVector; ++i) square[tile.shared_index(a, b + i)] = numbers.x[i];
   }
-  __syncthreads();
-  float rate = -1, keep = 0;
-  if constexpr (kMuon) {
-    const double lr = values->lr[kMatrix];
-    rate = static_cast<float>(tile.tall ? lr * tall_stretch : lr);
-    keep = static_cast<float>(1.0 - lr * values->weight_decay[kMatrix]);
+  if (threadIdx.x == 0) {
+    if constexpr (kMuon) {
+      const double lr = values->lr[kMatrix];
+      rate = static_cast<float>(tile.tall ? lr * sqrt(static_cast<double>(tile.rows) / tile.cols) : lr);
+      keep = static_cast<float>(1.0 - lr * values->weight_decay[kMatrix]);
+    } else {
+      rate = -1;
+      keep = 0;
+    }
   }
+  __syncthreads();
 #pragma unroll
   for (int q = 0; q < Tile::kQuads; ++q) {
     const float* u = square + Tile::quad_row(q) * Tile::kStride + Tile::quad_col(q);
@@ -510,60 +624,29 @@ __global__ void __launch_bounds__(kThreads) apply_updates(const __grid_constant_
 
 // With values: Muon's whole step of these matrices. Without: w = NS5(grad).
 template <bool kMuon>
-void orthogonalize(const CudaBackend& backend, const Wide& wide, int steps, const StepValues* values, void* scratch) {
+void orthogonalize(const CudaBackend& backend, std::span<const MuonTensor> tensors, int steps, const StepValues* values,
+                   void* scratch) {
   Layout layout(scratch);
-  NewtonSchulz ns(layout, backend.dtype(), wide);
-  const auto r = static_cast<int>(ns.r), c = static_cast<int>(ns.c);
-  const auto count = static_cast<unsigned>(wide.count);
-  const dim3 pieces(static_cast<unsigned>(ns.pieces), count);
-  const dim3 tiles(blocks_for(r, Tile::kSide) * blocks_for(c, Tile::kSide), count);
-  gather_updates<kMuon><<<pieces, kThreads, 0, backend.stream()>>>(wide, ns.piece, values, ns.partials);
-  PGOLF_LAUNCHED("gather_updates");
+  NewtonSchulz ns(layout, backend.dtype(), tensors);
+  const cudaStream_t stream = backend.stream();
   with_storage(backend.dtype(), [&](auto storage) {
     using S = decltype(storage);
-    normalize_updates<S, kMuon>
-        <<<tiles, kThreads, 0, backend.stream()>>>(wide, r, c, ns.partials, ns.pieces, values, static_cast<S*>(ns.x));
-    PGOLF_LAUNCHED("normalize_updates");
+    ns.prepare(stream, [&](const Preparation& preparation, unsigned* counters) {
+      prepare_updates<S, kMuon><<<preparation.blocks, kThreads, 0, stream>>>(preparation, values, counters);
+      PGOLF_LAUNCHED("prepare_updates");
+    });
     ns.iterate(backend, steps);
-    const double tall_stretch = std::sqrt(static_cast<double>(wide.c) / static_cast<double>(wide.r));
-    apply_updates<S, kMuon>
-        <<<tiles, kThreads, 0, backend.stream()>>>(wide, r, c, static_cast<const S*>(ns.x), values, tall_stretch);
-    PGOLF_LAUNCHED("apply_updates");
+    ns.in_all(Tile::count, [&](const Matrices& batch) {
+      apply_updates<S, kMuon><<<batch.blocks, kThreads, 0, stream>>>(batch, values);
+      PGOLF_LAUNCHED("apply_updates");
+    });
   });
 }
 
-// Calls body(wide) for every wide shape among the tensors, with all of its matrices or kMatrices at a time.
-template <class F>
-void for_wide_shapes(std::span<const MuonTensor> tensors, F&& body) {
-  const auto same = [](const MuonTensor& a, const MuonTensor& b) {
-    return std::minmax(a.w.shape[0], a.w.shape[1]) == std::minmax(b.w.shape[0], b.w.shape[1]);
-  };
-  for (auto first = tensors.begin(); first != tensors.end(); ++first) {
-    if (first->w.size() == 0) continue;
-    if (std::any_of(tensors.begin(), first, [&](const MuonTensor& t) { return same(t, *first); })) continue;
-    Wide wide(first->w.shape[0], first->w.shape[1]);
-    for (auto t = first; t != tensors.end(); ++t) {
-      if (!same(*t, *first)) continue;
-      if (wide.count == Wide::kMatrices) {
-        body(wide);
-        wide.count = 0;
-      }
-      wide.add({t->w.as<float>(), t->grad.as<float>(), t->momentum.as<float>()}, t->w.shape[0], t->w.shape[1]);
-    }
-    body(wide);
-  }
-}
-
-std::size_t scratch_bytes(DType storage, const Wide& wide) {
+std::size_t scratch_bytes(DType storage, std::span<const MuonTensor> tensors) {
   Layout layout;
-  NewtonSchulz(layout, storage, wide);
+  NewtonSchulz(layout, storage, tensors);
   return layout.used();
-}
-
-Wide single(const TensorView& u, const TensorView& out) {
-  Wide wide(u.shape[0], u.shape[1]);
-  wide.add({out.as<float>(), u.as<float>(), nullptr}, u.shape[0], u.shape[1]);
-  return wide;
 }
 
 }  // namespace
@@ -604,22 +687,21 @@ void CudaBackend::adam(std::span<const AdamTensor> tensors, const StepValues* va
 }
 
 std::size_t CudaBackend::muon_scratch(std::span<const MuonTensor> tensors) const {
-  std::size_t worst = 0;
-  for_wide_shapes(tensors, [&](const Wide& wide) { worst = std::max(worst, scratch_bytes(storage_, wide)); });
-  return worst;
+  return scratch_bytes(storage_, tensors);
 }
 
 void CudaBackend::muon(std::span<const MuonTensor> tensors, int ns_steps, const StepValues* values, void* scratch) {
-  for_wide_shapes(tensors, [&](const Wide& wide) { orthogonalize<true>(*this, wide, ns_steps, values, scratch); });
+  orthogonalize<true>(*this, tensors, ns_steps, values, scratch);
 }
 
 std::size_t CudaBackend::newton_schulz_scratch(const TensorView& u) const {
-  return u.size() == 0 ? 0 : scratch_bytes(storage_, single(u, u));
+  const MuonTensor single{u, u, {}};
+  return scratch_bytes(storage_, {&single, 1});
 }
 
 void CudaBackend::newton_schulz(const TensorView& u, const TensorView& out, int steps, void* scratch) {
-  if (u.size() == 0) return;
-  orthogonalize<false>(*this, single(u, out), steps, nullptr, scratch);
+  const MuonTensor single{out, u, {}};
+  orthogonalize<false>(*this, {&single, 1}, steps, nullptr, scratch);
 }
 
 void CudaBackend::adapters_begin(std::span<const AdapterRows> adapters, const TensorView& documents,

@@ -6,12 +6,14 @@
 
 namespace pgolf::test {
 void test_core();
+void test_cuda();
 void test_quant();
 void test_model();
 }  // namespace pgolf::test
 
 int main() {
   pgolf::test::test_core();
+  pgolf::test::test_cuda();
   pgolf::test::test_quant();
   pgolf::test::test_model();
   std::printf("%d checks, %d failures (instruction set: %s)\n", pgolf::test::g_checks, pgolf::test::g_failures,

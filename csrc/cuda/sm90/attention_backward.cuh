@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       products_begin();
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k)
-        multiply_add_64x64<S, true>(dq[0], rounded[k], descriptor(keys_at(last) + k * 16 * kHeadRowBytes));
+        multiply_add_64x64<S, Second::plain>(dq[0], rounded[k], descriptor(keys_at(last) + k * 16 * kHeadRowBytes));
       products_commit();
     };
     const auto step = [&](int tile, auto starts) {
@@ -329,11 +329,11 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           products_begin();
 #pragma unroll
           for (int i = 0; i < kHeadWidth / 16; ++i)
-            multiply_add_64x64<S, false>(p[0], k[0][i], descriptor(queries + i * 32), i > 0);
+            multiply_add_64x64<S, Second::transposed>(p[0], k[0][i], descriptor(queries + i * 32), i > 0);
           products_commit();
 #pragma unroll
           for (int i = 0; i < kHeadWidth / 16; ++i)
-            multiply_add_64x64<S, false>(ds[0], v[0][i], descriptor(d_o + i * 32), i > 0);
+            multiply_add_64x64<S, Second::transposed>(ds[0], v[0][i], descriptor(d_o + i * 32), i > 0);
           products_commit();
           products_wait<1>();  // the tile before is done with, too
           products_done(p[0]);
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           products_begin();
 #pragma unroll
           for (int i = 0; i < kQueries / 16; ++i)
-            multiply_add_64x64<S, true>(dv[0], rounded_p[i], descriptor(d_o + i * 16 * kHeadRowBytes));
+            multiply_add_64x64<S, Second::plain>(dv[0], rounded_p[i], descriptor(d_o + i * 16 * kHeadRowBytes));
           products_commit();
           products_wait<1>();
           products_done(ds[0]);
@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           products_begin();
 #pragma unroll
           for (int i = 0; i < kQueries / 16; ++i)
-            multiply_add_64x64<S, true>(dk[0], rounded_ds[i], descriptor(queries + i * 16 * kHeadRowBytes));
+            multiply_add_64x64<S, Second::plain>(dk[0], rounded_ds[i], descriptor(queries + i * 16 * kHeadRowBytes));
           products_commit();
           last = stage;
         }

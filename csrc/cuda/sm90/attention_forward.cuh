@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
       products_begin();
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k)
-        multiply_add_64x64<S, true>(o[0], p[k], descriptor(values_at(from) + k * 16 * Tiles::kRowBytes));
+        multiply_add_64x64<S, Second::plain>(o[0], p[k], descriptor(values_at(from) + k * 16 * Tiles::kRowBytes));
       products_commit();
     };
     // s becomes probabilities under the new maximum; shrink is what brings sums so far to it.

@@ -71,6 +71,10 @@ __device__ __forceinline__ unsigned char* align_shared(unsigned char* raw) {
   return raw + (kSwizzleBytes - shared_address(raw) % kSwizzleBytes) % kSwizzleBytes;
 }
 
+// Orders what this thread has stored before the copies of whoever learns of it: the engine has a way of its own to
+// memory.
+__device__ __forceinline__ void stores_before_copies() { PGOLF_SM90(asm volatile("fence.proxy.async;" :: : "memory")); }
+
 // ---- Products of a warpgroup
 
 // Where wgmma finds rows of 64 16-bit numbers, eight rows in 1,024 bytes, in the copy engine's 128-byte swizzle. The
@@ -128,7 +132,7 @@ __device__ __forceinline__ void take_registers() {
 // c (+)= a·bᵀ for 64 rows of a, 128 rows of b and 16 columns of both; or a·b, for 16 rows of b of 128 numbers. c as
 // sixteen 16×8 results of each warp, which has 16 of the rows. `add` false: c is overwritten.
 #define PGOLF_C4(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
-#define PGOLF_WGMMA_64X128(type, b_rows_summed)                                                                      \
+#define PGOLF_WGMMA_64X128(type)                                                                                     \
   asm volatile(                                                                                                      \
       "{\n"                                                                                                          \
       ".reg .pred kept;\n"                                                                                           \
@@ -137,71 +141,51 @@ __device__ __forceinline__ void take_registers() {
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
       "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "    \
       "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "        \
-      "%64, %65, kept, 1, 1, 0, " b_rows_summed                                                                      \
-      ";\n"                                                                                                          \
+      "%64, %65, kept, 1, 1, 0, %67;\n"                                                                              \
       "}"                                                                                                            \
       : PGOLF_C4(0), PGOLF_C4(1), PGOLF_C4(2), PGOLF_C4(3), PGOLF_C4(4), PGOLF_C4(5), PGOLF_C4(6), PGOLF_C4(7),      \
         PGOLF_C4(8), PGOLF_C4(9), PGOLF_C4(10), PGOLF_C4(11), PGOLF_C4(12), PGOLF_C4(13), PGOLF_C4(14), PGOLF_C4(15) \
-      : "l"(a), "l"(b), "r"(int{add}))
+      : "l"(a), "l"(b), "r"(int{add}), "n"(static_cast<int>(kSecond)))
 enum class Second { transposed, plain };  // bᵀ or b
 template <class S, Second kSecond = Second::transposed>
 __device__ __forceinline__ void multiply_add_64x128(float (&c)[16][4], std::uint64_t a, std::uint64_t b, bool add) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if constexpr (kSecond == Second::transposed) {
-    if constexpr (std::is_same_v<S, bf16>)
-      PGOLF_WGMMA_64X128("bf16", "0");
-    else
-      PGOLF_WGMMA_64X128("f16", "0");
-  } else {
-    if constexpr (std::is_same_v<S, bf16>)
-      PGOLF_WGMMA_64X128("bf16", "1");
-    else
-      PGOLF_WGMMA_64X128("f16", "1");
-  }
+  if constexpr (std::is_same_v<S, bf16>)
+    PGOLF_WGMMA_64X128("bf16");
+  else
+    PGOLF_WGMMA_64X128("f16");
 #else
   __trap();
 #endif
 }
 #undef PGOLF_WGMMA_64X128
 
-#define PGOLF_C32 PGOLF_C4(0), PGOLF_C4(1), PGOLF_C4(2), PGOLF_C4(3), PGOLF_C4(4), PGOLF_C4(5), PGOLF_C4(6), PGOLF_C4(7)
-#define PGOLF_WGMMA_64X64(type, a_and_b, kept, transposed)                                                           \
-  "{\n"                                                                                                              \
-  ".reg .pred kept;\n"                                                                                               \
-  "setp.ne.b32 kept, " kept                                                                                          \
-  ", 0;\n"                                                                                                           \
-  "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                        \
-  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-  "%24, %25, %26, %27, %28, %29, %30, %31}, " a_and_b ", kept, 1, 1, " transposed                                    \
-  ";\n"                                                                                                              \
-  "}"
-// c (+)= a·b for 64 rows of a, 16 of whose columns each warp holds as an A fragment of its 16 rows (mma.cuh). kRows: b
-// is 16 rows of 64 numbers; otherwise it is 16 columns of 64 rows, and the product a·bᵀ.
-#define PGOLF_A4 "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
-#define PGOLF_WGMMA_A4(type, transposed)                                               \
-  asm volatile(PGOLF_WGMMA_64X64(type, "{%32, %33, %34, %35}, %36", "%37", transposed) \
-               : PGOLF_C32                                                             \
-               : PGOLF_A4, "l"(b), "r"(int{add}))
-template <class S, bool kRows>
+// c (+)= a·bᵀ or a·b for 64 rows of a, 16 of whose columns each warp holds as an A fragment of its 16 rows (mma.cuh),
+// and 64 rows of b of 16 columns, or 16 rows of 64 numbers.
+#define PGOLF_WGMMA_64X64(type)                                                                                     \
+  asm volatile(                                                                                                     \
+      "{\n"                                                                                                         \
+      ".reg .pred kept;\n"                                                                                          \
+      "setp.ne.b32 kept, %37, 0;\n"                                                                                 \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                   \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+      "%23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, kept, 1, 1, %38;\n"                 \
+      "}"                                                                                                           \
+      : PGOLF_C4(0), PGOLF_C4(1), PGOLF_C4(2), PGOLF_C4(3), PGOLF_C4(4), PGOLF_C4(5), PGOLF_C4(6), PGOLF_C4(7)      \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{add}), "n"(static_cast<int>(kSecond)))
+template <class S, Second kSecond>
 __device__ __forceinline__ void multiply_add_64x64(float (&c)[8][4], const unsigned (&a)[4], std::uint64_t b,
                                                    bool add = true) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if constexpr (std::is_same_v<S, bf16> && kRows)
-    PGOLF_WGMMA_A4("bf16", "1");
-  else if constexpr (std::is_same_v<S, bf16>)
-    PGOLF_WGMMA_A4("bf16", "0");
-  else if constexpr (kRows)
-    PGOLF_WGMMA_A4("f16", "1");
+  if constexpr (std::is_same_v<S, bf16>)
+    PGOLF_WGMMA_64X64("bf16");
   else
-    PGOLF_WGMMA_A4("f16", "0");
+    PGOLF_WGMMA_64X64("f16");
 #else
   __trap();
 #endif
 }
-#undef PGOLF_WGMMA_A4
-#undef PGOLF_A4
 #undef PGOLF_WGMMA_64X64
-#undef PGOLF_C32
 #undef PGOLF_C4
 #undef PGOLF_SM90
 

@@ -1,0 +1,337 @@
+// Newton–Schulz iterations on all matrices in one launch, on Hopper's tensor cores. An iteration is three products,
+//   gram = x·xᵀ,  poly = q·gram² + b·gram,  next = poly·x + a·x
+// in 16-bit storage; sums are float32, rounded once. The first two are symmetric: only tiles on and below the diagonal
+// are computed, and each one below is written twice, as it is and transposed, so that both halves have the same bits.
+//
+// One block stays on each multiprocessor and takes 128×128 tiles one after another, whichever has the next number
+// (iteration_tiles.h), so that no product waits for the last tile of another matrix, and all end together. Which block
+// computes a tile changes no bit. A tile waits until the product before it of the same matrix is finished; what it
+// waits for has smaller numbers, which blocks have taken that already run, so that one of them always goes on.
+//
+// Two warpgroups of a block take turns: while one multiplies, the other finishes its tile. One warp of a third feeds
+// the copy engine and tells them which tile is next.
+#pragma once
+
+#include <algorithm>
+#include <span>
+
+#include "cuda/iteration_tiles.h"
+#include "cuda/sm90/instructions.cuh"
+#include "cuda/sm90/tensor_map.h"
+#include "cuda/tiles.cuh"
+
+namespace pgolf::cuda::sm90 {
+
+struct NewtonSchulzTiles {
+  static constexpr int kSide = 128;  // of a tile of the result
+  static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * kWarpgroup;
+  static constexpr int kHalf = kSide / 2;  // rows of one wgmma, and of a box
+  static constexpr int kBoxBytes = kHalf * kBoxColumns * 2, kOperandBytes = 2 * kBoxBytes;
+  static constexpr int kStageBytes = 2 * kOperandBytes, kStages = 5;
+  static constexpr int kWarpTile = SharedTile<kSide>::bytes(16), kWarps = kConsumers * kWarpgroup / kWarp;
+  static constexpr int kTurns = 2 * kConsumers;  // tiles that are announced and not yet begun
+  static constexpr int kTiles = kStages * kStageBytes, kBarriers = kTiles + 2 * kWarps * kWarpTile;
+  static constexpr int kAnnounced = kBarriers + 8 * (2 * kStages + kConsumers + 2 * kTurns + 1);
+  struct Announced {
+    IterationTile tile;
+    int box;  // boxes along the sums in all tiles of this block before it; −1: there is no tile any more
+  };
+  static constexpr int kSharedBytes = kSwizzleBytes + kAnnounced + kTurns * static_cast<int>(sizeof(Announced));
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+};
+static_assert(NewtonSchulzTiles::kSharedBytes <= 227 * 1024);
+
+// `count` matrices x [r, c], one after another, with what belongs to them; r and c are multiples of 8.
+struct WideMatrices {
+  i64 count, r, c;
+  void *x = nullptr, *next = nullptr;     // [r, c]
+  void *gram = nullptr, *poly = nullptr;  // [r, r]
+};
+
+template <class S>
+struct IterationArgs {
+  struct Group {
+    CUtensorMap x_map[2], gram_map, poly_map;
+    S *x[2], *gram, *poly;  // a step reads x[step % 2] and writes the other one
+    int r, c;
+    unsigned* finished;  // of each matrix: warps that have finished a tile
+  };
+  Group groups[IterationTiles::kGroups];
+  IterationTiles tiles;
+  int steps;
+  float a, b, q;
+  unsigned* taken;  // tiles so far
+};
+
+static_assert(sizeof(IterationArgs<bf16>) <= 4096);  // what a launch takes everywhere
+
+// One product of a group's matrices, [rows, columns] each.
+template <class S>
+struct StageOperands {
+  const CUtensorMap *left, *right;
+  const S* addend;
+  S* out;
+  int rows, columns, boxes;
+  bool over_rows;  // left·right, else left·rightᵀ
+
+  __device__ StageOperands(const typename IterationArgs<S>::Group& g, const IterationTile& tile)
+      : rows(g.r), over_rows(tile.stage == Stage::quintic) {
+    const CUtensorMap* const x_map = &g.x_map[tile.step % 2];
+    S *const x = g.x[tile.step % 2], *const next = g.x[1 - tile.step % 2];
+    left = tile.stage == Stage::gram ? x_map : tile.stage == Stage::quartic ? &g.gram_map : &g.poly_map;
+    right = over_rows ? x_map : left;
+    addend = tile.stage == Stage::gram ? nullptr : over_rows ? x : g.gram;
+    out = tile.stage == Stage::gram ? g.gram : over_rows ? next : g.poly;
+    columns = over_rows ? g.c : g.r;
+    boxes = ((tile.stage == Stage::gram ? g.c : g.r) + kBoxColumns - 1) / kBoxColumns;
+  }
+};
+
+// How a warp finishes 16 rows of a tile: x are the sums, `tile` is 4 KiB of its own that hold the addend's numbers
+// where round_rows puts the rounded results.
+template <class S>
+__device__ __forceinline__ void finish_rows(unsigned char* tile, Scores<1, NewtonSchulzTiles::kSide>& x, bool adds,
+                                            float alpha, float beta, S* out, int rows, int columns, int first_row,
+                                            int first_column, bool mirrored) {
+  using Tile = SharedTile<NewtonSchulzTiles::kSide>;
+  if (adds) {
+#pragma unroll
+    for (int n = 0; n < Tile::kChunks; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const auto* at =
+            reinterpret_cast<const unsigned*>(tile + Tile::offset(lane_row(i), n) + lane_column(i) * sizeof(S));
+        const float2 more = unpack<S>(*at);
+        x[0][n][i] = fmaf(beta, more.x, alpha * x[0][n][i]);
+        x[0][n][i + 1] = fmaf(beta, more.y, alpha * x[0][n][i + 1]);
+      }
+  }
+  store_rows<S, NewtonSchulzTiles::kSide, 1>(tile, x, out + first_column, columns, first_row, rows,
+                                             columns - first_column);
+  if (mirrored) {
+    const int lane = threadIdx.x % kWarp, column = first_row + kVector * TransposedRead::half(lane);
+#pragma unroll
+    for (int pass = 0; pass < TransposedRead::kPasses; ++pass) {
+      unsigned r[4];
+      const TransposedRead::Chunk from = TransposedRead::source(pass, lane / 8, lane % 8);
+      load_matrices_transposed(r, shared_address(tile + Tile::offset(from.row, from.chunk)));
+      const int row = first_column + TransposedRead::column(pass, lane);  // above the diagonal: there is such a row
+      if (column < columns) *reinterpret_cast<uint4*>(out + (i64{row} * columns + column)) = {r[0], r[1], r[2], r[3]};
+    }
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
+    newton_schulz(const __grid_constant__ IterationArgs<S> args) {
+  using Tiles = NewtonSchulzTiles;
+  constexpr int kStages = Tiles::kStages, kTurns = Tiles::kTurns;
+  extern __shared__ unsigned char raw[];
+  unsigned char* const shared = align_shared(raw);
+  const unsigned slots = shared_address(shared), barriers = slots + Tiles::kBarriers;
+  auto* const announced = reinterpret_cast<Tiles::Announced*>(shared + Tiles::kAnnounced);
+  const auto full = [&](int stage) { return barriers + 16 * stage; };
+  const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
+  const auto turn = [&](int consumer) { return barriers + 16 * kStages + 8 * consumer; };
+  const auto told = [&](int slot) { return barriers + 16 * kStages + 8 * Tiles::kConsumers + 16 * slot; };
+  const auto heard = [&](int slot) { return told(slot) + 8; };
+  const unsigned begun = told(kTurns);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      barrier_init(full(stage), 1);
+      barrier_init(empty(stage), kWarpgroup / kWarp);
+    }
+    for (int consumer = 0; consumer < Tiles::kConsumers; ++consumer) barrier_init(turn(consumer), kWarpgroup / kWarp);
+    for (int slot = 0; slot < kTurns; ++slot) {
+      barrier_init(told(slot), 1);
+      barrier_init(heard(slot), 1 + kWarpgroup / kWarp);  // who copies, and who multiplies
+    }
+    barrier_init(begun, 1);
+    barriers_ready();
+  }
+  __syncthreads();
+
+  const int warpgroup = threadIdx.x / kWarpgroup;
+  if (warpgroup == Tiles::kConsumers) {
+    give_registers<Tiles::kProducerRegisters>();
+    const int role = static_cast<int>(threadIdx.x) - Tiles::kConsumers * kWarpgroup;
+    int slot = 0;
+    if (role == kWarp) {
+      // Takes a tile when the copies of the one before begin, no earlier: at the end few wait in one block.
+      int heard_parity = 1, begun_parity = 1, box = 0;
+      const auto announce = [&](const IterationTile& tile, int first_box) {
+        barrier_wait(heard(slot), heard_parity);
+        announced[slot] = {tile, first_box};
+        barrier_arrive(told(slot));
+        if (++slot == kTurns) slot = 0, heard_parity ^= 1;
+      };
+      const unsigned all = static_cast<unsigned>(args.steps * args.tiles.of_step());
+      while (true) {
+        barrier_wait(begun, begun_parity);  // at once for the first
+        begun_parity ^= 1;
+        const unsigned number = atomicAdd(args.taken, 1u);
+        if (number >= all) break;
+        const IterationTile tile = args.tiles.at(static_cast<int>(number));
+        const auto& group = args.groups[tile.group];
+        wait_until(group.finished + tile.at.matrix, static_cast<unsigned>(tile.before) * (kWarpgroup / kWarp));
+        announce(tile, box);
+        box += StageOperands<S>(group, tile).boxes;
+      }
+      for (int consumer = 0; consumer < Tiles::kConsumers; ++consumer) announce({}, -1);
+    } else if (role == 0) {
+      int stage = 0, parity = 1, told_parity = 0;
+      while (true) {
+        barrier_wait(told(slot), told_parity);
+        const Tiles::Announced work = announced[slot];
+        barrier_arrive(heard(slot));
+        if (++slot == kTurns) slot = 0, told_parity ^= 1;
+        if (work.box < 0) return;
+        barrier_arrive(begun);
+        const IterationTile& tile = work.tile;
+        const StageOperands<S> operands(args.groups[tile.group], tile);
+        const bool diagonal = !operands.over_rows && tile.at.row == tile.at.column;
+        for (int k = 0; k < operands.boxes; ++k) {
+          const unsigned left = slots + stage * Tiles::kStageBytes, right = left + Tiles::kOperandBytes;
+          barrier_wait(empty(stage), parity);
+          barrier_expect(full(stage), diagonal ? Tiles::kOperandBytes : Tiles::kStageBytes);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            copy_box(left + half * Tiles::kBoxBytes, operands.left, k * kBoxColumns,
+                     tile.at.row * Tiles::kSide + half * Tiles::kHalf, tile.at.matrix, full(stage));
+            if (diagonal) continue;
+            const int across = tile.at.column * Tiles::kSide + half * Tiles::kHalf, along = k * kBoxColumns;
+            copy_box(right + half * Tiles::kBoxBytes, operands.right, operands.over_rows ? across : along,
+                     operands.over_rows ? along : across, tile.at.matrix, full(stage));
+          }
+          if (++stage == kStages) stage = 0, parity ^= 1;
+        }
+      }
+    }
+    return;
+  }
+
+  take_registers<Tiles::kConsumerRegisters>();
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  unsigned char* const own_tiles = shared + Tiles::kTiles + warp * 2 * Tiles::kWarpTile;
+  int slot = warpgroup, slot_parity = 0, turn_parity = warpgroup == 0;
+  while (true) {
+    barrier_wait(told(slot), slot_parity);
+    const Tiles::Announced work = announced[slot];
+    __syncwarp();  // all have read it
+    if (lane == 0) barrier_arrive(heard(slot));
+    slot += Tiles::kConsumers;
+    if (slot >= kTurns) slot -= kTurns, slot_parity ^= 1;
+    if (work.box < 0) return;
+    const auto& group = args.groups[work.tile.group];
+    const ProductTile at = work.tile.at;
+    const StageOperands<S> operands(group, work.tile);
+    const int row = at.row * Tiles::kSide + warp % 4 * 16, column = at.column * Tiles::kSide;
+    const i64 begin = i64{at.matrix} * operands.rows * operands.columns;
+    const bool mirrored = !operands.over_rows && at.row != at.column;
+    if (operands.addend) {
+      using Tile = SharedTile<Tiles::kSide>;
+#pragma unroll
+      for (int i = 0; i < 2 * 16 * Tile::kChunks / kWarp; ++i) {
+        const int index = i * kWarp + lane, chunk = index % Tile::kChunks, tile_row = index / Tile::kChunks;
+        const int half = tile_row / 16, r = row + half * Tiles::kHalf + tile_row % 16, c = column + chunk * kVector;
+        const bool valid = r < operands.rows && c < operands.columns;
+        copy16(shared_address(own_tiles + half * Tiles::kWarpTile + Tile::offset(tile_row % 16, chunk)),
+               operands.addend + (valid ? begin + i64{r} * operands.columns + c : 0), valid);
+      }
+    }
+
+    // Zeros while the other warpgroup's last products run: with the first product overwriting what was there, ptxas
+    // serialises the two loops below.
+    float sums[2][16][4] = {};
+    int before = 0;
+    const auto multiply = [&](auto over_rows) {
+      for (int k = 0; k < operands.boxes; ++k) {
+        const int box = work.box + k, stage = box % kStages;
+        barrier_wait(full(stage), box / kStages & 1);
+        products_begin();
+        const unsigned left = slots + stage * Tiles::kStageBytes;
+        const unsigned right = over_rows.value || mirrored ? left + Tiles::kOperandBytes : left;
+#pragma unroll
+        for (int part = 0; part < kBoxColumns / 16; ++part) {
+          const std::uint64_t b =
+              over_rows.value ? descriptor(right + part * 2048, Tiles::kBoxBytes) : descriptor(right + part * 32);
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            multiply_add_64x128<S, over_rows.value ? Second::plain : Second::transposed>(
+                sums[half], descriptor(left + half * Tiles::kBoxBytes + part * 32), b, true);
+        }
+        products_commit();
+        products_wait<1>();
+        if (k > 0 && lane == 0) barrier_arrive(empty(before));
+        before = stage;
+      }
+      if (lane == 0) barrier_arrive(turn(1 - warpgroup));
+      products_wait<0>();
+      products_done(sums[0]);
+      products_done(sums[1]);
+    };
+    barrier_wait(turn(warpgroup), turn_parity);  // at once for the very first tile
+    turn_parity ^= 1;
+    if (operands.over_rows)
+      multiply(std::true_type{});
+    else
+      multiply(std::false_type{});
+    if (lane == 0) barrier_arrive(empty(before));
+    copies_landed();
+    __syncwarp();
+    const float alpha = operands.over_rows ? 1.0f : args.q, beta = operands.over_rows ? args.a : args.b;
+    const auto finish = [&](int half) {
+      finish_rows<S>(own_tiles + half * Tiles::kWarpTile, *reinterpret_cast<Scores<1, Tiles::kSide>*>(&sums[half]),
+                     operands.addend != nullptr, alpha, beta, operands.out + begin, operands.rows, operands.columns,
+                     row + half * Tiles::kHalf, column, mirrored);
+    };
+    finish(0);
+    finish(1);
+    stores_before_copies();
+    __syncwarp();  // all have stored, and have left their tiles
+    if (lane == 0) add_done(group.finished + at.matrix, 1);
+  }
+}
+
+// x ← its quintic, `steps` times, for all matrices of all groups; after an odd number the result lies in `next`. state:
+// zeros, one for each group and each matrix.
+template <class S>
+void launch_newton_schulz(const CudaBackend& backend, std::span<const WideMatrices> groups, int steps, float a, float b,
+                          float q, unsigned* state) {
+  using Tiles = NewtonSchulzTiles;
+  const DType dtype = backend.dtype();
+  while (!groups.empty()) {
+    IterationArgs<S> args{};
+    args.steps = steps;
+    args.a = a;
+    args.b = b;
+    args.q = q;
+    args.taken = state++;
+    const auto these = groups.first(std::min<std::size_t>(groups.size(), IterationTiles::kGroups));
+    for (const WideMatrices& g : these) {
+      const auto map = [&](const void* data, i64 columns) {
+        return tensor_map(data, dtype, g.count, g.r, columns, Tiles::kHalf);
+      };
+      args.groups[args.tiles.groups] = {{map(g.x, g.c), map(g.next, g.c)},
+                                        map(g.gram, g.r),
+                                        map(g.poly, g.r),
+                                        {static_cast<S*>(g.x), static_cast<S*>(g.next)},
+                                        static_cast<S*>(g.gram),
+                                        static_cast<S*>(g.poly),
+                                        static_cast<int>(g.r),
+                                        static_cast<int>(g.c),
+                                        state};
+      args.tiles.add(static_cast<int>(g.count), static_cast<int>(blocks_for(g.r, Tiles::kSide)),
+                     static_cast<int>(blocks_for(g.c, Tiles::kSide)));
+      state += g.count;
+    }
+    const auto kernel = newton_schulz<S>;
+    PGOLF_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::kSharedBytes));
+    kernel<<<std::min(args.tiles.of_step(), backend.processors()), Tiles::kThreads, Tiles::kSharedBytes,
+             backend.stream()>>>(args);
+    PGOLF_LAUNCHED("newton_schulz");
+    groups = groups.subspan(these.size());
+  }
+}
+
+}  // namespace pgolf::cuda::sm90
