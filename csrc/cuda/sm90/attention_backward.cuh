@@ -10,7 +10,8 @@
 
 namespace pgolf::cuda::sm90 {
 
-// The queries that dkdv meets at a time, and what dq leaves of each: [batch, H, tiles, 2, kQueries] float32.
+// The queries that dkdv meets at a time, and what dq leaves of each: [batch, H, tiles, kQueries / 2, 4] float32:
+// log-sum-exp of two neighbours, then gain·Σ dO⊙O of both.
 struct QueryRows {
   static constexpr int kQueries = 64, kNumbers = 2 * kQueries, kBytes = kNumbers * static_cast<int>(sizeof(float));
   static __host__ __device__ i64 tiles(int queries) { return (queries + kQueries - 1) / kQueries; }
@@ -31,7 +32,7 @@ struct DqTiles {
   static constexpr int kSlots = 3 * kQueryStages * kQueryBytes, kTiles = kSlots + 2 * kStages * kTileBytes;
   static constexpr int kBarriers = kTiles + kWarps * kWarpTile;
   static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + 16 * (kQueryStages + kStages);
-  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr int kGainRows = 16;  // queries of each partial sum of the gain's gradient: a warp's
 };
 
@@ -131,11 +132,12 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       delta[1] = __shfl_sync(0xffffffffu, sum, 2 * lane_row(2));
     }
     if (tiles > 0 && lane_column(0) == 0) {
-      float* const rows = g.delta + QueryRows::at(a, at.b, at.h, own_first / QueryRows::kQueries) + warp % 4 * 16;
+      float* const rows = g.delta + QueryRows::at(a, at.b, at.h, own_first / QueryRows::kQueries) + warp % 4 * 32;
 #pragma unroll
       for (int half_row = 0; half_row < 2; ++half_row) {
-        rows[lane_row(2 * half_row)] = lse[half_row];
-        rows[QueryRows::kQueries + lane_row(2 * half_row)] = gain * delta[half_row];
+        const int row = lane_row(2 * half_row);
+        rows[row / 2 * 4 + row % 2] = lse[half_row];
+        rows[row / 2 * 4 + row % 2 + 2] = gain * delta[half_row];
       }
     }
 
@@ -237,7 +239,7 @@ struct DkdvTiles {
   static constexpr int kSlots = 2 * kKeyBytes, kTiles = kSlots + 2 * kStages * kTileBytes;
   static constexpr int kRows = kTiles + kWarps * kWarpTile, kBarriers = kRows + kStages * QueryRows::kBytes;
   static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + 16 * (kStages + 1);
-  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 };
 
 template <class S>
@@ -339,13 +341,15 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           products_done(p[0]);
           if (signals && last >= 0) barrier_arrive(empty(last));
           hide_later_keys<true, 1, kQueries>(p, warp_key, position, copysignf(INFINITY, -scale));
-          const float* const rows = reinterpret_cast<const float*>(shared + Tiles::kRows + stage * QueryRows::kBytes);
+          float4 rows[kQueries / 8];  // of this lane's queries, two by two
+          const float* const own_rows =
+              reinterpret_cast<const float*>(shared + Tiles::kRows + stage * QueryRows::kBytes) + 2 * lane_column(0);
 #pragma unroll
           for (int n = 0; n < kQueries / 8; ++n) {
-            const float2 lse = *reinterpret_cast<const float2*>(rows + 8 * n + lane_column(0));
+            rows[n] = *reinterpret_cast<const float4*>(own_rows + 16 * n);
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              p[0][n][i] = exp2_approximate(fmaf(p[0][n][i], scale, i % 2 == 0 ? -lse.x : -lse.y));
+              p[0][n][i] = exp2_approximate(fmaf(p[0][n][i], scale, i % 2 == 0 ? -rows[n].x : -rows[n].y));
           }
           unsigned rounded_p[kQueries / 16][4], rounded_ds[kQueries / 16][4];
           round_fragments<S, kQueries>(rounded_p, p[0]);
@@ -358,10 +362,9 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           products_done(ds[0]);
 #pragma unroll
           for (int n = 0; n < kQueries / 8; ++n) {
-            const float2 delta = *reinterpret_cast<const float2*>(rows + kQueries + 8 * n + lane_column(0));
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              ds[0][n][i] = p[0][n][i] * fmaf(ds[0][n][i], gain, i % 2 == 0 ? -delta.x : -delta.y);
+              ds[0][n][i] = p[0][n][i] * fmaf(ds[0][n][i], gain, i % 2 == 0 ? -rows[n].z : -rows[n].w);
           }
           __syncwarp();
           round_fragments<S, kQueries>(rounded_ds, ds[0]);
