@@ -61,6 +61,7 @@ def main() -> None:
 
 def shorten(name: str) -> str:
     name = re.sub(r"\(anonymous namespace\)::|pgolf::cuda::|void |unnamed>::|<unnamed>::", "", name)
+    name = re.sub(r"\([\w:]+\)(?=\d)", "", name)  # an argument's type
     return re.sub(r"\(.*", "", name)[:110]
 
 
