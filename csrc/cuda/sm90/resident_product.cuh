@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
     [[maybe_unused]] auto ahead = read_ahead(0);
     float sums[2][16][4];
     int before = 0;
-    barrier_wait(turn(warpgroup), turn_parity);  // at once for the very first tile
-    turn_parity ^= 1;
-    for (int k = 0; k < depth_boxes; ++k, ++box) {
+    // That the first product overwrites its sums must be plain to the compiler: else it keeps their 128 registers
+    // through the epilogue of the tile before.
+    const auto multiply_box = [&](int k, auto first) {
       const int stage = box % stages;
       barrier_wait(full(stage), box / stages & 1);
       products_begin();
@@ -139,12 +139,17 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
               kSecond == Second::transposed
                   ? descriptor(columns + part * 32)
                   : descriptor(columns + part * 16 * kBoxColumns * int(sizeof(S)), Tiles::kBoxBytes / 2),
-              k + part > 0);
+              !first() || part > 0);
       products_commit();
       products_wait<1>();
-      if (k > 0 && lane == 0) barrier_arrive(empty(before));
+      if (!first() && lane == 0) barrier_arrive(empty(before));
       before = stage;
-    }
+      ++box;
+    };
+    barrier_wait(turn(warpgroup), turn_parity);  // at once for the very first tile
+    turn_parity ^= 1;
+    multiply_box(0, std::true_type{});
+    for (int k = 1; k < depth_boxes; ++k) multiply_box(k, std::false_type{});
     if (lane == 0) barrier_arrive(turn(1 - warpgroup));
     products_wait<0>();
     products_done(sums[0]);
