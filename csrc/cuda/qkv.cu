@@ -140,12 +140,13 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   }
 }
 
-// How lanes share the heads of tokens: a group of lanes does one head, each lane `kUnit` pairs (j, j + D/2).
+// How lanes share the heads of tokens: a group of lanes does one head, each lane `kUnit` pairs (j, j + D/2). Few and
+// small: what a lane must reckon before its first load, the kernels' memory waits for.
 struct Heads {
   i64 N;
   int T, first, H, K, D;
-  int group;   // lanes: the power of two from D/2/kUnit on
-  int center;  // D/2
+  int group_bits;  // lanes of a group: the power of two from D/2/kUnit on
+  int center;      // D/2
 
   Heads(const Part& part, i64 width, int unit)
       : N(part.rows),
@@ -154,11 +155,11 @@ struct Heads {
         H(int(part.H)),
         K(int(part.K)),
         D(int(width)),
-        group(1),
+        group_bits(0),
         center(D / 2) {
-    while (group * unit < center) group *= 2;
+    while (unit << group_bits < center) ++group_bits;
   }
-  unsigned blocks() const { return blocks_for(N * (H + 2 * K), kRowThreads / group); }
+  unsigned blocks() const { return blocks_for(N * (H + 2 * K), kRowThreads >> group_bits); }
 };
 
 // What one lane works at.
@@ -175,8 +176,8 @@ struct HeadLane {
 
   __device__ explicit HeadLane(const Heads& s) {
     const unsigned heads = s.H + 2 * s.K;
-    const unsigned item = blockIdx.x * (kRowThreads / s.group) + threadIdx.x / s.group;
-    pair = static_cast<int>(threadIdx.x % s.group) * kUnit;
+    const unsigned item = blockIdx.x * (kRowThreads >> s.group_bits) + (threadIdx.x >> s.group_bits);
+    pair = static_cast<int>(threadIdx.x & ((1u << s.group_bits) - 1)) * kUnit;
     token = item / heads;
     head = static_cast<int>(item % heads);
     works = token < s.N && pair < s.center;
@@ -184,34 +185,48 @@ struct HeadLane {
     rotates = head < s.H + s.K;
     at_packed = (token * heads + head) * s.D + pair;
     const int own_heads = head < s.H ? s.H : s.K;
-    const int own_head = head < s.H ? head : (head - s.H) % s.K;
+    const int own_head = head < s.H ? head : rotates ? head - s.H : head - s.H - s.K;
     at_factor = token * own_heads + own_head;
     at_own = at_factor * s.D + pair;
     at_angle = (s.first + static_cast<int>(static_cast<unsigned>(token) % s.T)) * s.center + pair;
   }
 };
 
-__device__ __forceinline__ float group_sum(float x, int group) {
-  for (int offset = group / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+__device__ __forceinline__ float group_sum(float x, int group_bits) {
+  for (int offset = 1 << group_bits >> 1; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
 }
 
-// kUnit numbers, 4 or 8, in pieces of 8 or 16 bytes.
+// kUnit numbers, 4 or 8, in pieces of 8 or 16 bytes; also as they lie in memory.
 template <int kUnit>
 struct Unit {
   float x[kUnit];
 };
 template <int kUnit, class S>
-__device__ __forceinline__ Unit<kUnit> load_unit(const S* from) {
+struct PackedUnit {
   using Piece = std::conditional_t<kUnit * sizeof(S) == 8, uint2, uint4>;
-  alignas(16) S raw[kUnit];
+  Piece piece[kUnit * sizeof(S) / sizeof(Piece)];
+};
+template <int kUnit, class S>
+__device__ __forceinline__ PackedUnit<kUnit, S> load_packed_unit(const S* from) {
+  using Packed = PackedUnit<kUnit, S>;
+  Packed p;
 #pragma unroll
-  for (int i = 0; i < int(sizeof(S) * kUnit / sizeof(Piece)); ++i)
-    reinterpret_cast<Piece*>(raw)[i] = reinterpret_cast<const Piece*>(from)[i];
+  for (int i = 0; i < int(sizeof(Packed) / sizeof(p.piece[0])); ++i)
+    p.piece[i] = reinterpret_cast<const typename Packed::Piece*>(from)[i];
+  return p;
+}
+template <int kUnit, class S>
+__device__ __forceinline__ Unit<kUnit> unpack_unit(const PackedUnit<kUnit, S>& p) {
+  const S* raw = reinterpret_cast<const S*>(p.piece);
   Unit<kUnit> u;
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) u.x[i] = to_float(raw[i]);
   return u;
+}
+template <int kUnit, class S>
+__device__ __forceinline__ Unit<kUnit> load_unit(const S* from) {
+  return unpack_unit(load_packed_unit<kUnit>(from));
 }
 template <int kUnit, class S>
 __device__ __forceinline__ void store_unit(S* to, const Unit<kUnit>& u) {
@@ -314,7 +329,7 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) squares = fmaf(b.x[j], b.x[j], fmaf(a.x[j], a.x[j], squares));
   }
-  squares = group_sum(squares, s.group);
+  squares = group_sum(squares, s.group_bits);
   if (!lane.works) return;
   if (lane.rotates) {
     const float factor = rms_factor(squares, s.D);
@@ -398,40 +413,55 @@ struct NormRotate {
   }
 };
 
+// x / y, rounded as by the operator, for y from 2⁻²⁰ to 2²⁰ and x that is 0 or of 2⁻¹⁰⁰ to 2¹⁰⁰: without its branch for
+// other numbers, which makes divisions wait for each other. A smaller x may miss by its last bits; an infinite one
+// gives a NaN.
+__device__ __forceinline__ float quotient(float x, float y) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
+  inverse = fmaf(inverse, fmaf(-y, inverse, 1.0f), inverse);
+  const float near = x * inverse;
+  return fmaf(inverse, fmaf(-y, near, x), near);
+}
+
 // The gradients of q, k, v → those of their products, side by side. q and k hold rotated values, whose product with
 // the gradient is that of the norm's output and its gradient; the output itself is q rotated back, over cos² + sin²,
-// which rounded tables keep only near 1. Memory-bound: 2 reads, 1 write.
+// which rounded tables keep only near 1. Memory-bound: 2 reads, 1 write; all reads are under way before the first is
+// used.
 template <class S, int kUnit>
-__global__ void __launch_bounds__(kRowThreads, 3)
+__global__ void __launch_bounds__(kRowThreads, 4)
     norm_rotate_backward(Heads s, const S* __restrict__ q, const S* __restrict__ k, const S* __restrict__ dq,
                          const S* __restrict__ dk, const S* __restrict__ dv, const float* __restrict__ cos,
                          const float* __restrict__ sin, const float* __restrict__ q_factors,
                          const float* __restrict__ k_factors, S* __restrict__ packed) {
   const HeadLane<kUnit> lane(s);
   const bool query = lane.head < s.H;
-  Unit<kUnit> a{}, b{}, da{}, db{}, c, n;
+  PackedUnit<kUnit, S> raw_a{}, raw_b{}, raw_da{}, raw_db{};
+  Unit<kUnit> c, n;
   float dot = 0, factor = 0;
   if (lane.works) {
     const S* gradient = (query ? dq : lane.rotates ? dk : dv) + lane.at_own;
-    da = load_unit<kUnit>(gradient);
-    db = load_unit<kUnit>(gradient + s.center);
+    raw_da = load_packed_unit<kUnit>(gradient);
+    raw_db = load_packed_unit<kUnit>(gradient + s.center);
     if (lane.rotates) {
       const S* value = (query ? q : k) + lane.at_own;
-      a = load_unit<kUnit>(value);
-      b = load_unit<kUnit>(value + s.center);
+      raw_a = load_packed_unit<kUnit>(value);
+      raw_b = load_packed_unit<kUnit>(value + s.center);
       c = load_unit<kUnit>(cos + lane.at_angle);
       n = load_unit<kUnit>(sin + lane.at_angle);
       factor = (query ? q_factors : k_factors)[lane.at_factor];
     }
-#pragma unroll
-    for (int j = 0; j < kUnit; ++j) dot = fmaf(b.x[j], db.x[j], fmaf(a.x[j], da.x[j], dot));
   }
-  const float mean = group_sum(dot, s.group) / static_cast<float>(s.D);
+  const Unit<kUnit> a = unpack_unit(raw_a), b = unpack_unit(raw_b);
+  Unit<kUnit> da = unpack_unit(raw_da), db = unpack_unit(raw_db);
+#pragma unroll
+  for (int j = 0; j < kUnit; ++j) dot = fmaf(b.x[j], db.x[j], fmaf(a.x[j], da.x[j], dot));
+  const float mean = quotient(group_sum(dot, s.group_bits), static_cast<float>(s.D));
   if (!lane.works) return;
   if (lane.rotates) {
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) {
-      const float share = mean / (c.x[j] * c.x[j] + n.x[j] * n.x[j]);
+      const float share = quotient(mean, c.x[j] * c.x[j] + n.x[j] * n.x[j]);
       const float u = da.x[j] - share * a.x[j], w = db.x[j] - share * b.x[j];
       da.x[j] = factor * (u * c.x[j] - w * n.x[j]);
       db.x[j] = factor * (w * c.x[j] + u * n.x[j]);
