@@ -363,7 +363,11 @@ struct NormRotate {
 #pragma unroll
     for (int n = 0; n < 16; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[n][i] = to_float(from_float<S>(x[n][i]));
+      for (int i = 0; i < 4; i += 2) {
+        const float2 rounded = unpack<S>(pack<S>(x[n][i], x[n][i + 1]));
+        x[n][i] = rounded.x;
+        x[n][i + 1] = rounded.y;
+      }
     const int head = column / kWidth, heads = head < H ? H : K, own_head = head < H ? head : (head - H) % K;
     const bool query = head < H, rotates = head < H + K;
     if constexpr (kAdapted)
@@ -381,32 +385,42 @@ struct NormRotate {
           sines[half_row][n] = *reinterpret_cast<const float2*>(sin + angle + n * 8);
         }
       }
+      // Four lanes share two rows' heads: all sums first, then each lane the factor of one.
+      constexpr int kSums = 2 * kHeads;
+      const int lane = threadIdx.x % 4;
+      float own_squares = 0;
 #pragma unroll
-      for (int half_row = 0; half_row < 2; ++half_row)
+      for (int sum = 0; sum < kSums; ++sum) {
+        const int half_row = sum / kHeads, h = sum % kHeads;
+        float squares = 0;
 #pragma unroll
-        for (int h = 0; h < kHeads; ++h) {
-          float squares = 0;
+        for (int n = h * kColumnTiles; n < (h + 1) * kColumnTiles; ++n)
 #pragma unroll
-          for (int n = h * kColumnTiles; n < (h + 1) * kColumnTiles; ++n)
+          for (int i = 2 * half_row; i < 2 * half_row + 2; ++i) squares = fmaf(x[n][i], x[n][i], squares);
+        squares += __shfl_xor_sync(0xffffffffu, squares, 1);
+        squares += __shfl_xor_sync(0xffffffffu, squares, 2);
+        if (lane % kSums == sum) own_squares = squares;
+      }
+      const float own_factor = rms_factor(own_squares, kWidth);
+      const i64 own = row + lane_row(lane / kHeads * 2);
+      if (lane < kSums && own < rows)
+        (query ? q_factors : k_factors)[own * heads + own_head + lane % kHeads] = own_factor;
 #pragma unroll
-            for (int i = 2 * half_row; i < 2 * half_row + 2; ++i) squares = fmaf(x[n][i], x[n][i], squares);
-          squares += __shfl_xor_sync(0xffffffffu, squares, 1);
-          squares += __shfl_xor_sync(0xffffffffu, squares, 2);
-          const float factor = rms_factor(squares, kWidth);
-          const i64 own = row + lane_row(2 * half_row);
-          if (lane_column(0) == 0 && own < rows) (query ? q_factors : k_factors)[own * heads + own_head + h] = factor;
+      for (int sum = 0; sum < kSums; ++sum) {
+        const int half_row = sum / kHeads, h = sum % kHeads;
+        const float factor = __shfl_sync(0xffffffffu, own_factor, sum, 4);
 #pragma unroll
-          for (int n = 0; n < kColumnTiles / 2; ++n)
+        for (int n = 0; n < kColumnTiles / 2; ++n)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              float& a = x[h * kColumnTiles + n][2 * half_row + i];
-              float& b = x[h * kColumnTiles + n + kColumnTiles / 2][2 * half_row + i];
-              const float2 c = cosines[half_row][n], s = sines[half_row][n];
-              const float u = a * factor, w = b * factor, cosine = i ? c.y : c.x, sine = i ? s.y : s.x;
-              a = u * cosine + w * sine;
-              b = w * cosine - u * sine;
-            }
-        }
+          for (int i = 0; i < 2; ++i) {
+            float& a = x[h * kColumnTiles + n][2 * half_row + i];
+            float& b = x[h * kColumnTiles + n + kColumnTiles / 2][2 * half_row + i];
+            const float2 c = cosines[half_row][n], s = sines[half_row][n];
+            const float u = a * factor, w = b * factor, cosine = i ? c.y : c.x, sine = i ? s.y : s.x;
+            a = u * cosine + w * sine;
+            b = w * cosine - u * sine;
+          }
+      }
     }
     S* out = (query ? q : rotates ? k : v) + (row * heads + own_head) * kWidth;
     store_rows<S, 128, 1>(tile, product, out, heads * kWidth, 0, static_cast<int>(rows - row), 128);
