@@ -48,6 +48,7 @@ struct ResidentTiles {
     return count;
   }
 };
+static_assert(ResidentTiles::kConsumers == 2);  // one and the other
 static_assert(ResidentTiles::stages(8) == 4 && ResidentTiles::stages(10) == 2);
 
 template <class S, Second kSecond, class Epilogue>
@@ -109,7 +110,14 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
   barrier_wait(weights_here, 0);
   // The warpgroups take turns, tile by tile; a tile's boxes are depth_boxes in a row of all that come. A barrier tells
   // only one phase from the next: nobody may wait for a box before the other one has seen the last of its own.
-  int box = warpgroup * depth_boxes, turn_parity = warpgroup == 0;
+  int stage = 0, parity = 0, turn_parity = warpgroup == 0;
+  const int other_stages = depth_boxes % stages, other_turns = depth_boxes / stages & 1;
+  const auto pass_other_tile = [&] {
+    stage += other_stages;
+    parity ^= other_turns;
+    if (stage >= stages) stage -= stages, parity ^= 1;
+  };
+  if (warpgroup == 1) pass_other_tile();
   for (int tile = first_tile + warpgroup * step; tile < row_tiles; tile += Tiles::kConsumers * step) {
     const auto row_of = [&](int half_tile) {
       return i64{tile} * Tiles::kRows + half_tile * Tiles::kHalfRows + warp % 4 * 16;
@@ -126,8 +134,7 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
     // That the first product overwrites its sums must be plain to the compiler: else it keeps their 128 registers
     // through the epilogue of the tile before.
     const auto multiply_box = [&](int k, auto first) {
-      const int stage = box % stages;
-      barrier_wait(full(stage), box / stages & 1);
+      barrier_wait(full(stage), parity);
       products_begin();
       const unsigned rows = boxes + stage * Tiles::kBoxBytes, columns = weights + k * Tiles::kBoxBytes;
 #pragma unroll
@@ -144,7 +151,7 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
       products_wait<1>();
       if (!first() && lane == 0) barrier_arrive(empty(before));
       before = stage;
-      ++box;
+      if (++stage == stages) stage = 0, parity ^= 1;
     };
     barrier_wait(turn(warpgroup), turn_parity);  // at once for the very first tile
     turn_parity ^= 1;
@@ -155,7 +162,7 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
     products_done(sums[0]);
     products_done(sums[1]);
     if (lane == 0) barrier_arrive(empty(before));
-    box += (Tiles::kConsumers - 1) * depth_boxes;
+    pass_other_tile();
 #pragma unroll
     for (int half_tile = 0; half_tile < 2; ++half_tile) {
       __syncwarp();  // the half before has left the tile
