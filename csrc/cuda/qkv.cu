@@ -351,6 +351,9 @@ __global__ void __launch_bounds__(kRowThreads)
 template <class S, int kWidth, bool kAdapted>
 struct NormRotate {
   static constexpr int kHeads = 128 / kWidth, kColumnTiles = kWidth / 8;
+  struct Angles {
+    float2 cosines[2][kColumnTiles / 2], sines[2][kColumnTiles / 2];  // of a lane's two rows
+  };
   i64 rows;
   int T, first, H, K;
   const float *cos, *sin;
@@ -358,7 +361,33 @@ struct NormRotate {
   float *q_factors, *k_factors;
   Delta<S> delta;
 
+  // Of v, which is not rotated, nothing.
+  __device__ Angles read(i64 row, int column) const {
+    Angles angles;
+#pragma unroll
+    for (int half_row = 0; half_row < 2; ++half_row) {
+      if (column >= (H + K) * kWidth) break;
+      const i64 own = row + lane_row(2 * half_row), token = own < rows ? own : rows - 1;
+      const int position = first + static_cast<int>(static_cast<unsigned>(token) % static_cast<unsigned>(T));
+      const i64 at = i64{position} * (kWidth / 2) + lane_column(0);
+#pragma unroll
+      for (int n = 0; n < kColumnTiles / 2; ++n) {
+        angles.cosines[half_row][n] = *reinterpret_cast<const float2*>(cos + at + n * 8);
+        angles.sines[half_row][n] = *reinterpret_cast<const float2*>(sin + at + n * 8);
+      }
+    }
+    return angles;
+  }
+  __device__ Angles ahead(i64 row, int column) const
+    requires(kWidth == 64)  // others' angles would not fit beside the products
+  {
+    return read(row, column);
+  }
   __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, i64 row, int column) const {
+    (*this)(tile, product, read(row, column), row, column);
+  }
+  __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, const Angles& angles, i64 row,
+                             int column) const {
     auto& x = product[0];
 #pragma unroll
     for (int n = 0; n < 16; ++n)
@@ -373,18 +402,6 @@ struct NormRotate {
     if constexpr (kAdapted)
       if (query || !rotates) delta.add_to_rows(x, row, rows, T, query, own_head * kWidth);
     if (rotates) {
-      float2 cosines[2][kColumnTiles / 2], sines[2][kColumnTiles / 2];
-#pragma unroll
-      for (int half_row = 0; half_row < 2; ++half_row) {
-        const i64 own = row + lane_row(2 * half_row), token = own < rows ? own : rows - 1;
-        const int position = first + static_cast<int>(static_cast<unsigned>(token) % static_cast<unsigned>(T));
-        const i64 angle = i64{position} * (kWidth / 2) + lane_column(0);
-#pragma unroll
-        for (int n = 0; n < kColumnTiles / 2; ++n) {
-          cosines[half_row][n] = *reinterpret_cast<const float2*>(cos + angle + n * 8);
-          sines[half_row][n] = *reinterpret_cast<const float2*>(sin + angle + n * 8);
-        }
-      }
       // Four lanes share two rows' heads: all sums first, then each lane the factor of one.
       constexpr int kSums = 2 * kHeads;
       const int lane = threadIdx.x % 4;
@@ -415,7 +432,7 @@ struct NormRotate {
           for (int i = 0; i < 2; ++i) {
             float& a = x[h * kColumnTiles + n][2 * half_row + i];
             float& b = x[h * kColumnTiles + n + kColumnTiles / 2][2 * half_row + i];
-            const float2 c = cosines[half_row][n], s = sines[half_row][n];
+            const float2 c = angles.cosines[half_row][n], s = angles.sines[half_row][n];
             const float u = a * factor, w = b * factor, cosine = i ? c.y : c.x, sine = i ? s.y : s.x;
             a = u * cosine + w * sine;
             b = w * cosine - u * sine;

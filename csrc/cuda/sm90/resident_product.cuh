@@ -8,9 +8,9 @@
 //
 // An epilogue is called by each warp with 16 rows: operator()(tile, x, row, column) gets the products of rows
 // row … row+15 and columns column … column+127 as sixteen 16×8 results side by side, and 4 KiB of shared memory that
-// no other warp uses; it says itself which rows exist. One that reads memory may have the type `Ahead` and a method
-// ahead(row, column) that returns what it reads, as such: for the first half of a tile that is called before the
-// products, behind which its loads hide, and operator() gets the result after the products.
+// no other warp uses; it says itself which rows exist. One that reads memory may have a method ahead(row, column) that
+// returns what it reads: for the first half of a tile that is called before the products, behind which its loads hide,
+// and operator() gets the result after the products.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,7 @@ namespace pgolf::cuda::sm90 {
 using WarpRows = Scores<1, 128>;
 
 template <class Epilogue>
-inline constexpr bool kReadsAhead = requires { typename Epilogue::Ahead; };
+inline constexpr bool kReadsAhead = requires(const Epilogue& epilogue) { epilogue.ahead(i64{}, int{}); };
 
 struct ResidentTiles {
   static constexpr int kRows = 128, kColumns = 128;  // of a tile of the result
