@@ -39,13 +39,24 @@ struct AddMixed {
   }
 };
 
-// The same while the products are in registers. Few warps wait for memory here: each has the loads of kAtOnce vectors
-// under way.
+// The same while the products are in registers. Few warps wait here: what they read has come to the second-level cache
+// before, and each has the loads of kAtOnce vectors under way.
 template <class S>
 struct AddMixedToProduct {
   static constexpr int kAtOnce = 4;
   AddMixed<S> add;
+  CUtensorMap x, x0, skip;  // of all tokens, in boxes of a tile's rows
 
+  // Where the rows of a tile are of two sequences, the second one's may be others than asked for.
+  __device__ void prefetch(i64 row, int first_column) const {
+    const int token = static_cast<int>(add.positions.token(row));
+    for (int column = first_column; column < first_column + sm90::ResidentTiles::kColumns;
+         column += sm90::kBoxColumns) {
+      sm90::prefetch_box(&x, column, token, 0);
+      sm90::prefetch_box(&x0, column, token, 0);
+      if (add.in.skip) sm90::prefetch_box(&skip, column, token, 0);
+    }
+  }
   __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, i64 first_row, int first_column) const {
     using Tile = SharedTile<128>;
     constexpr int kPassRows = kWarp / Tile::kChunks;
@@ -55,13 +66,16 @@ struct AddMixedToProduct {
     const int column = first_column + chunk * kVector;
     const Vector8 mix0 = load8(in.mix0 + column), mix1 = load8(in.mix1 + column);
     const Vector8 weight = in.skip ? load8(in.weight + column) : Vector8{};
+    const i64 lanes_row = first_row + threadIdx.x % 16;  // its token, which others ask for
+    const unsigned lanes_token =
+        static_cast<unsigned>(add.positions.token(lanes_row < add.rows ? lanes_row : add.rows - 1));
 #pragma unroll
     for (int begin = 0; begin < 16; begin += kAtOnce * kPassRows) {
       Packed8<S> x[kAtOnce], x0[kAtOnce], skip[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const i64 own = first_row + begin + i * kPassRows + lane_row;
-        const i64 at = add.positions.token(own < add.rows ? own : add.rows - 1) * add.d + column;
+        const unsigned token = __shfl_sync(0xffffffffu, lanes_token, begin + i * kPassRows + lane_row);
+        const i64 at = i64{token} * add.d + column;
         x[i] = load_packed(in.x + at);
         x0[i] = load_packed(in.x0 + at);
         if (in.skip) skip[i] = load_packed(in.skip + at);
@@ -161,11 +175,16 @@ void CudaBackend::project_residual_forward(const ProjectResidual& op) {
   const Positions positions{0, static_cast<unsigned>(T), static_cast<unsigned>(T - op.out.shape[1])};
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
+    const auto tiles = [&](const TensorView& of) {
+      return sm90::tensor_map(of.data, storage_, 1, of.shape[0] * T, s.d, sm90::ResidentTiles::kRows);
+    };
     const AddMixed<S> add{Mixed<S>(op.mixed), positions, s.N, static_cast<int>(s.d), op.out.as<S>()};
     if constexpr (sizeof(S) == 2)
       if (sm90::takes(*this, s.N, s.d, s.c))
-        return sm90::launch_resident_product<S>(*this, "attention_out", op.a.data, op.w.data, s.N, s.d, s.c,
-                                                AddMixedToProduct<S>{add});
+        return sm90::launch_resident_product<S>(
+            *this, "attention_out", op.a.data, op.w.data, s.N, s.d, s.c,
+            AddMixedToProduct<S>{add, tiles(op.mixed.x), tiles(op.mixed.x0),
+                                 op.mixed.skip ? tiles(op.mixed.skip) : CUtensorMap{}});
     gemm(product);
     add_mixed<S><<<number_blocks(s.N * s.d), kNumberThreads, 0, stream()>>>(add);
     PGOLF_LAUNCHED("add_mixed");

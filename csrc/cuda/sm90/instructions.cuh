@@ -55,6 +55,11 @@ __device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap* map, in
                    "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
                    "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(barrier) : "memory"));
 }
+// Such a box to the second-level cache alone, at some time.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int column, int row, int matrix) {
+  PGOLF_SM90(asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(column),
+                          "r"(row), "r"(matrix) : "memory"));
+}
 // `bytes`, a multiple of 16, as they lie; both addresses too are such multiples.
 __device__ __forceinline__ void copy_bytes(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
   PGOLF_SM90(

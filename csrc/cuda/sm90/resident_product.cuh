@@ -10,7 +10,9 @@
 // row … row+15 and columns column … column+127 as sixteen 16×8 results side by side, and 4 KiB of shared memory that
 // no other warp uses; it says itself which rows exist. One that reads memory may have a method ahead(row, column) that
 // returns what it reads: for the first half of a tile that is called before the products, behind which its loads hide,
-// and operator() gets the result after the products.
+// and operator() gets the result after the products. Where registers do not suffice, a method prefetch(row, column) may
+// ask for what the epilogue of a tile of 128 rows reads: the thread that feeds the copy engine calls it before the
+// tile's boxes of x.
 #pragma once
 
 #include <algorithm>
@@ -25,6 +27,8 @@ using WarpRows = Scores<1, 128>;
 
 template <class Epilogue>
 inline constexpr bool kReadsAhead = requires(const Epilogue& epilogue) { epilogue.ahead(i64{}, int{}); };
+template <class Epilogue>
+inline constexpr bool kPrefetches = requires(const Epilogue& epilogue) { epilogue.prefetch(i64{}, int{}); };
 
 struct ResidentTiles {
   static constexpr int kRows = 128, kColumns = 128;  // of a tile of the result
@@ -94,13 +98,15 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
       }
     }
     int stage = 0, parity = 1;
-    for (int tile = first_tile; tile < row_tiles; tile += step)
+    for (int tile = first_tile; tile < row_tiles; tile += step) {
+      if constexpr (kPrefetches<Epilogue>) epilogue.prefetch(i64{tile} * Tiles::kRows, column);
       for (int k = 0; k < depth_boxes; ++k) {
         barrier_wait(empty(stage), parity);
         barrier_expect(full(stage), Tiles::kBoxBytes);
         copy_box(boxes + stage * Tiles::kBoxBytes, &x, k * kBoxColumns, tile * Tiles::kRows, 0, full(stage));
         if (++stage == stages) stage = 0, parity ^= 1;
       }
+    }
     return;
   }
 
