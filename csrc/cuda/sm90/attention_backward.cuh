@@ -375,8 +375,13 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           products_commit();
           last = stage;
         }
-        keep_fragments(k[0], keys, a.T < 0);
-        keep_fragments(v[0], keys, a.T < 0);
+        if (a.T < 0) {
+#pragma unroll
+          for (int i = 0; i < kHeadWidth / 16; ++i) {
+            keep_fragment(k[0][i], keys);
+            keep_fragment(v[0][i], keys);
+          }
+        }
         if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
       }
     }

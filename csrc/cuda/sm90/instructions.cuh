@@ -110,19 +110,11 @@ __device__ __forceinline__ void products_done(float (&c)[kTiles][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[n][i])::"memory");
 }
 
-// Says at the end of a loop's body that products of its next turn read these fragments. ptxas (13.0) does not see it
-// and gives their registers to others. `never` is false, which it must not know; `shared` is some shared memory.
-template <int kFragments>
-__device__ __forceinline__ void keep_fragments(const unsigned (&a)[kFragments][4], unsigned shared, bool never) {
-#pragma unroll
-  for (int k = 0; k < kFragments; ++k)
-    asm volatile(
-        "{\n"
-        ".reg .pred never;\n"
-        "setp.ne.b32 never, %5, 0;\n"
-        "@never st.shared.v4.b32 [%4], {%0, %1, %2, %3};\n"
-        "}" ::"r"(a[k][0]),
-        "r"(a[k][1]), "r"(a[k][2]), "r"(a[k][3]), "r"(shared), "r"(int{never}));
+// Says at the end of a loop's body that products of its next turn read this fragment. ptxas (13.0) does not see it and
+// gives the registers to others. To be called where the program never comes, and the compiler does not know.
+__device__ __forceinline__ void keep_fragment(const unsigned (&a)[4], unsigned shared) {
+  asm volatile("st.volatile.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a[0]), "r"(a[1]), "r"(a[2]),
+               "r"(a[3]));
 }
 
 template <int kRegisters>
