@@ -2,9 +2,9 @@
 //
 // Rules of this folder
 //   Everything runs on `stream()`, in order; nothing but download, wait and synchronize waits for it; nothing allocates
-//   outside `allocate`. Every kernel launch is followed by PGOLF_LAUNCHED. Launch shapes and the order of sums depend
-//   on tensor shapes alone; there are no floating-point atomics. Element kernels are templates over the storage type S
-//   (float, __nv_bfloat16, __half) and compute in float.
+//   outside `allocate`. Every kernel launch is followed by PGOLF_LAUNCHED. The order of sums depends on tensor
+//   shapes alone, not on which block or how many make them; there are no floating-point atomics. Element kernels are
+//   templates over the storage type S (float, __nv_bfloat16, __half) and compute in float.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -173,7 +173,10 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) p[0][n][i] = exp2_approximate(fmaf(p[0][n][i], scale, -lse[i / 2]));
-      products_done(p[0]);  // the exponentials are not put off until after the wait
+      if (a.T < 0) {  // the exponentials are not put off until after the wait
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) keep(p[0][n], queries);
+      }
       products_wait<kPending>();
       products_done(ds[0]);
 #pragma unroll
@@ -311,6 +314,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
     const int own_first = at.first_key + warpgroup * Tiles::kOwnKeys, warp_key = own_first + warp % 4 * 16;
     Fragments<1, kHeadWidth> k, v;
     barrier_wait(keys_full, keys_parity);
+    __syncwarp();
     load_fragments<kHeadWidth, 1>(k, keys, warp * 16);
     load_fragments<kHeadWidth, 1>(v, keys + Tiles::kKeyBytes, warp * 16);
     __syncwarp();
@@ -366,7 +370,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
             for (int i = 0; i < 4; ++i)
               ds[0][n][i] = p[0][n][i] * fmaf(ds[0][n][i], gain, i % 2 == 0 ? -rows[n].z : -rows[n].w);
           }
-          __syncwarp();
+          __syncwarp();  // all have read the numbers: the tile may be given back after the products
           round_fragments<S, kQueries>(rounded_ds, ds[0]);
           products_begin();
 #pragma unroll
@@ -378,8 +382,8 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
         if (a.T < 0) {
 #pragma unroll
           for (int i = 0; i < kHeadWidth / 16; ++i) {
-            keep_fragment(k[0][i], keys);
-            keep_fragment(v[0][i], keys);
+            keep(k[0][i], keys);
+            keep(v[0][i], keys);
           }
         }
         if (++stage == Tiles::kStages) stage = 0, parity ^= 1;

@@ -153,6 +153,10 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
       if (signals) barrier_arrive(keys_empty(stage));
       if (signals && tile == tiles - 1) barrier_arrive(queries_empty);
       softmax(tile);
+      if (a.T < 0) {  // the exponentials are not put off until after the wait
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) keep(s[0][n], queries);
+      }
       products_wait<0>();
       products_done(o[0]);
       if (signals && tile > 0) barrier_arrive(values_empty(last));

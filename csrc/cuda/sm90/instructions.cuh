@@ -101,7 +101,7 @@ template <int kGroups>  // that may still be under way
 __device__ __forceinline__ void products_wait() {
   PGOLF_SM90(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory"));
 }
-// After a wait: from here on these are the products. Without it the compiler may read them before.
+// After a wait: from here on these are the products. Without it NVVM may read them before; it leaves nothing in PTX.
 template <int kTiles>
 __device__ __forceinline__ void products_done(float (&c)[kTiles][4]) {
 #pragma unroll
@@ -110,11 +110,17 @@ __device__ __forceinline__ void products_done(float (&c)[kTiles][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(c[n][i])::"memory");
 }
 
-// Says at the end of a loop's body that products of its next turn read this fragment. ptxas (13.0) does not see it and
-// gives the registers to others. To be called where the program never comes, and the compiler does not know.
-__device__ __forceinline__ void keep_fragment(const unsigned (&a)[4], unsigned shared) {
+// To be called where the program never comes, and the compiler does not know: these registers are then what they were
+// made up to there. ptxas (13.0) has to be told so
+//   at the end of a loop's body of fragments that products of its next turn read, for it gives their registers to
+//   others; before a wait of what is to be done by then, for it puts it off until after the wait.
+__device__ __forceinline__ void keep(const unsigned (&a)[4], unsigned shared) {
   asm volatile("st.volatile.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a[0]), "r"(a[1]), "r"(a[2]),
                "r"(a[3]));
+}
+__device__ __forceinline__ void keep(const float (&a)[4], unsigned shared) {
+  asm volatile("st.volatile.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "f"(a[0]), "f"(a[1]), "f"(a[2]),
+               "f"(a[3]));
 }
 
 template <int kRegisters>

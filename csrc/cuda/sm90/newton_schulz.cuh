@@ -8,8 +8,8 @@
 // computes a tile changes no bit. A tile waits until the product before it of the same matrix is finished; what it
 // waits for has smaller numbers, which blocks have taken that already run, so that one of them always goes on.
 //
-// Two warpgroups of a block take turns: while one multiplies, the other finishes its tile. One warp of a third feeds
-// the copy engine and tells them which tile is next.
+// Two warpgroups of a block take turns: while one multiplies, the other finishes its tile. Of a third, one warp
+// takes the next tile and tells them, and one feeds the copy engine.
 #pragma once
 
 #include <algorithm>
@@ -106,8 +106,8 @@ __device__ __forceinline__ void finish_rows(unsigned char* tile, Scores<1, Newto
         x[0][n][i + 1] = fmaf(beta, more.y, alpha * x[0][n][i + 1]);
       }
   }
-  store_rows<S, NewtonSchulzTiles::kSide, 1>(tile, x, out + first_column, columns, first_row, rows,
-                                             columns - first_column);
+  store_rows<S, NewtonSchulzTiles::kSide, 1>(tile, x, out + (i64{first_row} * columns + first_column), columns, 0,
+                                             rows - first_row, columns - first_column);
   if (mirrored) {
     const int lane = threadIdx.x % kWarp, column = first_row + kVector * TransposedRead::half(lane);
 #pragma unroll
