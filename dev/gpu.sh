@@ -3,6 +3,7 @@
 #
 #   dev/gpu.sh build              here: extension and CUDA backend for one architecture and one Python, packed into carry/
 #   dev/gpu.sh older              here: after build, the backend for compute capability 7.5 and 8.0 as PTX
+#   dev/gpu.sh racecheck          here: after build, the backend as racecheck can follow it, for sanitize
 #   dev/gpu.sh data BOOKS         here: adds a folder with books.jsonl.zst and its tokenizer to carry/
 #   dev/gpu.sh wheel              here: the newest wheel in dist/ for that Python, and what it requires, in carry/wheel
 #   dev/gpu.sh run [PART …]       there, with this checkout and carry/: tests, sanitize, bench (all three), or any of these, paths,
@@ -15,10 +16,10 @@ pack=carry
 site=$PWD/$pack/site
 venv=.venv-gpu
 
-# configure FOLDER ARCHITECTURES
+# configure FOLDER ARCHITECTURES [NVCC_FLAGS]
 configure() {
   PATH="$PWD/$venv/bin:$PATH" cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DPGOLF_WERROR=ON -DPGOLF_CUDA=on \
-    -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON -DPGOLF_CUDA_ARCHITECTURES="$2" -DPython_EXECUTABLE="$PWD/$venv/bin/python" \
+    -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON -DPGOLF_CUDA_ARCHITECTURES="$2" -DCMAKE_CUDA_FLAGS="${3:-}" -DPython_EXECUTABLE="$PWD/$venv/bin/python" \
     -Dpybind11_DIR="$($venv/bin/python -m pybind11 --cmakedir)" >"$1.log" 2>&1 || { cat "$1.log"; exit 1; }
 }
 
@@ -53,6 +54,14 @@ older() {
   du -sh $pack
 }
 
+racecheck() {
+  configure build/gpu-racecheck "${PGOLF_GPU_ARCHITECTURE:-90a-real}" -DPGOLF_RACECHECK
+  PATH="$PWD/$venv/bin:$PATH" cmake --build build/gpu-racecheck --target pgolf_cuda
+  mkdir -p $pack/racecheck
+  cp build/gpu-racecheck/libpgolf_cuda.so $pack/racecheck/
+  strip $pack/racecheck/libpgolf_cuda.so
+}
+
 data() {
   mkdir -p $pack/books
   cp "$1"/books.jsonl.zst "$1"/books_1024_bpe.model $pack/books/
@@ -84,15 +93,17 @@ tests() {
 }
 
 # Every planned buffer in a block of its own, full of NaN; one small model in each precision, every kernel. racecheck
-# cannot follow cuBLASLt's Hopper kernels for 16 bits: there it runs what needs none. The tools run side by side: they
+# cannot follow cuBLASLt's Hopper kernels for 16 bits: there it runs what needs none; nor that one lane arrives at a
+# barrier for all, so it gets a library of its own. The tools run side by side: they
 # leave a GPU nearly idle.
 sanitize() {
-  local job jobs=(memcheck initcheck synccheck racecheck.float32 racecheck.own.bfloat16 racecheck.own.float16) pids=() status=0
+  local job jobs=(memcheck initcheck synccheck racecheck.steps.float32 racecheck.own.bfloat16 racecheck.own.float16) pids=() status=0
   for job in "${jobs[@]}"; do
-    local tool=${job%%.*} words=""
+    local tool=${job%%.*} words="" library=$site/pgolf/libpgolf_cuda.so
     [ "$tool" = "$job" ] || words=${job#*.}
+    [ "$tool" != racecheck ] || library=$PWD/$pack/racecheck/libpgolf_cuda.so
     # shellcheck disable=SC2086  # each word is an argument
-    PGOLF_ARENA=separate PGOLF_CUDA_GRAPHS=0 timeout 170 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    PGOLF_CUDA_LIBRARY=$library PGOLF_ARENA=separate PGOLF_CUDA_GRAPHS=0 timeout 170 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       python3 dev/gpu_small.py ${words//./ } >"$out/$job.log" 2>&1 &
     pids+=($!)
   done
@@ -151,7 +162,7 @@ run() {
 }
 
 case "${1:-}" in
-  build | older) "$1" ;;
+  build | older | racecheck) "$1" ;;
   wheel) pack_wheel ;;
   data) data "${2:?the folder with books.jsonl.zst}" ;;
   run) shift; run "$@" ;;

@@ -55,9 +55,13 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
   const auto queries_full = [&](int stage) { return query_barriers + 16 * stage; };
   const auto queries_empty = [&](int stage) { return query_barriers + 16 * stage + 8; };
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Tiles::kStages + Tiles::kQueryStages; ++stage) {
+    for (int stage = 0; stage < Tiles::kStages; ++stage) {
       barrier_init(full(stage), 1);
       barrier_init(empty(stage), Tiles::kWarps);
+    }
+    for (int stage = 0; stage < Tiles::kQueryStages; ++stage) {
+      barrier_init(queries_full(stage), 1);
+      barrier_init(queries_empty(stage), Tiles::kWarps * kWarpArrivals);
     }
     barriers_ready();
   }
@@ -218,8 +222,7 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
         dq[0][n][i] *= gain * a.root;
         dq[0][n][i + 1] *= gain * a.root;
       }
-    __syncwarp();
-    if (signals) barrier_arrive(queries_empty(query_stage));
+    warp_arrive(queries_empty(query_stage));
     if (++query_stage == Tiles::kQueryStages) query_stage = 0, query_parity ^= 1;
     if (tiles == 0) continue;
 #pragma unroll
@@ -262,7 +265,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Tiles::kStages + 1; ++stage) {
       barrier_init(full(stage), 1);
-      barrier_init(empty(stage), Tiles::kWarps);
+      barrier_init(empty(stage), Tiles::kWarps * kWarpArrivals);
     }
     barriers_ready();
   }
@@ -306,7 +309,6 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
 
   take_registers<Tiles::kConsumerRegisters>();
   const int warp = threadIdx.x / kWarp;
-  const bool signals = threadIdx.x % kWarp == 0;
   unsigned char* const own_tile = shared + Tiles::kTiles + warp * Tiles::kWarpTile;
   int parity = 0, keys_parity = 0;
   for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, keys_parity ^= 1) {
@@ -317,8 +319,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
     __syncwarp();
     load_fragments<kHeadWidth, 1>(k, keys, warp * 16);
     load_fragments<kHeadWidth, 1>(v, keys + Tiles::kKeyBytes, warp * 16);
-    __syncwarp();
-    if (signals) barrier_arrive(keys_empty);
+    warp_arrive(keys_empty);
 
     Scores<1, kHeadWidth> dk = {}, dv = {};
     Scores<1, kQueries> p, ds;
@@ -329,7 +330,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
         const int position = a.first() + tile * kQueries;
         barrier_wait(full(stage), parity);
         if (position + kQueries <= own_first) {  // they see none of these keys
-          if (signals) barrier_arrive(empty(stage));
+          warp_arrive(empty(stage));
         } else {
           const unsigned queries = queries_at(stage), d_o = queries + Tiles::kTileBytes;
           products_begin();
@@ -343,7 +344,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           products_commit();
           products_wait<1>();  // the tile before is done with, too
           products_done(p[0]);
-          if (signals && last >= 0) barrier_arrive(empty(last));
+          if (last >= 0) warp_arrive(empty(last));
           hide_later_keys<true, 1, kQueries>(p, warp_key, position, copysignf(INFINITY, -scale));
           float4 rows[kQueries / 8];  // of this lane's queries, two by two
           const float* const own_rows =
@@ -370,7 +371,6 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
             for (int i = 0; i < 4; ++i)
               ds[0][n][i] = p[0][n][i] * fmaf(ds[0][n][i], gain, i % 2 == 0 ? -rows[n].z : -rows[n].w);
           }
-          __syncwarp();  // all have read the numbers: the tile may be given back after the products
           round_fragments<S, kQueries>(rounded_ds, ds[0]);
           products_begin();
 #pragma unroll
@@ -392,7 +392,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
     products_wait<0>();
     products_done(dk[0]);
     products_done(dv[0]);
-    if (signals && last >= 0) barrier_arrive(empty(last));
+    if (last >= 0) warp_arrive(empty(last));
 
 #pragma unroll
     for (int n = 0; n < kHeadWidth / 8; ++n)

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
     for (int consumer = 0; consumer < Tiles::kConsumers; ++consumer) barrier_init(turn(consumer), kWarpgroup / kWarp);
     for (int slot = 0; slot < kTurns; ++slot) {
       barrier_init(told(slot), 1);
-      barrier_init(heard(slot), 1 + kWarpgroup / kWarp);  // who copies, and who multiplies
+      barrier_init(heard(slot), 1 + kWarpgroup / kWarp * kWarpArrivals);  // who copies, and who multiplies
     }
     barrier_init(begun, 1);
     barriers_ready();
@@ -217,8 +217,7 @@ __global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
   while (true) {
     barrier_wait(told(slot), slot_parity);
     const Tiles::Announced work = announced[slot];
-    __syncwarp();  // all have read it
-    if (lane == 0) barrier_arrive(heard(slot));
+    warp_arrive(heard(slot));
     slot += Tiles::kConsumers;
     if (slot >= kTurns) slot -= kTurns, slot_parity ^= 1;
     if (work.box < 0) return;
