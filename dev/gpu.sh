@@ -27,9 +27,10 @@ build() {
   local python packages
   python=$(command -v "${PGOLF_GPU_PYTHON:-python3.12}") || { echo "There is no ${PGOLF_GPU_PYTHON:-python3.12}: set PGOLF_GPU_PYTHON."; exit 2; }
   [ -x $venv/bin/python ] || "$python" -m venv $venv
-  $venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/build.txt tomli-w zstandard
+  $venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/build.txt -r requirements/wheel.txt tomli-w zstandard
   configure build/gpu "${PGOLF_GPU_ARCHITECTURE:-90a-real}"
   PATH="$PWD/$venv/bin:$PATH" cmake --build build/gpu
+  $venv/bin/python dev/fragments.py build/gpu/libpgolf_cuda.so
   rm -rf "$site" && mkdir -p "$site"
   cp -R python/pgolf "$site/" && find "$site" -name __pycache__ -prune -exec rm -rf {} +
   cp build/gpu/_C.*.so build/gpu/libpgolf_cuda.so "$site/pgolf/"

@@ -28,6 +28,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import fragments
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 60_000_000  # bytes
 BACKEND = "pgolf/libpgolf_cuda.so"
@@ -54,7 +56,8 @@ class Wheel:
     """A wheel as it lies in its file.
 
     files: sizes in bytes, unpacked and packed. damaged: files that are not as RECORD says, or not in it. code: for each
-    GPU architecture, as "sm_90a" or "sm_80 (PTX)", how many pieces of code the CUDA backend has.
+    GPU architecture, as "sm_90a" or "sm_80 (PTX)", how many pieces of code the CUDA backend has. lost: what
+    fragments.py finds in its code for Hopper.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Wheel:
     damaged: tuple[str, ...]
     libraries: dict[str, Library]
     code: dict[str, int]
+    lost: tuple[str, ...] = ()
 
 
 # ---- What is in a wheel
@@ -75,10 +79,8 @@ def output_of(*command: str | Path) -> str:
     return done.stdout
 
 
-def find_cuobjdump() -> str:
-    """The one of the package nvidia-cuda-cuobjdump, else that of a toolkit in PATH."""
-    folders = [os.path.join(folder, "nvidia", "cu13", "bin") for folder in sys.path if folder]
-    found = shutil.which("cuobjdump", path=os.pathsep.join([*folders, os.environ.get("PATH", "")]))
+def cuobjdump() -> str:
+    found = fragments.find("cuobjdump")
     if found is None:
         raise Refused("cuobjdump is missing, which lists a library's GPU code: pip install -r requirements/wheel.txt")
     return found
@@ -95,7 +97,7 @@ def library(file: Path) -> Library:
 def gpu_code(file: Path) -> dict[str, int]:
     """How many pieces of code a library has for each GPU architecture."""
     # One of the two lists may be empty, which cuobjdump says on stderr.
-    listing = output_of(find_cuobjdump(), "--list-elf", "--list-ptx", file)
+    listing = output_of(cuobjdump(), "--list-elf", "--list-ptx", file)
     found = re.findall(r"\.(sm_\w+)\.(cubin|ptx)$", listing, re.MULTILINE)
     return dict(Counter(name if kind == "cubin" else f"{name} (PTX)" for name, kind in found))
 
@@ -113,7 +115,13 @@ def read(path: Path) -> Wheel:
             name: library(Path(archive.extract(name, folder))) for name in files if re.search(r"\.so(\.\d+)*$", name)
         }
         code = gpu_code(Path(folder) / BACKEND) if BACKEND in files else {}
-        return Wheel(path.name, path.stat().st_size, files, tuple(_damaged(archive, files)), libraries, code)
+        try:
+            lost = fragments.lost_fragments(fragments.disassembly(Path(folder) / BACKEND)) if "sm_90a" in code else []
+        except OSError as error:
+            raise Refused(str(error)) from error
+        return Wheel(
+            path.name, path.stat().st_size, files, tuple(_damaged(archive, files)), libraries, code, tuple(lost)
+        )
 
 
 def _damaged(archive: zipfile.ZipFile, files: Iterable[str]) -> Iterable[str]:
@@ -209,7 +217,7 @@ def defects(wheel: Wheel, architectures: list[str] | None) -> list[str]:
         elif len(set(wheel.code.values())) > 1:
             counts = ", ".join(f"{count} for {name}" for name, count in sorted(wheel.code.items()))
             found.append(f"{BACKEND} has different numbers of pieces of code: {counts}.")
-    return found
+    return [*found, *wheel.lost]
 
 
 # ---- Making one

@@ -34,6 +34,7 @@ def load(path: str) -> ModuleType:
     return module
 
 
+fragments = load("dev/fragments.py")
 wheel = load("dev/wheel.py")
 older_glibc = load("cmake/older_glibc.py")
 
@@ -288,3 +289,44 @@ def test_the_command_refuses_in_a_sentence(tmp_path: Path) -> None:
         )
         assert done.returncode == 1
         assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
+
+
+def sass(*lines: str) -> str:
+    code = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
+    return f"\tFunction : kernel\n{code}\n"
+
+
+LOAD, PRODUCT = "LDSM.16.M88.4 R8, [R2]", "HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR4], R24"
+PACKED = tuple(f"F2FP.BF16.F32.PACK_AB R{r}, R57, R56" for r in range(8, 12))
+SECOND = "HGMMA.64x64x16.F32.BF16 R88, R8, gdesc[UR4].tnspB, R88, gsb0"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (LOAD, PRODUCT, "BRA 0x10"),  # filled before the loop
+        (LOAD, PRODUCT, "BRA 0x0"),  # in it, before the product
+        (LOAD, PRODUCT, *PACKED, "@!P1 BRA 0x10"),  # at its end, for the next turn
+        (LOAD, PRODUCT, *PACKED, SECOND),  # no loop
+        (LOAD, PRODUCT, "LDS.128 R12, [R2]", "STS.128 [R8], R8", "BRA 0x10"),  # others' registers
+    ],
+    ids=range(5),
+)
+def test_operands_that_a_loop_finds_again(lines: tuple[str, ...]) -> None:
+    assert fragments.lost_fragments(sass(*lines)) == []
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (LOAD, PRODUCT, *PACKED, SECOND, "@!P1 BRA 0x10"),
+        (LOAD, PRODUCT, "LDS.128 R8, [R2]", "BRA 0x10"),
+        (LOAD, PRODUCT, *PACKED, "FMUL R9, R3, R4", "BRA 0x10"),
+        (LOAD, PRODUCT, "HGMMA.64x128x16.F32.F16 R10, gdesc[UR4], R10", "BRA 0x10"),
+    ],
+    ids=range(4),
+)
+def test_operands_that_a_loop_loses(lines: tuple[str, ...], good: wheel.Wheel) -> None:
+    (lost,) = fragments.lost_fragments(sass(*lines))
+    assert lost.startswith("kernel: the product at 0x10 reads R8, which the loop 0x10–")
+    assert wheel.defects(dataclasses.replace(good, lost=(lost,)), ARCHITECTURES) == [lost]
