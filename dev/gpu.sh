@@ -95,9 +95,9 @@ tests() {
 
 # Every planned buffer in a block of its own, full of NaN; one small model in each precision, every kernel. racecheck
 # cannot follow cuBLASLt's Hopper kernels for 16 bits: there it runs what needs none; nor that one lane arrives at a
-# barrier for all, so it gets a library of its own. The tools run side by side: they
-# leave a GPU nearly idle.
+# barrier for all, so it gets a library of its own. The tools run side by side: they leave a GPU nearly idle.
 sanitize() {
+  [ -f $pack/racecheck/libpgolf_cuda.so ] || { echo "What racecheck runs is not packed: dev/gpu.sh racecheck, where it was built."; return 2; }
   local job jobs=(memcheck initcheck synccheck racecheck.steps.float32 racecheck.own.bfloat16 racecheck.own.float16) pids=() status=0
   for job in "${jobs[@]}"; do
     local tool=${job%%.*} words="" library=$site/pgolf/libpgolf_cuda.so
