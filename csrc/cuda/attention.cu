@@ -92,14 +92,12 @@ void CudaBackend::attention_backward(const Attention& op, const AttentionGrads& 
     const BackwardScratch scratch(layout, a, on_hopper(*this, a));
     const AttentionGradArgs<S> g{op.o.as<S>(),     grads.d_o.as<S>(), grads.dq.as<S>(), grads.dk.as<S>(),
                                  grads.dv.as<S>(), scratch.delta,     scratch.dgain};
-    if constexpr (sizeof(S) == 2) {
-      if (on_hopper(*this, a))
-        sm90::launch_attention_backward(*this, a, g);
-      else
-        AttentionKernels<S>::backward(a, g, stream());
-    } else {
+    const auto run = [&] {
+      if constexpr (sizeof(S) == 2)
+        if (on_hopper(*this, a)) return sm90::launch_attention_backward(*this, a, g);
       AttentionKernels<S>::backward(a, g, stream());
-    }
+    };
+    run();
     if (!grads.gain) return;
     constexpr int kThreads = 256;
     launch("add_gain_gradients", add_gain_gradients, a.H, kThreads, 0, stream(), scratch.dgain, scratch.partials,

@@ -21,51 +21,22 @@ argument, what was found and what was expected.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pgolf import _C
-from pgolf.model import FloatArray, as_array, as_tokens, resolve_device, resolve_dtype
+from pgolf.model import FloatArray, as_array
+from pgolf.op_calls import Arrays, Backward, forward
+from pgolf.op_calls import MixedInput as MixedInput
+from pgolf.op_calls import Saved as Saved
+from pgolf.op_calls import on as on
+from pgolf.op_calls import timed as timed
 from pgolf.quantize import _integer
 
 GROUPS = ("matrix", "embedding", "scalar", "head")
 """The optimizer groups of docs/spec.md §1."""
-
-
-class MixedInput(NamedTuple):
-    """A block's input `m = resid_mix[0]⊙(x + skip_weight⊙skip) + resid_mix[1]⊙x0` (docs/spec.md §2.3–2.4).
-
-    Encoder blocks have no skip. `skip` may be `x` itself.
-    """
-
-    x: Any
-    """[B, T, d]"""
-    x0: Any
-    """[B, T, d]"""
-    resid_mix: Any
-    """[2, d]"""
-    skip: Any = None
-    """[B, T, d]"""
-    skip_weight: Any = None
-    """[d]"""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a forward operation keeps for its backward."""
-
-    operation: str
-    dtype: np.dtype[Any]
-    tensors: dict[str, npt.NDArray[Any]]
-    """Arguments and results by name; "saved" is what the backend itself keeps, as bytes."""
-    numbers: dict[str, Any]
 
 
 class EmbedGrads(NamedTuple):
@@ -181,7 +152,7 @@ def embed(
     Returns:
         x0 [B, T, d], and what `embed_backward` needs.
     """
-    call = _Arrays()
+    call = Arrays()
     call.add("tok_emb", tok_emb, "V", "d")
     call.add("smear_gate", smear_gate, "d")
     if (bigram_emb is None) != (bigram_scale is None) or (bigram_emb is None and bigram_proj is not None):
@@ -195,13 +166,13 @@ def embed(
         call.add("bigram_scale", bigram_scale)
     call.add_tokens("ids", ids)
     numbers = {"reset_at_bos": bool(reset_at_bos), "bos_id": _integer(bos_id, "bos_id", -(2**31), 2**31 - 1)}
-    saved = _forward("embed", call, {"x0": ("B", "T", "d")}, **numbers)
+    saved = forward("embed", call, {"x0": ("B", "T", "d")}, **numbers)
     return saved.tensors["x0"], saved
 
 
 def embed_backward(saved: Saved, dx0: Any, *, add_to: Mapping[str, Any] | None = None) -> EmbedGrads:
     """The gradients of `embed` from dx0 [B, T, d]; `add_to` may hold any field."""
-    call = _Backward("embed", saved)
+    call = Backward("embed", saved)
     call.upstream(dx0=dx0)
     call.added(add_to, *EmbedGrads._fields)
     return EmbedGrads(*call.run(*EmbedGrads._fields))
@@ -230,7 +201,7 @@ def qkv(
     Returns:
         q [B, T − first, H, D], k and v [B, T, K, D]; and what `qkv_backward` needs.
     """
-    call = _Arrays()
+    call = Arrays()
     call.add_mixed(mixed)
     call.add("cos", cos, "R", "D/2")
     call.add("sin", sin, "R", "D/2")
@@ -246,7 +217,7 @@ def qkv(
     sizes["T'"] = sizes["T"] - _integer(first, "first", 0, sizes["T"] - 1 if adapters is None else 0)
     call.add_adapters(adapters, 2 * sizes["d"] + sizes["H·D"] + sizes["K·D"])
     outputs = {"q": ("B", "T'", "H", "D"), "k": ("B", "T", "K", "D"), "v": ("B", "T", "K", "D")}
-    saved = _forward("qkv", call, outputs)
+    saved = forward("qkv", call, outputs)
     return (saved.tensors["q"], saved.tensors["k"], saved.tensors["v"]), saved
 
 
@@ -275,7 +246,7 @@ def qkv_backward(
     Returns:
         The gradients of both readers together. Where skip is x itself, its share stands apart, in the field skip.
     """
-    call = _Backward("qkv", saved)
+    call = Backward("qkv", saved)
     call.needs_all("q", "x")
     call.upstream(dq=dq, dk=dk, dv=dv)
     if pending is not None:
@@ -299,7 +270,7 @@ def attention(q: Any, k: Any, v: Any, gain: Any) -> tuple[FloatArray, Saved]:
     Returns:
         o [B, T', H, D], and what `attention_backward` needs.
     """
-    call = _Arrays()
+    call = Arrays()
     call.add("q", q, "B", "T'", "H", "D")
     call.add("k", k, "B", "T", "K", "D")
     call.add("v", v, "B", "T", "K", "D")
@@ -307,7 +278,7 @@ def attention(q: Any, k: Any, v: Any, gain: Any) -> tuple[FloatArray, Saved]:
     call.add("gain", gain, "H")
     if call.sizes["H"] % call.sizes["K"]:
         raise ValueError(f"q has {call.sizes['H']} heads; expected a multiple of k's {call.sizes['K']}.")
-    saved = _forward("attention", call, {"o": ("B", "T'", "H", "D")})
+    saved = forward("attention", call, {"o": ("B", "T'", "H", "D")})
     return saved.tensors["o"], saved
 
 
@@ -315,7 +286,7 @@ def attention_backward(
     saved: Saved, do: Any, *, weights: bool = True, add_to: Mapping[str, Any] | None = None
 ) -> AttentionGrads:
     """The gradients of `attention` from do [B, T, H, D]; gain's only with `weights`, and `add_to` may hold it."""
-    call = _Backward("attention", saved)
+    call = Backward("attention", saved)
     call.needs_all("q", "k")
     call.upstream(do=do)
     call.written("q", "k", "v")
@@ -338,7 +309,7 @@ def project_residual(residual: Any, a: Any, w: Any) -> tuple[FloatArray, Saved]:
     Returns:
         out [B, T', d], and what `project_residual_backward` needs.
     """
-    call = _Arrays()
+    call = Arrays()
     if isinstance(residual, MixedInput):
         call.add_mixed(residual)
     else:
@@ -347,7 +318,7 @@ def project_residual(residual: Any, a: Any, w: Any) -> tuple[FloatArray, Saved]:
     call.add("w", w, "d", "c")
     if isinstance(residual, MixedInput):
         call.at_most("a", "T'", "T")
-    saved = _forward("project_residual", call, {"out": ("B", "T'", "d")})
+    saved = forward("project_residual", call, {"out": ("B", "T'", "d")})
     return saved.tensors["out"], saved
 
 
@@ -366,7 +337,7 @@ def project_residual_backward(
     """
     if not 0 <= h_scale < float("inf"):
         raise ValueError(f"h_scale is {h_scale}; expected mlp_up's, or 0 for the gradient at a itself.")
-    call = _Backward("project_residual", saved)
+    call = Backward("project_residual", saved)
     call.upstream(dout=dout)
     call.written("a")
     call.added(add_to, *(("w",) if weights else ()))
@@ -390,10 +361,10 @@ def finish_projection(
     Returns:
         factor·scale⊙dw by rows, and dscale + the sums of factor·Q(w)⊙dw by rows.
     """
-    call = _Arrays()
+    call = Arrays()
     call.add("w", w, "d", "c")
     call.add("scale", scale, "d")
-    results = _Arrays(call.dtype, call.sizes)
+    results = Arrays(call.dtype, call.sizes)
     results.add("dw", dw, "d", "c", copy=True)
     results.add("dscale", np.zeros_like(call.arrays["scale"]) if dscale is None else dscale, "d", copy=True)
     call.native().finish_projection(call.arrays, results.arrays, _integer(clip, "clip", 0, 127), float(factor))
@@ -411,10 +382,10 @@ def mlp_up(x: Any, w: Any, *, h_scale: float = 1.0) -> tuple[FloatArray, Saved]:
     Returns:
         h [B, T, F], and what `mlp_up_backward` needs.
     """
-    call = _Arrays()
+    call = Arrays()
     call.add("x", x, "B", "T", "d")
     call.add("w", w, "F", "d")
-    saved = _forward("mlp_up", call, {"h": ("B", "T", "F")}, h_scale=float(h_scale))
+    saved = forward("mlp_up", call, {"h": ("B", "T", "F")}, h_scale=float(h_scale))
     return saved.tensors["h"], saved
 
 
@@ -425,7 +396,7 @@ def mlp_up_backward(
 
     w's only with `weights`; `add_to` may hold any field.
     """
-    call = _Backward("mlp_up", saved)
+    call = Backward("mlp_up", saved)
     call.inputs["du"] = call.like("h", "du", du)
     call.added(add_to, *(MlpUpGrads._fields if weights else ("x",)))
     return MlpUpGrads(*call.run(*MlpUpGrads._fields))
@@ -447,9 +418,9 @@ def head_logits(x: Any, w: Any, *, softcap: float = 30.0, first: int = 0, adapte
     Returns:
         [B, T − first, V].
     """
-    call = _Arrays()
+    call = Arrays()
     numbers = call.add_head(x, w, softcap, first, adapters)
-    return _forward("head_logits", call, {"logits": ("B", "T'", "V")}, **numbers).tensors["logits"]
+    return forward("head_logits", call, {"logits": ("B", "T'", "V")}, **numbers).tensors["logits"]
 
 
 def head_loss(
@@ -464,10 +435,10 @@ def head_loss(
     Returns:
         [B, T − first].
     """
-    call = _Arrays()
+    call = Arrays()
     numbers = call.add_head(x, w, softcap, first, adapters)
     call.add_tokens("targets", targets)
-    return _forward("head_loss", call, {"losses": ("B", "T'")}, **numbers).tensors["losses"]
+    return forward("head_loss", call, {"losses": ("B", "T'")}, **numbers).tensors["losses"]
 
 
 def head_loss_backward(
@@ -495,13 +466,13 @@ def head_loss_backward(
     Returns:
         The losses [B, T − first], and the gradients; x's is 0 before first.
     """
-    arrays = _Arrays()
+    arrays = Arrays()
     numbers = arrays.add_head(x, w, softcap, first, adapters)
     arrays.add_tokens("targets", targets)
     if loss_weights is not None:
         arrays.add("weights", loss_weights, "B", "T'")
     numbers["loss_scale"] = float(loss_scale)
-    call = _Backward("head_loss", Saved("head_loss", arrays.dtype, arrays.arrays, numbers))
+    call = Backward("head_loss", Saved("head_loss", arrays.dtype, arrays.arrays, numbers))
     call.outputs["losses"] = arrays.empty("B", "T'")
     call.written("x", "adapters")
     call.added(add_to, *(("w",) if weights else ()))
@@ -518,7 +489,7 @@ def grad_norm(grads: Sequence[Any], clip: float = 0.0) -> GradNorm:
         grads: arrays of any shapes.
         clip: the largest norm that is left as it is; 0: any.
     """
-    call = _Arrays()
+    call = Arrays()
     arrays = call.add_list("grads", grads)
     return GradNorm(*call.native().grad_norm(arrays, clip=float(clip)))
 
@@ -556,7 +527,7 @@ def adam(
     if group not in GROUPS:
         raise ValueError(f"group is {group!r}; expected one of {', '.join(GROUPS)}.")
     t = _integer(step, "step", 1, 2**53)
-    call = _Arrays()
+    call = Arrays()
     new_weights = call.add_list("weights", weights, copy=True)
     gradients = call.add_list("grads", grads, like=new_weights)
     new_m = call.add_list("m", m, like=new_weights, copy=True)
@@ -633,7 +604,7 @@ def adapters_step(
 def _adapters(
     arrays: Mapping[str, Any], rows: tuple[str, Any, int], run: Callable[..., object], least: int = 1
 ) -> AdapterNumbers:
-    call = _Arrays()
+    call = Arrays()
     for name, value in arrays.items():
         call.add(name, value, "B", "size", copy=name != "grad")
     if call.sizes["size"] < least:
@@ -677,7 +648,7 @@ def muon(
         The new weights and momenta.
     """
     steps = _integer(ns_steps, "ns_steps", 1, 1000)
-    call = _Arrays()
+    call = Arrays()
     new_weights = call.add_list("weights", weights, copy=True)
     for i, w in enumerate(new_weights):
         if w.ndim != 2:
@@ -706,7 +677,7 @@ def product(a: Any, b: Any) -> FloatArray:
         a: [m, k].
         b: [n, k].
     """
-    call = _Arrays()
+    call = Arrays()
     call.add("a", a, "m", "k")
     call.add("b", b, "n", "k")
     out = call.empty("m", "n")
@@ -721,7 +692,7 @@ def newton_schulz(u: Any, steps: int = 5) -> FloatArray:
         u: [rows, cols].
         steps: iterations, at least 1.
     """
-    call = _Arrays()
+    call = Arrays()
     call.add("u", u, "rows", "cols")
     out = call.empty("rows", "cols")
     call.native().newton_schulz(call.arrays["u"], out, _integer(steps, "steps", 1, 1000))
@@ -739,7 +710,7 @@ def working_copy(w: Any, scale: Any = None, *, clip: int = 0, factor: float = 1.
         factor: a power of two.
     """
     limit = _integer(clip, "clip", 0, 127)
-    call = _Arrays()
+    call = Arrays()
     call.add("w", w, "rows", "cols")
     if scale is not None:
         call.add("scale", scale, "rows")
@@ -759,7 +730,7 @@ def quantize_rows(w: Any, clip: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[
         q [rows, cols] int8, scale [rows] float16.
     """
     limit = _integer(clip, "clip", 1, 127)
-    call = _Arrays(np.dtype(np.float32))
+    call = Arrays(np.dtype(np.float32))
     matrix = call.add("w", w, "rows", "cols")
     q = np.zeros(matrix.shape, np.int8)
     scale = np.zeros(len(matrix), np.uint16)
@@ -780,7 +751,7 @@ def dequantize_rows(q: Any, scale: Any) -> FloatArray:
             f"q is {integers.dtype} {integers.shape}, scale {halves.dtype} {halves.shape}; "
             "expected int8 (rows, cols) and float16 (rows,)."
         )
-    call = _Arrays(np.dtype(np.float32), {"rows": integers.shape[0], "cols": integers.shape[1]})
+    call = Arrays(np.dtype(np.float32), {"rows": integers.shape[0], "cols": integers.shape[1]})
     out = call.empty("rows", "cols")
     call.native().dequantize_rows(np.ascontiguousarray(integers), np.ascontiguousarray(halves).view(np.uint16), out)
     return out
@@ -788,239 +759,15 @@ def dequantize_rows(q: Any, scale: Any) -> FloatArray:
 
 def sum(x: Any) -> float:
     """Σ x in float64, x of any shape."""
-    call = _Arrays()
+    call = Arrays()
     (array,) = call.add_list("x", [x])
     return float(call.native().sum(array))
 
 
 def axpby(a: float, x: Any, b: float, y: Any) -> FloatArray:
     """`a·x + b·y` for arrays of one shape."""
-    call = _Arrays()
+    call = Arrays()
     (left,) = call.add_list("x", [x])
     (right,) = call.add_list("y", [y], like=[left], copy=True)
     call.native().axpby(float(a), left, float(b), right)
     return right
-
-
-# Checks and calls -----------------------------------------------------------------------------------------------------
-
-
-class _Arrays:
-    """The checked arrays of one call. The first array with a letter in its shape decides that letter's size."""
-
-    def __init__(self, dtype: np.dtype[Any] | None = None, sizes: Mapping[str, int] | None = None) -> None:
-        self.arrays: dict[str, npt.NDArray[Any]] = {}
-        self.sizes = dict(sizes or {})
-        self.known_dtype = dtype
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        assert self.known_dtype is not None
-        return self.known_dtype
-
-    def native(self) -> Any:
-        return _native(self.dtype)
-
-    def add(self, name: str, value: Any, *shape: str | int, copy: bool = False) -> FloatArray:
-        array = as_array(value, name)
-        if self.known_dtype is None:
-            if array.dtype not in (np.float32, np.float64):
-                raise TypeError(f"{name} has dtype {array.dtype}; expected float32 or float64.")
-            self.known_dtype = array.dtype
-        elif array.dtype != self.known_dtype:
-            raise TypeError(f"{name} has dtype {array.dtype}; expected {self.known_dtype}, the dtype of the others.")
-        self._fit(name, array.shape, shape)
-        self.arrays[name] = np.array(array, order="C") if copy else np.asarray(array, order="C")
-        return self.arrays[name]
-
-    def add_tokens(self, name: str, value: Any) -> None:
-        tokens = as_tokens(value, name)
-        self._fit(name, tokens.shape, ("B", "T"))
-        vocab = self.sizes["V"]
-        bad = np.argwhere((tokens < 0) | (tokens >= vocab))
-        if len(bad):
-            b, t = bad[0]
-            raise ValueError(f"{name}[{b}, {t}] is {tokens[b, t]}; token ids run from 0 to {vocab - 1}.")
-        self.arrays[name] = tokens
-
-    def add_mixed(self, mixed: MixedInput) -> None:
-        if not isinstance(mixed, MixedInput):
-            raise TypeError(f"mixed is a {type(mixed).__name__}; expected an ops.MixedInput.")
-        self.add("x", mixed.x, "B", "T", "d")
-        self.add("x0", mixed.x0, "B", "T", "d")
-        self.add("resid_mix", mixed.resid_mix, 2, "d")
-        if (mixed.skip is None) != (mixed.skip_weight is None):
-            raise ValueError("The mixed input has one of skip and skip_weight; expected both or neither.")
-        if mixed.skip is not None:
-            self.add("skip", mixed.skip, "B", "T", "d")
-            self.add("skip_weight", mixed.skip_weight, "d")
-
-    def add_adapters(self, adapters: Any, size: int) -> None:
-        """Low-rank changes with `size` numbers a rank, [B, r·size]."""
-        if adapters is None:
-            return
-        rank, rest = divmod(self.add("adapters", adapters, "B", "r·n").shape[1], size)
-        if rest or rank == 0:
-            raise ValueError(f"adapters has {self.sizes['r·n']} numbers a row; expected a multiple of {size}.")
-
-    def add_head(self, x: Any, w: Any, softcap: float, first: int, adapters: Any) -> dict[str, Any]:
-        self.add("x", x, "B", "T", "d")
-        self.add("w", w, "V", "d")
-        if not 0 < softcap < float("inf"):
-            raise ValueError(f"softcap is {softcap}; expected a number above 0.")
-        start = _integer(first, "first", 0, self.sizes["T"] - 1)
-        self.sizes["T'"] = self.sizes["T"] - start
-        self.add_adapters(adapters, self.sizes["d"] + self.sizes["V"])
-        return {"softcap": float(softcap), "first": start}
-
-    def at_most(self, name: str, side: str, limit: str) -> None:
-        if self.sizes[side] > self.sizes[limit]:
-            raise ValueError(
-                f"{name} has {self.sizes[side]} positions; expected at most {self.sizes[limit]}, those that there are."
-            )
-
-    def add_list(
-        self, name: str, values: Sequence[Any], like: Sequence[FloatArray] | None = None, copy: bool = False
-    ) -> list[FloatArray]:
-        if len(values) == 0 or (like is not None and len(values) != len(like)):
-            wanted = "at least 1" if like is None else len(like)
-            raise ValueError(f"{name} holds {len(values)} arrays; expected {wanted}.")
-        shapes = [as_array(value, name).shape for value in values] if like is None else [w.shape for w in like]
-        return [
-            self.add(f"{name}[{i}]", value, *shape, copy=copy)
-            for i, (value, shape) in enumerate(zip(values, shapes, strict=True))
-        ]
-
-    def empty(self, *shape: str) -> FloatArray:
-        """An array to be written: it starts as NaN, so that an element that nobody writes shows."""
-        return np.full([self.sizes[letter] for letter in shape], np.nan, self.dtype)
-
-    def _fit(self, name: str, found: tuple[int, ...], shape: tuple[str | int, ...]) -> None:
-        expected = [self.sizes.get(side, side) if isinstance(side, str) else side for side in shape]
-        fits = len(found) == len(shape) and all(
-            n >= 1 if isinstance(side, str) else n == side for n, side in zip(found, expected, strict=True)
-        )
-        if not fits:
-            letters, values = (f"({', '.join(map(str, sides))})" for sides in (shape, expected))
-            meaning = letters if letters == values else f"{letters} = {values}"
-            raise ValueError(f"{name} has shape {found}; expected {meaning}, each at least 1.")
-        self.sizes.update({side: n for side, n in zip(shape, found, strict=True) if isinstance(side, str)})
-
-
-_place: ContextVar[tuple[int, str] | None] = ContextVar("place", default=None)
-
-
-@contextmanager
-def on(device: str, dtype: str | None = None) -> Iterator[None]:
-    """Where and in which precision the operations of a `with` block run; without it, on the CPU in the arrays' dtype.
-
-    Arrays stay float32 NumPy arrays; those that an operation stores in a 16-bit dtype (activations and the matrices of
-    products; not vectors, gradients of parameters, logits and losses) are rounded to it on their way in.
-
-    Args:
-        device: "cpu", "cuda" or "cuda:<number>".
-        dtype: "bfloat16", "float16", "float32"; None is the device's own, as `pgolf.GPT` chooses it. On the CPU a
-            16-bit dtype means float32 arithmetic, rounded where a GPU would store it.
-
-    Raises:
-        DeviceError: the device cannot be used.
-        ValueError: an unknown device or dtype.
-    """
-    place, number = resolve_device(device)
-    token = _place.set((number, resolve_dtype(dtype, place)))
-    try:
-        yield
-    finally:
-        _place.reset(token)
-
-
-@contextmanager
-def timed(repeats: int = 0) -> Iterator[Callable[[], float]]:
-    """For benchmarks: yields a function that tells the seconds of the last operation on float32 arrays.
-
-    They are those of the operation alone, without its arrays' way to the device and back. Enter it inside `on`.
-
-    Args:
-        repeats: above 0, an operation is run again so many times, and the seconds are the mean of those. What it
-            returns then means nothing: some of its arrays are inputs and outputs at once.
-    """
-    native = _native(np.dtype(np.float32))
-    native.repeats = _integer(repeats, "repeats", 0, 1_000_000)
-    try:
-        yield lambda: float(native.seconds)
-    finally:
-        native.repeats = 0
-
-
-@functools.cache
-def _native_on(device: int, dtype: str) -> Any:
-    return _C.Ops(device, dtype)
-
-
-def _native(dtype: np.dtype[Any]) -> Any:
-    place = _place.get()
-    if place is None:
-        return _native_on(-1, str(dtype))
-    if dtype == np.float64 and place[1] != "float64":
-        raise TypeError(f"The arrays are float64; operations in {place[1]} take float32 arrays.")
-    return _native_on(*place)
-
-
-def _forward(operation: str, call: _Arrays, outputs: Mapping[str, tuple[str, ...]], **numbers: Any) -> Saved:
-    results = {name: call.empty(*shape) for name, shape in outputs.items()}
-    kept = getattr(call.native(), operation)(call.arrays, results, **numbers)
-    return Saved(operation, call.dtype, {**call.arrays, **results, "saved": kept}, numbers)
-
-
-class _Backward:
-    """One call of an operation's backward; the gradient at the tensor `name` is the native argument "d" + name."""
-
-    def __init__(self, operation: str, saved: Saved) -> None:
-        if not isinstance(saved, Saved) or saved.operation != operation:
-            found = f"ops.{saved.operation}" if isinstance(saved, Saved) else f"a {type(saved).__name__}"
-            raise ValueError(f"saved comes from {found}; expected what ops.{operation} returned.")
-        self.operation, self.saved = operation, saved
-        self.inputs = dict(saved.tensors)
-        self.outputs: dict[str, FloatArray] = {}
-
-    def like(self, tensor: str, label: str, value: Any) -> FloatArray:
-        """A checked copy of `value`: backwards use some inputs as scratch, and two may be one array."""
-        return _Arrays(self.saved.dtype).add(label, value, *self.saved.tensors[tensor].shape, copy=True)
-
-    def start(self, tensor: str, label: str, value: Any) -> FloatArray:
-        """What a gradient is added to; None: zeros."""
-        return np.zeros_like(self.saved.tensors[tensor]) if value is None else self.like(tensor, label, value)
-
-    def needs_all(self, queries: str, positions: str) -> None:
-        found, expected = (self.saved.tensors[name].shape[1] for name in (queries, positions))
-        if found != expected:
-            raise ValueError(
-                f"saved comes from a call with the queries of {found} positions; the backward needs all {expected}."
-            )
-
-    def upstream(self, **gradients: Any) -> None:
-        """Gradients at results."""
-        for label, value in gradients.items():
-            self.inputs[label] = self.like(label.removeprefix("d"), label, value)
-
-    def written(self, *tensors: str) -> None:
-        """These tensors' gradients, where present, are overwritten."""
-        for name in tensors:
-            if name in self.saved.tensors:
-                self.outputs["d" + name] = np.full_like(self.saved.tensors[name], np.nan)
-
-    def added(self, add_to: Mapping[str, Any] | None, *tensors: str) -> None:
-        """These tensors' gradients, where present, are added to what add_to holds."""
-        present = [name for name in tensors if name in self.saved.tensors]
-        given = dict(add_to or {})
-        for name in given:
-            if name not in present:
-                raise ValueError(f"add_to holds {name!r}; expected names from: {', '.join(present)}.")
-        for name in present:
-            self.outputs["d" + name] = self.start(name, f"add_to[{name!r}]", given.get(name))
-
-    def run(self, *fields: str, **numbers: float) -> list[Any]:
-        """The gradients of these tensors, None where absent. numbers: the backward's own."""
-        native = _native(self.saved.dtype)
-        getattr(native, self.operation + "_backward")(self.inputs, self.outputs, **self.saved.numbers, **numbers)
-        return [self.outputs.get("d" + name) for name in fields]

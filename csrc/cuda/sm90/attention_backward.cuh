@@ -222,6 +222,7 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
         dq[0][n][i] *= gain * a.root;
         dq[0][n][i + 1] *= gain * a.root;
       }
+    __syncwarp();
     warp_arrive(queries_empty(query_stage));
     if (++query_stage == Tiles::kQueryStages) query_stage = 0, query_parity ^= 1;
     if (tiles == 0) continue;
@@ -319,6 +320,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
     __syncwarp();
     load_fragments<kHeadWidth, 1>(k, keys, warp * 16);
     load_fragments<kHeadWidth, 1>(v, keys + Tiles::kKeyBytes, warp * 16);
+    __syncwarp();
     warp_arrive(keys_empty);
 
     Scores<1, kHeadWidth> dk = {}, dv = {};
@@ -371,6 +373,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
             for (int i = 0; i < 4; ++i)
               ds[0][n][i] = p[0][n][i] * fmaf(ds[0][n][i], gain, i % 2 == 0 ? -rows[n].z : -rows[n].w);
           }
+          __syncwarp();  // all have read the numbers: the tile may be given back after the products
           round_fragments<S, kQueries>(rounded_ds, ds[0]);
           products_begin();
 #pragma unroll

@@ -28,16 +28,15 @@ __device__ __forceinline__ void barriers_ready() {
 __device__ __forceinline__ void barrier_arrive(unsigned barrier) {
   PGOLF_SM90(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"));
 }
-// Arrives for the whole warp, once all its lanes have come here: gives back what they have read with instructions of
-// their own. compute-sanitizer's racecheck does not see that the others' reads come before an arrival by one of them;
-// for it, -DPGOLF_RACECHECK makes every lane arrive.
+// Arrives for a whole warp, whose lanes have met (__syncwarp) since they read what is given back here.
+// compute-sanitizer's racecheck does not see that the others' reads come before an arrival by one of them; for it,
+// -DPGOLF_RACECHECK makes every lane arrive.
 #if defined(PGOLF_RACECHECK)
 inline constexpr int kWarpArrivals = kWarp;
 #else
 inline constexpr int kWarpArrivals = 1;
 #endif
 __device__ __forceinline__ void warp_arrive(unsigned barrier) {
-  __syncwarp();
   if (kWarpArrivals == kWarp || threadIdx.x % kWarp == 0) barrier_arrive(barrier);
 }
 __device__ __forceinline__ void barrier_expect(unsigned barrier, unsigned bytes) {  // arrives too

@@ -217,6 +217,7 @@ __global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
   while (true) {
     barrier_wait(told(slot), slot_parity);
     const Tiles::Announced work = announced[slot];
+    __syncwarp();  // all have read it
     warp_arrive(heard(slot));
     slot += Tiles::kConsumers;
     if (slot >= kTurns) slot -= kTurns, slot_parity ^= 1;
