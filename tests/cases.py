@@ -39,8 +39,8 @@ class Case:
     def generator(self) -> np.random.Generator:
         return np.random.default_rng(len(self.name))
 
-    def reference(self) -> tuple[Arrays, Arrays, Arrays]:
-        """Outputs, the random gradients at them, and gradients; float64."""
+    def reference(self, stored: Callable[[np.ndarray], np.ndarray] = lambda x: x) -> tuple[Arrays, Arrays, Arrays]:
+        """Outputs, the random gradients at them, and gradients; float64. stored: what a random gradient is kept as."""
         rng = self.generator()
         leaves = {
             name: torch.tensor(value, dtype=torch.float64, requires_grad=True)
@@ -49,7 +49,7 @@ class Case:
             for name, value in self.inputs.items()
         }
         outputs = self.expected(leaves)
-        upstream = {name: draw(rng, *out.shape) if out.ndim else np.ones(()) for name, out in outputs.items()}
+        upstream = {name: stored(draw(rng, *out.shape)) if out.ndim else np.ones(()) for name, out in outputs.items()}
         objective = sum((out * torch.tensor(upstream[name])).sum() for name, out in outputs.items())
         gradients = torch.autograd.grad(objective, [leaves[name] for name in self.gradients])
         return (

@@ -123,28 +123,15 @@ def rounded(case: Case, place: Place) -> Case:
 
 def check(case: Case, place: Place) -> None:
     case = rounded(case, place)
-    rng = case.generator()
-    leaves = {
-        name: torch.tensor(value, dtype=torch.float64, requires_grad=True)
-        if value.dtype.kind == "f"
-        else torch.tensor(value)
-        for name, value in case.inputs.items()
-    }
-    outputs = case.expected(leaves)
-    upstream = {
-        name: np.ones(()) if out.ndim == 0 else place.round(draw(rng, *out.shape)) for name, out in outputs.items()
-    }
-    objective = sum((out * torch.tensor(upstream[name])).sum() for name, out in outputs.items())
-    found = torch.autograd.grad(objective, [leaves[name] for name in case.gradients])
-    gradients = {name: g.numpy() for name, g in zip(case.gradients, found, strict=True)}
+    outputs, upstream, gradients = case.reference(place.round)
     starts = {name: place.round(start) for name, start in case.starts(gradients).items()}
     with ops.on(place.device, place.dtype):
         native_outputs, native_gradients = case.native("float32", upstream, starts)
     for name, out in native_outputs.items():
-        wanted = outputs[name].detach().numpy()
+        wanted = outputs[name]
         size = float(np.linalg.norm(wanted))
         if "losses" in name:  # differences of logits
-            size = max(size, rms_of(outputs["logits"].numpy()) * math.sqrt(wanted.size))
+            size = max(size, rms_of(outputs["logits"]) * math.sqrt(wanted.size))
         cancelled = 0.0 if name in MASTER_RESULTS else CANCELLED
         compare(out, wanted, size, place, f"{case.name}: {name}", cancelled)
     everything = math.sqrt(sum(float(np.sum(g**2)) for g in gradients.values()))
