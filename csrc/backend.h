@@ -86,7 +86,7 @@ struct Qkv {
   TensorView saved, scratch;
 };
 struct QkvGrads {
-  TensorView dq, dk, dv;  // in; left undefined
+  TensorView dqkv;     // in [B, T, H + 2K, D]: the gradients at the products n·wᵀ, those of q, k, v side by side
   TensorView dx;       // inout [B, T, d]: in, the gradient at m from the residual path; out, at x. Where it is absent
                        //   only weights and adapters have gradients: resid_mix, skip_weight, dx0, dskip have none
   TensorView dx0;      // inout [B, T, d], M: +=; may be absent
@@ -106,9 +106,15 @@ struct Attention {
   TensorView o;        // out [B, T', H, D]
   TensorView saved, scratch;
 };
+// A Qkv's tables and what it saved, for a backward that goes from its q and k on to their products.
+struct HeadNorms {
+  TensorView cos, sin, saved;
+};
 struct AttentionGrads {
-  TensorView d_o;         // in [B, T, H, D]
-  TensorView dq, dk, dv;  // out
+  TensorView d_o;   // in [B, T, H, D]
+  TensorView dqkv;  // out [B, T, H + 2K, D]: the gradients of q, k, v side by side; at the products that Qkv made them
+                    //   of where norms are given
+  HeadNorms norms;  // may be absent
   TensorView gain;
   TensorView scratch;
 };
@@ -286,6 +292,9 @@ class Backend {
   virtual OpBytes bytes(const Qkv&) const = 0;
   virtual void qkv_forward(const Qkv&) = 0;
   virtual void qkv_backward(const Qkv&, const QkvGrads&) = 0;
+  // Norm and RoPE alone, dqkv [B, T, H + 2K, D] inout: the gradients at q, k, v → at their products. Of op, q, k, cos,
+  // sin and saved are read.
+  virtual void heads_backward(const Qkv& op, const TensorView& dqkv) = 0;
 
   virtual OpBytes bytes(const Attention&) const = 0;
   virtual void attention_forward(const Attention&) = 0;

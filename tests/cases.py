@@ -247,6 +247,31 @@ def attention_case(B: int, T: int, H: int, K: int, D: int) -> Case:
     return Case(f"attention {B}x{T} H{H} K{K} D{D}", inputs, expected, run, list(inputs), ["gain"])
 
 
+def heads_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "") -> Case:
+    """q, k, v and attention as a training step runs them: attention's backward goes on to the products."""
+    inputs = qkv_case(B, T, d, H, K, D, skip).inputs
+    gain = draw(np.random.default_rng(3), H)
+
+    def expected(t):
+        n = reference.rms(mixed_reference(t))
+        parts = (t["wq"], t["wk"], t["wv"], t["gain"], t["cos"][:T], t["sin"][:T])
+        return {"o": reference.causal_attention(*reference.queries_keys_values(n, *parts))}
+
+    def run(inputs, upstream, starts):
+        arguments = [inputs[name] for name in ("wq", "wk", "wv", "cos", "sin")]
+        heads, made = ops.qkv(mixed_native(inputs, skip), *arguments)
+        o, saved = ops.attention(*heads, inputs["gain"])
+        add_to = {"gain": starts.pop("gain")}
+        *at_products, gain = ops.attention_backward(saved, upstream["o"], qkv=made, add_to=add_to)
+        gradients = ops.qkv_backward(made, *at_products, at_products=True, add_to=starts)
+        return {"o": o}, {**named(gradients), "gain": gain}
+
+    gradients = [name for name in (*inputs, "gain") if name not in ("cos", "sin")]
+    started = [name for name in gradients if name not in ("x", "skip")]
+    name = f"heads {B}x{T} d{d} H{H} K{K} D{D} skip {skip!r}"
+    return Case(name, {**inputs, "gain": gain}, expected, run, gradients, started)
+
+
 def project_residual_case(
     B: int, T: int, d: int, c: int, skip: str | None = None, h_scale: float | None = None
 ) -> Case:

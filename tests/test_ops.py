@@ -27,6 +27,7 @@ from tests.cases import (
     draw,
     embed_case,
     head_case,
+    heads_case,
     mixed_native,
     mlp_up_case,
     project_residual_case,
@@ -68,6 +69,11 @@ ATTENTION = [
     attention_case(3, 64, 4, 1, 6),
     attention_case(1, 65, 3, 3, 64),
 ]
+HEADS = [
+    heads_case(2, 130, 34, 4, 2, 6, "other"),
+    heads_case(1, 1, 2, 1, 1, 2),
+    heads_case(3, 65, 32, 3, 1, 64, "x"),
+]
 PROJECT_RESIDUAL = [
     project_residual_case(2, 65, 34, 6, "other"),
     project_residual_case(1, 1, 2, 2),
@@ -98,8 +104,8 @@ HEAD = [
     adapted_head_case(7, 300, 6, 1000, first=40, rank=2),  # or several
     adapted_head_case(2, 65, 34, 97, first=64, rank=0),
 ]
-CASES = [*EMBED, *QKV, *ATTENTION, *PROJECT_RESIDUAL, *MLP_UP, *HEAD]
-FIRST_CASES = [group[0] for group in (EMBED, QKV, ATTENTION, PROJECT_RESIDUAL, MLP_UP, HEAD)]
+CASES = [*EMBED, *QKV, *ATTENTION, *HEADS, *PROJECT_RESIDUAL, *MLP_UP, *HEAD]
+FIRST_CASES = [group[0] for group in (EMBED, QKV, ATTENTION, HEADS, PROJECT_RESIDUAL, MLP_UP, HEAD)]
 
 
 # Parity ---------------------------------------------------------------------------------------------------------------
@@ -183,8 +189,9 @@ def test_pending_may_be_dskip_itself(dtype):
 
     names = [name for name in ops.QkvGrads._fields if name != "adapters"]
     outputs = {"d" + name: np.zeros_like(saved.tensors[name]) for name in names}
-    gradients = {"d" + name: upstream[name].copy() for name in "qkv"}
+    gradients = {"dqkv": np.concatenate([upstream[name] for name in "qkv"], axis=2)}
     native = _C.Ops(-1, dtype)
+    native.heads_backward(saved.tensors, gradients)
     native.qkv_backward({**saved.tensors, **gradients, "pending": outputs["dskip"]}, outputs)
     assert same_bits(outputs["dskip"], apart.skip)
     assert same_bits(outputs["dx"], apart.x + apart.skip)

@@ -23,13 +23,14 @@ from tests.cases import (
     draw,
     embed_case,
     head_case,
+    mixed_native,
     mlp_up_case,
     project_residual_case,
     qkv_case,
     same_bits,
 )
 from tests.places import GPU_PLACES, ROUNDING_PLACES, Place
-from tests.reference import trainer
+from tests.reference import model, trainer
 from tests.reference.rng import uniform
 
 torch.set_num_threads(2)
@@ -166,6 +167,48 @@ def compare(found: np.ndarray, expected: np.ndarray, scale: float, place: Place,
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_outputs_and_gradients_are_the_reference_s_up_to_rounding(case: Case, place: Place) -> None:
     check(case, place)
+
+
+HEADS = [(1, 1, 32, 2, 1, 32), (2, 65, 64, 2, 1, 32), (3, 130, 128, 4, 2, 64), (1, 257, 128, 2, 2, 128)]
+HEADS += [(1, 200, 80, 2, 1, 40), (1, 1000, 512, 8, 4, 64), (24, 260, 64, 8, 4, 64)]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize(("B", "T", "d", "H", "K", "D"), HEADS)
+def test_attention_s_backward_goes_past_norm_and_rope(
+    B: int, T: int, d: int, H: int, K: int, D: int, place: Place
+) -> None:
+    """From the q, k and v that the place itself stored: what it rounded before is no error of this step."""
+    case = rounded(qkv_case(B, T, d, H, K, D), place)
+    t = {name: torch.tensor(value) for name, value in case.inputs.items()}
+    rng = np.random.default_rng(4)
+    gain, do = draw(rng, H).astype(np.float32), place.round(draw(rng, B, T, H, D)).astype(np.float32)
+    inputs = {name: value.astype(np.float32) for name, value in case.inputs.items()}
+    with ops.on(place.device, place.dtype):
+        weights = (inputs[name] for name in ("wq", "wk", "wv", "cos", "sin"))
+        heads, made = ops.qkv(mixed_native(inputs, ""), *weights)
+        _, saved = ops.attention(*heads, gain)
+        found = ops.attention_backward(saved, do, qkv=made)
+        at_heads = ops.attention_backward(saved, do)
+    assert same_bits(found.gain, at_heads.gain)
+
+    n = model.rms(t["resid_mix"][0] * t["x"] + t["resid_mix"][1] * t["x0"])
+    cos, sin = t["cos"][:T], t["sin"][:T]
+    leaves, rotated = [], []
+    for stored, w in zip(heads[:2], (t["wq"], t["wk"]), strict=True):
+        size = (n @ w.T).unflatten(-1, (-1, D)).square().mean(-1, keepdim=True).sqrt()
+        back = model.apply_rope(torch.tensor(stored, dtype=torch.float64), cos, -sin)
+        leaves.append((back * size).requires_grad_())
+        through = model.apply_rope(model.rms(leaves[-1]), cos, sin)
+        rotated.append(through + (torch.tensor(stored) - through).detach())
+    leaves.append(torch.tensor(heads[2], dtype=torch.float64, requires_grad=True))
+    o = model.causal_attention(rotated[0] * torch.tensor(gain)[:, None], rotated[1], leaves[2])
+    expected = torch.autograd.grad(o, leaves, torch.tensor(do, dtype=torch.float64))
+    everything = math.sqrt(sum(float(g.square().sum()) for g in expected))
+    for name, wanted in zip("qkv", expected, strict=True):
+        size = float(wanted.norm())
+        size = size if size > 1e-9 * everything else everything  # of one position, q's and k's are 0
+        compare(getattr(found, name), wanted.numpy(), size, place, f"gradient of {name}", CANCELLED_IN_ATTENTION)
 
 
 # Exact ----------------------------------------------------------------------------------------------------------------

@@ -254,9 +254,7 @@ Qkv make_qkv(Staged& t, const py::kwargs&) {
 }
 QkvGrads make_qkv_grads(Staged& t, const py::kwargs&) {
   QkvGrads grads;
-  grads.dq = t["dq"];
-  grads.dk = t["dk"];
-  grads.dv = t["dv"];
+  grads.dqkv = t["dqkv"];
   grads.dx = t.find("dx");
   grads.dx0 = t.find("dx0", true);
   grads.dskip = t.find("dskip");
@@ -282,9 +280,8 @@ Attention make_attention(Staged& t, const py::kwargs&) {
 AttentionGrads make_attention_grads(Staged& t, const py::kwargs&) {
   AttentionGrads grads;
   grads.d_o = t["do"];
-  grads.dq = t["dq"];
-  grads.dk = t["dk"];
-  grads.dv = t["dv"];
+  grads.dqkv = t["dqkv"];
+  if (t.has("qkv_saved")) grads.norms = {t.master("cos"), t.master("sin"), t["qkv_saved"]};
   grads.gain = t.find("dgain", true);
   return grads;
 }
@@ -566,6 +563,15 @@ void axpby(Ops& self, double a, const py::array& x, double b, const py::array& y
   self.run(arrays, [&] { self.backend->axpby(a, from, b, to, nullptr); });
 }
 
+// Gradients at the heads to those at their products, in place: the inputs hold what `qkv` returned.
+void heads_backward(Ops& self, const py::dict& inputs, const py::dict& outputs) {
+  Staged arrays(*self.backend, inputs, outputs);
+  Qkv op = make_qkv(arrays, {});
+  op.saved = arrays["saved"];
+  const TensorView dqkv = arrays["dqkv"];
+  self.run(arrays, [&] { self.timed([&] { self.backend->heads_backward(op, dqkv); }); });
+}
+
 // The pool itself, for tests: function(i) for i in range(count), each on some thread of it.
 void run_python_tasks(std::int64_t count, const py::function& function) {
   py::gil_scoped_release release;
@@ -587,6 +593,7 @@ void bind_ops(py::module_& m) {
   def_backward(c, "embed_backward", make_embed, make_embed_grads, &Backend::embed_backward);
   def_forward(c, "qkv", make_qkv, &Backend::qkv_forward);
   def_backward(c, "qkv_backward", make_qkv, make_qkv_grads, &Backend::qkv_backward);
+  c.def("heads_backward", &heads_backward);
   def_forward(c, "attention", make_attention, &Backend::attention_forward);
   def_backward(c, "attention_backward", make_attention, make_attention_grads, &Backend::attention_backward);
   def_forward(c, "project_residual", make_project_residual, &Backend::project_residual_forward);

@@ -29,8 +29,8 @@ struct Adapters {
             rank, T(1), y, out[product]);
   }
   // du [rows, width], the product's part = dy·b
-  void up_backward(i64 sequence, int product, i64 rows, const T* dy, T* du) const {
-    gemm<T>(kPlain, kPlain, rows, rank, out[product], T(1), dy, out[product], b(sequence, product), rank, T(0),
+  void up_backward(i64 sequence, int product, i64 rows, const T* dy, i64 dy_stride, T* du) const {
+    gemm<T>(kPlain, kPlain, rows, rank, out[product], T(1), dy, dy_stride, b(sequence, product), rank, T(0),
             du + product * rank, width());
   }
   // dn [rows, in] += du·a
@@ -41,8 +41,8 @@ struct Adapters {
   void a_gradient(i64 sequence, i64 rows, const T* du, const T* n, T beta) const {
     gemm<T>(kTransposed, kPlain, width(), in, rows, T(1), du, width(), n, in, beta, a(sequence), in);
   }
-  void b_gradient(i64 sequence, int product, i64 rows, const T* dy, const T* u, T beta) const {
-    gemm<T>(kTransposed, kPlain, out[product], rank, rows, T(1), dy, out[product], u + product * rank, width(), beta,
+  void b_gradient(i64 sequence, int product, i64 rows, const T* dy, i64 dy_stride, const T* u, T beta) const {
+    gemm<T>(kTransposed, kPlain, out[product], rank, rows, T(1), dy, dy_stride, u + product * rank, width(), beta,
             b(sequence, product), rank);
   }
 

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "cpu/cpu_backend.h"
+#include "cpu/heads.h"
 #include "cpu/math.h"
 #include "cpu/rows.h"
 
@@ -119,27 +120,29 @@ void CpuBackend<T>::attention_backward(const Attention& op, const AttentionGrads
   Layout scratch_layout(grads.scratch.data);
   const BackwardScratch<T> scratch(scratch_layout, concurrency(), s);
   const T *gain = op.gain.as<T>(), *lse = op.saved.as<T>();
-  const i64 q_stride = s.H * s.D, k_stride = s.K * s.D;
+  const i64 q_stride = s.H * s.D, k_stride = s.K * s.D, stride = q_stride + 2 * k_stride, group = s.H / s.K;
+  Layout norms_layout(grads.norms.saved.data);
+  const HeadFactors<T> factors(norms_layout, s.B * s.L, s.B * s.L * s.H, s.B * s.L * s.K);
 
   // One task owns a key/value head of a sequence, so dk and dv are summed in one order.
   parallel_for(s.B * s.K, [&](i64 task) {
     const i64 b = task / s.K, kv = task % s.K;
     const i64 kv_at = (b * s.L * s.K + kv) * s.D;
     const T *k = op.k.as<T>() + kv_at, *v = op.v.as<T>() + kv_at;
-    T *dk = grads.dk.as<T>() + kv_at, *dv = grads.dv.as<T>() + kv_at;
+    T* const of_sequence = grads.dqkv.as<T>() + b * s.L * stride;
+    T *dk = of_sequence + (s.H + kv) * s.D, *dv = dk + k_stride;
     T *p = scratch.p.of(worker_index()), *dp = scratch.dp.of(worker_index());
     for (i64 t = 0; t < s.L; ++t)
-      for (i64 j = 0; j < s.D; ++j) dk[t * k_stride + j] = dv[t * k_stride + j] = 0;
+      for (i64 j = 0; j < s.D; ++j) dk[t * stride + j] = dv[t * stride + j] = 0;
 
-    for (i64 h = 0; h < s.H; ++h) {
-      if (h * s.K / s.H != kv) continue;
+    for (i64 h = kv * group; h < (kv + 1) * group; ++h) {
       const T scale = gain[h] * s.root;
       T dgain = 0;
       for (i64 q0 = 0; q0 < s.L; q0 += kQueryBlock) {
         const i64 rows = s.L - q0 < kQueryBlock ? s.L - q0 : kQueryBlock, keys = q0 + rows;
         const i64 at = ((b * s.L + q0) * s.H + h) * s.D;
         const T *q = op.q.as<T>() + at, *o = op.o.as<T>() + at, *d_o = grads.d_o.as<T>() + at;
-        T* dq = grads.dq.as<T>() + at;
+        T* dq = of_sequence + q0 * stride + h * s.D;
         raw_scores(s, q, k, rows, keys, p);
         gemm<T>(kPlain, kTransposed, rows, keys, s.D, T(1), d_o, q_stride, v, k_stride, T(0), dp, keys);
         for (i64 r = 0; r < rows; ++r) {
@@ -156,21 +159,28 @@ void CpuBackend<T>::attention_backward(const Attention& op, const AttentionGrads
           round(p_row, visible);
           round(dp_row, visible);
         }
-        gemm<T>(kTransposed, kPlain, keys, s.D, rows, T(1), p, keys, d_o, q_stride, T(1), dv, k_stride);
-        gemm<T>(kTransposed, kPlain, keys, s.D, rows, scale, dp, keys, q, q_stride, T(1), dk, k_stride);
-        gemm<T>(kPlain, kPlain, rows, s.D, keys, s.root, dp, keys, k, k_stride, T(0), dq, q_stride);
+        gemm<T>(kTransposed, kPlain, keys, s.D, rows, T(1), p, keys, d_o, q_stride, T(1), dv, stride);
+        gemm<T>(kTransposed, kPlain, keys, s.D, rows, scale, dp, keys, q, q_stride, T(1), dk, stride);
+        gemm<T>(kPlain, kPlain, rows, s.D, keys, s.root, dp, keys, k, k_stride, T(0), dq, stride);
         // dq is the gradient at gain·q so far.
         for (i64 r = 0; r < rows; ++r) {
-          dgain += dot(dq + r * q_stride, q + r * q_stride, s.D);
-          for (i64 j = 0; j < s.D; ++j) dq[r * q_stride + j] *= gain[h];
-          round(dq + r * q_stride, s.D);
+          dgain += dot(dq + r * stride, q + r * q_stride, s.D);
+          for (i64 j = 0; j < s.D; ++j) dq[r * stride + j] *= gain[h];
         }
       }
       scratch.dgain[b * s.H + h] = dgain;
     }
     for (i64 t = 0; t < s.L; ++t) {
-      round(dk + t * k_stride, s.D);
-      round(dv + t * k_stride, s.D);
+      T *dq = of_sequence + t * stride + kv * group * s.D, *own_dk = dk + t * stride;
+      if (grads.norms.saved) {
+        const T *cos = grads.norms.cos.as<T>() + t * (s.D / 2), *sin = grads.norms.sin.as<T>() + t * (s.D / 2);
+        const i64 head = (b * s.L + t) * s.H + kv * group, kv_head = (b * s.L + t) * s.K + kv;
+        norm_rotate_backward(op.q.as<T>() + head * s.D, dq, group, s.D, cos, sin, factors.q + head);
+        norm_rotate_backward(op.k.as<T>() + kv_head * s.D, own_dk, 1, s.D, cos, sin, factors.k + kv_head);
+      }
+      round(dq, group * s.D);
+      round(own_dk, s.D);
+      round(dv + t * stride, s.D);
     }
   });
   if (!grads.gain) return;

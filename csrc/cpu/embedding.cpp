@@ -229,7 +229,7 @@ void CpuBackend<T>::embed_backward(const Embed& op, const EmbedGrads& grads) {
   });
   scratch.dscale.add_to(grads.bigram_scale.as<T>());
   if (s.project)
-    gemm_weight_gradients<T>(s.N, s.e, scale, scratch.gathered, {{scratch.dsum, s.d, grads.bigram_proj.as<T>()}});
+    gemm_weight_gradients<T>(s.N, s.e, scale, scratch.gathered, {{scratch.dsum, s.d, s.d, grads.bigram_proj.as<T>()}});
   scratch.buckets.sort(s.N, [&](i64 t) { return bigram_bucket(ids, t, s.T_, s.n); });
   scratch.buckets.scatter(dread, scale, s.e, grads.bigram_emb.as<T>());
 }

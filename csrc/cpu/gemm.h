@@ -55,7 +55,7 @@ void gemm_symmetric(i64 n, i64 k, T alpha, const T* a, i64 lda, T* c) {
 template <class T>
 struct WeightGradient {
   const T* y;
-  i64 rows;
+  i64 stride, rows;  // of y
   T* w;
 };
 
@@ -78,7 +78,7 @@ void gemm_weight_gradients(i64 m, i64 cols, T alpha, const T* x, const WeightGra
     const i64 step = tile_rows(part), r = task / col_tiles * step, c = task % col_tiles * kMaxCols;
     const i64 height = part.rows - r < step ? part.rows - r : step;
     const i64 width = cols - c < kMaxCols ? cols - c : kMaxCols;
-    gemm<T>(kTransposed, kPlain, height, width, m, alpha, part.y + r, part.rows, x + c, cols, T(1),
+    gemm<T>(kTransposed, kPlain, height, width, m, alpha, part.y + r, part.stride, x + c, cols, T(1),
             part.w + r * cols + c, cols);
   });
 }

@@ -159,7 +159,7 @@ void CpuBackend<T>::head_loss_backward(const Head& op, const HeadGrads& grads) {
       }
       gemm<T>(kPlain, kPlain, count, s.d, s.V, T(1), logits, s.V, op.w.as<T>(), s.d, T(0), dnormed, s.d);
       if (adapters.numbers) {
-        adapters.up_backward(first / s.period(), 0, count, logits, du);
+        adapters.up_backward(first / s.period(), 0, count, logits, s.V, du);
         round(du, count * s.rank);
         adapters.down_backward(first / s.period(), count, du, dnormed);
       }
@@ -175,9 +175,11 @@ void CpuBackend<T>::head_loss_backward(const Head& op, const HeadGrads& grads) {
         const i64 offset = part * cut.period, sequence = (start + offset) / s.period();
         const T beta = (start + offset) % s.period() ? T(1) : T(0);  // of a sequence in several blocks
         dadapters.a_gradient(sequence, cut.period, scratch.du + offset * s.rank, scratch.normed + offset * s.d, beta);
-        dadapters.b_gradient(sequence, 0, cut.period, scratch.logits + offset * s.V, scratch.u + offset * s.rank, beta);
+        dadapters.b_gradient(sequence, 0, cut.period, scratch.logits + offset * s.V, s.V, scratch.u + offset * s.rank,
+                             beta);
       });
-    if (grads.w) gemm_weight_gradients<T>(rows, s.d, T(1), scratch.normed, {{scratch.logits, s.V, grads.w.as<T>()}});
+    if (grads.w)
+      gemm_weight_gradients<T>(rows, s.d, T(1), scratch.normed, {{scratch.logits, s.V, s.V, grads.w.as<T>()}});
   }
 }
 

@@ -90,7 +90,8 @@ void CpuBackend<T>::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
     }
     round(grads.dx.as<T>() + first * s.d, count * s.d);
   });
-  if (grads.w) gemm_weight_gradients<T>(s.N, s.d, T(1), scratch.normed, {{grads.du.as<T>(), s.F, grads.w.as<T>()}});
+  if (grads.w)
+    gemm_weight_gradients<T>(s.N, s.d, T(1), scratch.normed, {{grads.du.as<T>(), s.F, s.F, grads.w.as<T>()}});
 }
 
 #define PGOLF_INSTANTIATE(T)                                 \

@@ -63,7 +63,7 @@ void CpuBackend<T>::project_residual_backward(const ProjectResidual& op, const P
     }
     round(da, count * c);
   });
-  if (grads.w) gemm_weight_gradients<T>(N, c, T(1), op.a.as<T>(), {{dout, d, grads.w.as<T>()}});
+  if (grads.w) gemm_weight_gradients<T>(N, c, T(1), op.a.as<T>(), {{dout, d, d, grads.w.as<T>()}});
 }
 
 template <class T>

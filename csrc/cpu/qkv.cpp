@@ -1,6 +1,7 @@
 // Mixed input, norm, the three projections, head norms and RoPE.
 #include "cpu/adapters.h"
 #include "cpu/cpu_backend.h"
+#include "cpu/heads.h"
 
 PGOLF_CPU_BEGIN
 namespace {
@@ -27,14 +28,10 @@ struct Dims {
 };
 
 template <class T>
-struct Saved {
-  T *input, *q, *k;  // rms factors
-  T* u;              // [N, 2·rank]
+struct Saved : HeadFactors<T> {
+  T* u;  // [N, 2·rank]
   Saved(Layout& layout, const Dims& s)
-      : input(layout.take<T>(s.N)),
-        q(layout.take<T>(s.query_rows() * s.H)),
-        k(layout.take<T>(s.N * s.K)),
-        u(layout.take<T>(s.N * 2 * s.rank)) {}
+      : HeadFactors<T>(layout, s.N, s.query_rows() * s.H, s.N * s.K), u(layout.take<T>(s.N * 2 * s.rank)) {}
 };
 
 template <class T>
@@ -59,41 +56,6 @@ PGOLF_INLINE void for_query_runs(const Dims& s, i64 first, i64 count, F&& body) 
     const i64 least = sequence * s.T + s.first, from = token < least ? least : token;
     if (from < end) body(from, end - from, from - (sequence + 1) * s.first);
     token = end;
-  }
-}
-
-// Head rows [heads, D] of one token: norm, then rotate, in place.
-template <class T>
-PGOLF_INLINE void norm_rotate(T* x, i64 heads, i64 D, const T* cos, const T* sin, T* factor) {
-  for (i64 h = 0; h < heads; ++h, x += D) {
-    factor[h] = rms_row(x, D, x);
-    T *a = x, *b = x + D / 2;
-    PGOLF_SIMD
-    for (i64 j = 0; j < D / 2; ++j) {
-      const T u = a[j], w = b[j];
-      a[j] = u * cos[j] + w * sin[j];
-      b[j] = w * cos[j] - u * sin[j];
-    }
-  }
-}
-
-// dx: gradient after the rotation → gradient before the norm, in place. x holds the rotated values, whose product
-// with dx is that of the norm's output and its gradient; the output itself is x rotated back, over cos² + sin²,
-// which rounded tables (rope_tables = bf16) keep only near 1.
-template <class T>
-PGOLF_INLINE void norm_rotate_backward(const T* x, T* dx, i64 heads, i64 D, const T* cos, const T* sin,
-                                       const T* factor) {
-  for (i64 h = 0; h < heads; ++h, x += D, dx += D) {
-    const T mean = dot(x, dx, D) / T(D);
-    const T *a = x, *b = x + D / 2;
-    T *da = dx, *db = dx + D / 2;
-    PGOLF_SIMD
-    for (i64 j = 0; j < D / 2; ++j) {
-      const T share = mean / (cos[j] * cos[j] + sin[j] * sin[j]);
-      const T u = da[j] - share * a[j], w = db[j] - share * b[j];
-      da[j] = factor[h] * (u * cos[j] - w * sin[j]);
-      db[j] = factor[h] * (w * cos[j] + u * sin[j]);
-    }
   }
 }
 
@@ -160,14 +122,32 @@ void CpuBackend<T>::qkv_forward(const Qkv& op) {
 }
 
 template <class T>
+void CpuBackend<T>::heads_backward(const Qkv& op, const TensorView& dqkv) {
+  const Dims s(op);
+  Layout layout(op.saved.data);
+  const Saved<T> saved(layout, s);
+  const i64 width = (s.H + 2 * s.K) * s.D;
+  for_row_chunks(s.N, [&](i64 first, i64 count, int) {
+    for (i64 row = first; row < first + count; ++row) {
+      const i64 angle = row % s.T * (s.D / 2);
+      const T *cos = op.cos.as<T>() + angle, *sin = op.sin.as<T>() + angle;
+      T* const own = dqkv.as<T>() + row * width;
+      norm_rotate_backward(op.q.as<T>() + row * s.H * s.D, own, s.H, s.D, cos, sin, saved.q + row * s.H);
+      norm_rotate_backward(op.k.as<T>() + row * s.K * s.D, own + s.H * s.D, s.K, s.D, cos, sin, saved.k + row * s.K);
+      round(own, (s.H + s.K) * s.D);
+    }
+  });
+}
+
+template <class T>
 void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
   const Dims s(op);
   Layout saved_layout(op.saved.data), scratch_layout(grads.scratch.data);
   const Saved<T> saved(saved_layout, s);
   const BackwardScratch<T> scratch(scratch_layout, concurrency(), s);
   const MixedRows<T> input(op.in);
-  const T *cos = op.cos.as<T>(), *sin = op.sin.as<T>();
-  T *dq = grads.dq.as<T>(), *dk = grads.dk.as<T>(), *dv = grads.dv.as<T>();
+  const T* dqkv = grads.dqkv.as<T>();
+  const i64 width = (s.H + 2 * s.K) * s.D, from_k = s.H * s.D, from_v = (s.H + s.K) * s.D;  // of a row of dqkv
   T *dx = grads.dx.as<T>(), *dx0 = grads.dx0.as<T>(), *dskip = grads.dskip.as<T>();
   const T* pending = grads.pending.as<T>();
   const i64 d = s.d;
@@ -180,17 +160,11 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
   };
 
   for_row_chunks(s.cut(), [&](i64 first, i64 count, int worker) {
-    for (i64 row = first; row < first + count; ++row) {
-      const i64 angle = row % s.T * (s.D / 2), q = row * s.H * s.D, k = row * s.K * s.D;
-      norm_rotate_backward(op.q.as<T>() + q, dq + q, s.H, s.D, cos + angle, sin + angle, saved.q + row * s.H);
-      norm_rotate_backward(op.k.as<T>() + k, dk + k, s.K, s.D, cos + angle, sin + angle, saved.k + row * s.K);
-    }
-    round(dq + first * s.H * s.D, count * s.H * s.D);
-    round(dk + first * s.K * s.D, count * s.K * s.D);
+    const T* own = dqkv + first * width;
     T* du = scratch.du + first * adapters.width();
     if (adapters.numbers) {
-      adapters.up_backward(first / s.T, 0, count, dq + first * s.H * s.D, du);
-      adapters.up_backward(first / s.T, 1, count, dv + first * s.K * s.D, du);
+      adapters.up_backward(first / s.T, 0, count, own, width, du);
+      adapters.up_backward(first / s.T, 1, count, own + from_v, width, du);
       round(du, count * adapters.width());
     }
     if (!dx) {
@@ -198,12 +172,12 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
       return;
     }
     T* dnormed = scratch.dnormed.of(worker);
-    const auto back = [&](const T* dout, const TensorView& w, i64 width, T beta) {
-      gemm<T>(kPlain, kPlain, count, d, width, T(1), dout + first * width, width, w.as<T>(), d, beta, dnormed, d);
+    const auto back = [&](i64 from, const TensorView& w, i64 heads, T beta) {
+      gemm<T>(kPlain, kPlain, count, d, heads * s.D, T(1), own + from, width, w.as<T>(), d, beta, dnormed, d);
     };
-    back(dq, op.wq, s.H * s.D, T(0));
-    back(dk, op.wk, s.K * s.D, T(1));
-    back(dv, op.wv, s.K * s.D, T(1));
+    back(0, op.wq, s.H, T(0));
+    back(from_k, op.wk, s.K, T(1));
+    back(from_v, op.wv, s.K, T(1));
     round(dnormed, count * d);
     if (adapters.numbers) adapters.down_backward(first / s.T, count, du, dnormed);
 
@@ -252,19 +226,21 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
       const i64 row = sequence * s.T;
       const T* u = saved.u + row * adapters.width();
       dadapters.a_gradient(sequence, s.T, scratch.du + row * adapters.width(), scratch.normed + row * d, T(0));
-      dadapters.b_gradient(sequence, 0, s.T, dq + row * s.H * s.D, u, T(0));
-      dadapters.b_gradient(sequence, 1, s.T, dv + row * s.K * s.D, u, T(0));
+      dadapters.b_gradient(sequence, 0, s.T, dqkv + row * width, width, u, T(0));
+      dadapters.b_gradient(sequence, 1, s.T, dqkv + row * width + from_v, width, u, T(0));
     });
   if (!grads.wq) return;
-  gemm_weight_gradients<T>(
-      s.N, d, T(1), scratch.normed,
-      {{dq, s.H * s.D, grads.wq.as<T>()}, {dk, s.K * s.D, grads.wk.as<T>()}, {dv, s.K * s.D, grads.wv.as<T>()}});
+  gemm_weight_gradients<T>(s.N, d, T(1), scratch.normed,
+                           {{dqkv, width, s.H * s.D, grads.wq.as<T>()},
+                            {dqkv + from_k, width, s.K * s.D, grads.wk.as<T>()},
+                            {dqkv + from_v, width, s.K * s.D, grads.wv.as<T>()}});
 }
 
-#define PGOLF_INSTANTIATE(T)                               \
-  template OpBytes CpuBackend<T>::bytes(const Qkv&) const; \
-  template void CpuBackend<T>::qkv_forward(const Qkv&);    \
-  template void CpuBackend<T>::qkv_backward(const Qkv&, const QkvGrads&);
+#define PGOLF_INSTANTIATE(T)                                              \
+  template OpBytes CpuBackend<T>::bytes(const Qkv&) const;                \
+  template void CpuBackend<T>::qkv_forward(const Qkv&);                   \
+  template void CpuBackend<T>::qkv_backward(const Qkv&, const QkvGrads&); \
+  template void CpuBackend<T>::heads_backward(const Qkv&, const TensorView&);
 PGOLF_INSTANTIATE(float)
 PGOLF_INSTANTIATE(double)
 PGOLF_CPU_END

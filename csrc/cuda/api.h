@@ -140,6 +140,7 @@ struct CrossingOf<R (Backend::*)(A...) noexcept> {
   BYTES(qkv_bytes, Qkv)                                                                                            \
   METHOD(void, qkv_forward, (const Qkv& op), (op))                                                                 \
   METHOD(void, qkv_backward, (const Qkv& op, const QkvGrads& grads), (op, grads))                                  \
+  METHOD(void, heads_backward, (const Qkv& op, const TensorView& dqkv), (op, dqkv))                                \
   BYTES(attention_bytes, Attention)                                                                                \
   METHOD(void, attention_forward, (const Attention& op), (op))                                                     \
   METHOD(void, attention_backward, (const Attention& op, const AttentionGrads& grads), (op, grads))                \

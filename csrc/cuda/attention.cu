@@ -59,12 +59,12 @@ struct BackwardScratch {
 }  // namespace
 
 OpBytes CudaBackend::bytes(const Attention& op) const {
-  const i64 D = op.q.shape[3], sequence = op.k.shape[1] * op.q.shape[2] * D;
+  const i64 D = op.q.shape[3], sequence = op.k.shape[1] * (op.q.shape[2] + 2 * op.k.shape[2]) * D;
   require(D >= kLeastHeadWidth && D <= kMostHeadWidth && D % kHeadWidthStep == 0, "Attention heads are ", D,
           " wide; on a GPU the width of a head must be a multiple of ", kHeadWidthStep, " from ", kLeastHeadWidth,
           " to ", kMostHeadWidth, ".");
-  require(sequence <= kMostElements, "A sequence of queries has ", sequence, " numbers; on a GPU it may have ",
-          kMostElements, ": make the sequences shorter.");
+  require(sequence <= kMostElements, "A sequence of queries, keys and values has ", sequence,
+          " numbers; on a GPU it may have ", kMostElements, ": make the sequences shorter.");
   return with_storage(dtype(), [&](auto storage) -> OpBytes {
     const auto a = arguments<decltype(storage)>(op);
     Layout saved, backward;
@@ -90,12 +90,24 @@ void CudaBackend::attention_backward(const Attention& op, const AttentionGrads& 
     const AttentionArgs<S> a = arguments<S>(op);
     Layout layout(grads.scratch.data);
     const BackwardScratch scratch(layout, a, on_hopper(*this, a));
-    const AttentionGradArgs<S> g{op.o.as<S>(),     grads.d_o.as<S>(), grads.dq.as<S>(), grads.dk.as<S>(),
-                                 grads.dv.as<S>(), scratch.delta,     scratch.dgain};
+    const i64 N = i64{a.batch} * a.T;
+    Layout norms_layout(grads.norms.saved.data);
+    const HeadFactors factors(norms_layout, N, N * a.H, N * a.K);
+    const HeadNormArgs norms{grads.norms.cos.as<float>(), grads.norms.sin.as<float>(), factors.q, factors.k};
+    const AttentionGradArgs<S> g{op.o.as<S>(),  grads.d_o.as<S>(), grads.dqkv.as<S>(),
+                                 scratch.delta, scratch.dgain,     norms};
     const auto run = [&] {
       if constexpr (sizeof(S) == 2)
         if (on_hopper(*this, a)) return sm90::launch_attention_backward(*this, a, g);
       AttentionKernels<S>::backward(a, g, stream());
+      if (!grads.norms.saved) return;
+      Qkv heads;
+      heads.q = op.q;
+      heads.k = op.k;
+      heads.cos = grads.norms.cos;
+      heads.sin = grads.norms.sin;
+      heads.saved = grads.norms.saved;
+      heads_backward(heads, grads.dqkv);
     };
     run();
     if (!grads.gain) return;

@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "cuda/common.cuh"
+#include "cuda/head_norms.cuh"
 
 namespace pgolf::cuda {
 
@@ -42,9 +43,17 @@ struct AttentionArgs {
 template <class S>
 struct AttentionGradArgs {
   const S *o, *d_o;
-  S *dq, *dk, *dv;
-  float* delta;  // [batch, H, T] gain·Σ dO⊙O of a row (sm90/: QueryRows); dq writes it, dkdv reads it
-  float* dgain;  // [H, batch, tiles of queries] what each block of dq (sm90/: each warp) adds to its head's gain
+  S* dqkv;             // [batch, T, H + 2K, D]
+  float* delta;        // [batch, H, T] gain·Σ dO⊙O of a row (sm90/: QueryRows); dq writes it, dkdv reads it
+  float* dgain;        // [H, batch, tiles of queries] what each block of dq (sm90/: each warp) adds to its head's gain
+  HeadNormArgs norms;  // sm90/ alone: past them
+
+  // Of dqkv: the row of a sequence's first position, for query head h, key/value head H + kv, or value head H + K + kv;
+  // and from a position's row to the next.
+  __device__ S* head(const AttentionArgs<S>& a, int b, int h) const {
+    return dqkv + (static_cast<i64>(b) * a.T * (a.H + 2 * a.K) + h) * a.D;
+  }
+  __device__ static int stride(const AttentionArgs<S>& a) { return (a.H + 2 * a.K) * a.D; }
 };
 
 // The order of blocks. Sections of heads whose walks read no more than a second-level cache holds, one after the

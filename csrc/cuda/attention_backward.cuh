@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(DqTiles<kWidth>::kThreads, DqTiles<kWidth>::kB
   __syncthreads();  // no warp reads keys, values or deltas any more
   dgain = block_sum(dgain, deltas);
   if (threadIdx.x == 0) g.dgain[(static_cast<i64>(h) * a.batch + b) * order.tiles + query_tile] = a.root * dgain;
-  store_rows<S, kWidth, kRowTiles>(shared + SharedTile<kWidth>::bytes(warp_row), sum, g.dq + head, q_stride, warp_query,
-                                   a.T, a.D);
+  store_rows<S, kWidth, kRowTiles>(shared + SharedTile<kWidth>::bytes(warp_row), sum, g.head(a, b, h), g.stride(a),
+                                   warp_query, a.T, a.D);
 }
 
 template <int kWidth>
@@ -238,8 +238,9 @@ __global__ void __launch_bounds__(DkdvTiles<kWidth>::kThreads, DkdvTiles<kWidth>
       for (int i = 0; i < 4; ++i) dk[r][n][i] *= a.root;
   __syncthreads();  // no warp reads queries or dO any more
   unsigned char* out = shared + SharedTile<kWidth>::bytes(warp_row);
-  store_rows<S, kWidth, kRowTiles>(out, dk, g.dk + kv_head, kv_stride, warp_key, a.T, a.D);
-  store_rows<S, kWidth, kRowTiles>(out + Tiles::kRowBytes, dv, g.dv + kv_head, kv_stride, warp_key, a.T, a.D);
+  store_rows<S, kWidth, kRowTiles>(out, dk, g.head(a, b, a.H + kv), g.stride(a), warp_key, a.T, a.D);
+  store_rows<S, kWidth, kRowTiles>(out + Tiles::kRowBytes, dv, g.head(a, b, a.H + a.K + kv), g.stride(a), warp_key, a.T,
+                                   a.D);
 }
 
 template <class S>

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads)
         dgain = fmaf(sum[r][c], q[(warp_row + r) * stride + c * kWarp + lane], dgain);
         sum[r][c] *= scale;
       }
-  store_rows(g.dq + head, sum, a.H * a.D, warp_query, a.T, a.D);
+  store_rows(g.head(a, b, h), sum, g.stride(a), warp_query, a.T, a.D);
   __syncthreads();  // the first numbers of `keys` are free
   dgain = block_sum(dgain, keys);
   if (threadIdx.x == 0) g.dgain[(static_cast<i64>(h) * a.batch + b) * order.tiles + query_tile] = a.root * dgain;
@@ -223,8 +223,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int r = 0; r < kWarpRows; ++r)
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) dk[r][c] *= a.root;
-  store_rows(g.dk + kv_head, dk, a.K * a.D, warp_key, a.T, a.D);
-  store_rows(g.dv + kv_head, dv, a.K * a.D, warp_key, a.T, a.D);
+  store_rows(g.head(a, b, a.H + kv), dk, g.stride(a), warp_key, a.T, a.D);
+  store_rows(g.head(a, b, a.H + a.K + kv), dv, g.stride(a), warp_key, a.T, a.D);
 }
 
 constexpr std::size_t forward_bytes(int D) { return shared_bytes(D, 1, 1); }

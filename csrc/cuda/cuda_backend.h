@@ -75,6 +75,7 @@ class CudaBackend final : public Backend {
   OpBytes bytes(const Qkv&) const override;
   void qkv_forward(const Qkv&) override;
   void qkv_backward(const Qkv&, const QkvGrads&) override;
+  void heads_backward(const Qkv&, const TensorView& dqkv) override;
   OpBytes bytes(const Attention&) const override;
   void attention_forward(const Attention&) override;
   void attention_backward(const Attention&, const AttentionGrads&) override;

@@ -2,6 +2,7 @@
 // the product's epilogue. What adapters add to the products of q and v comes before.
 #pragma once
 
+#include "cuda/head_norms.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/sm90/resident_product.cuh"
 
@@ -32,7 +33,7 @@ struct Heads {
         center(D / 2) {
     while (unit << group_bits < center) ++group_bits;
   }
-  unsigned blocks() const { return blocks_for(N * (H + 2 * K), kRowThreads >> group_bits); }
+  unsigned blocks(int heads) const { return blocks_for(N * heads, kRowThreads >> group_bits); }
 };
 
 // What one lane works at.
@@ -47,8 +48,7 @@ struct HeadLane {
   i64 at_factor;   // of the head in [N, H] or [N, K]
   int at_angle;
 
-  __device__ explicit HeadLane(const Heads& s) {
-    const unsigned heads = s.H + 2 * s.K;
+  __device__ HeadLane(const Heads& s, unsigned heads) {  // that have lanes: the first of H + 2K
     const unsigned item = blockIdx.x * (kRowThreads >> s.group_bits) + (threadIdx.x >> s.group_bits);
     pair = static_cast<int>(threadIdx.x & ((1u << s.group_bits) - 1)) * kUnit;
     token = item / heads;
@@ -56,7 +56,7 @@ struct HeadLane {
     works = token < s.N && pair < s.center;
     if (token >= s.N) token = s.N - 1;
     rotates = head < s.H + s.K;
-    at_packed = (token * heads + head) * s.D + pair;
+    at_packed = (token * (s.H + 2 * s.K) + head) * s.D + pair;
     const int own_heads = head < s.H ? s.H : s.K;
     const int own_head = head < s.H ? head : rotates ? head - s.H : head - s.H - s.K;
     at_factor = token * own_heads + own_head;
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kRowThreads)
     norm_rotate(Heads s, const S* __restrict__ packed, Delta<S> delta, const float* __restrict__ cos,
                 const float* __restrict__ sin, S* __restrict__ q, S* __restrict__ k, S* __restrict__ v,
                 float* __restrict__ q_factors, float* __restrict__ k_factors) {
-  const HeadLane<kUnit> lane(s);
+  const HeadLane<kUnit> lane(s, s.H + 2 * s.K);
   Unit<kUnit> a{}, b{}, c, n;
   float squares = 0;
   if (lane.works) {
@@ -224,9 +224,6 @@ __global__ void __launch_bounds__(kRowThreads)
 template <class S, int kWidth, bool kAdapted>
 struct NormRotate {
   static constexpr int kHeads = 128 / kWidth, kColumnTiles = kWidth / 8;
-  struct Angles {
-    float2 cosines[2][kColumnTiles / 2], sines[2][kColumnTiles / 2];  // of a lane's two rows
-  };
   i64 rows;
   int T, first, H, K;
   const float *cos, *sin;
@@ -235,23 +232,18 @@ struct NormRotate {
   Delta<S> delta;
 
   // Of v, which is not rotated, nothing.
-  __device__ Angles read(i64 row, int column) const {
-    Angles angles;
+  __device__ Angles<kWidth> read(i64 row, int column) const {
+    Angles<kWidth> angles;
 #pragma unroll
     for (int half_row = 0; half_row < 2; ++half_row) {
       if (column >= (H + K) * kWidth) break;
       const i64 own = row + lane_row(2 * half_row), token = own < rows ? own : rows - 1;
       const int position = first + static_cast<int>(static_cast<unsigned>(token) % static_cast<unsigned>(T));
-      const i64 at = i64{position} * (kWidth / 2) + lane_column(0);
-#pragma unroll
-      for (int n = 0; n < kColumnTiles / 2; ++n) {
-        angles.cosines[half_row][n] = *reinterpret_cast<const float2*>(cos + at + n * 8);
-        angles.sines[half_row][n] = *reinterpret_cast<const float2*>(sin + at + n * 8);
-      }
+      angles.read(half_row, cos, sin, position);
     }
     return angles;
   }
-  __device__ Angles ahead(i64 row, int column) const
+  __device__ Angles<kWidth> ahead(i64 row, int column) const
     requires(kWidth == 64)  // others' angles would not fit beside the products
   {
     return read(row, column);
@@ -259,7 +251,7 @@ struct NormRotate {
   __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, i64 row, int column) const {
     (*this)(tile, product, read(row, column), row, column);
   }
-  __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, const Angles& angles, i64 row,
+  __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, const Angles<kWidth>& angles, i64 row,
                              int column) const {
     auto& x = product[0];
 #pragma unroll
@@ -317,44 +309,26 @@ struct NormRotate {
   }
 };
 
-// x / y, rounded as by the operator, for y from 2⁻²⁰ to 2²⁰ and x that is 0 or of 2⁻¹⁰⁰ to 2¹⁰⁰: without its branch for
-// other numbers, which makes divisions wait for each other. A smaller x may miss by its last bits; an infinite one
-// gives a NaN.
-__device__ __forceinline__ float quotient(float x, float y) {
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
-  inverse = fmaf(inverse, fmaf(-y, inverse, 1.0f), inverse);
-  const float near = x * inverse;
-  return fmaf(inverse, fmaf(-y, near, x), near);
-}
-
-// The gradients of q, k, v → those of their products, side by side. q and k hold rotated values, whose product with
-// the gradient is that of the norm's output and its gradient; the output itself is q rotated back, over cos² + sin²,
-// which rounded tables keep only near 1. Memory-bound: 2 reads, 1 write; all reads are under way before the first is
-// used.
+// The gradients at q and k → those at their products, in [N, H + 2K, D]; v's stay. Memory-bound: 2 reads, 1 write of
+// H + K heads; all reads are under way before the first is used.
 template <class S, int kUnit>
 __global__ void __launch_bounds__(kRowThreads, 4)
-    norm_rotate_backward(Heads s, const S* __restrict__ q, const S* __restrict__ k, const S* __restrict__ dq,
-                         const S* __restrict__ dk, const S* __restrict__ dv, const float* __restrict__ cos,
-                         const float* __restrict__ sin, const float* __restrict__ q_factors,
-                         const float* __restrict__ k_factors, S* __restrict__ packed) {
-  const HeadLane<kUnit> lane(s);
+    norm_rotate_backward(Heads s, const S* __restrict__ q, const S* __restrict__ k, HeadNormArgs norms, S* dqkv) {
+  const HeadLane<kUnit> lane(s, s.H + s.K);
   const bool query = lane.head < s.H;
   PackedUnit<kUnit, S> raw_a{}, raw_b{}, raw_da{}, raw_db{};
   Unit<kUnit> c, n;
   float dot = 0, factor = 0;
+  S* const gradient = dqkv + lane.at_packed;
   if (lane.works) {
-    const S* gradient = (query ? dq : lane.rotates ? dk : dv) + lane.at_own;
     raw_da = load_packed_unit<kUnit>(gradient);
     raw_db = load_packed_unit<kUnit>(gradient + s.center);
-    if (lane.rotates) {
-      const S* value = (query ? q : k) + lane.at_own;
-      raw_a = load_packed_unit<kUnit>(value);
-      raw_b = load_packed_unit<kUnit>(value + s.center);
-      c = load_unit<kUnit>(cos + lane.at_angle);
-      n = load_unit<kUnit>(sin + lane.at_angle);
-      factor = (query ? q_factors : k_factors)[lane.at_factor];
-    }
+    const S* value = (query ? q : k) + lane.at_own;
+    raw_a = load_packed_unit<kUnit>(value);
+    raw_b = load_packed_unit<kUnit>(value + s.center);
+    c = load_unit<kUnit>(norms.cos + lane.at_angle);
+    n = load_unit<kUnit>(norms.sin + lane.at_angle);
+    factor = (query ? norms.q_factors : norms.k_factors)[lane.at_factor];
   }
   const Unit<kUnit> a = unpack_unit(raw_a), b = unpack_unit(raw_b);
   Unit<kUnit> da = unpack_unit(raw_da), db = unpack_unit(raw_db);
@@ -362,17 +336,10 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   for (int j = 0; j < kUnit; ++j) dot = fmaf(b.x[j], db.x[j], fmaf(a.x[j], da.x[j], dot));
   const float mean = quotient(group_sum(dot, s.group_bits), static_cast<float>(s.D));
   if (!lane.works) return;
-  if (lane.rotates) {
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j) {
-      const float share = quotient(mean, c.x[j] * c.x[j] + n.x[j] * n.x[j]);
-      const float u = da.x[j] - share * a.x[j], w = db.x[j] - share * b.x[j];
-      da.x[j] = factor * (u * c.x[j] - w * n.x[j]);
-      db.x[j] = factor * (w * c.x[j] + u * n.x[j]);
-    }
-  }
-  store_unit<kUnit>(packed + lane.at_packed, da);
-  store_unit<kUnit>(packed + lane.at_packed + s.center, db);
+  for (int j = 0; j < kUnit; ++j) pair_backward(da.x[j], db.x[j], a.x[j], b.x[j], c.x[j], n.x[j], mean, factor);
+  store_unit<kUnit>(gradient, da);
+  store_unit<kUnit>(gradient + s.center, db);
 }
 
 // body(unit): the pairs of a lane, an integral_constant. Halves of a head are whole vectors of 8 or of 4.

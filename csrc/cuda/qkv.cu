@@ -1,7 +1,7 @@
 // Mixed input, norm, the three projections in one product, head norms and RoPE.
 //
 // Rounded to S. Forward: normed = rms(m); the product normed·wᵀ of each of q, k, v; q and k after norm and rotation.
-// Backward: the gradients of the products; dnormed, their sum over q, k, v; normed, recomputed for the weight
+// Backward: dnormed, their sum over q, k, v; normed, recomputed for the weight
 // gradients; dskip; dx. The gradient at m and the norm's backward are not rounded, dx0 takes float32, and a pending
 // dskip is added as rounded. With adapters: u, du; u·b is added in float32, and so is du·a, to dnormed as rounded,
 // after which that is rounded once more where the sum is a product's.
@@ -33,14 +33,10 @@ struct Dims {
   Adapters<2> adapters(DType S) const { return {S, N / T, T, rank, d, {H * D, K * D}}; }
 };
 
-struct Saved {
-  float *input, *q, *k;  // rms factors
-  void* u;               // [N, 2·rank]
+struct Saved : HeadFactors {
+  void* u;  // [N, 2·rank]
   Saved(Layout& layout, DType S, const Dims& s)
-      : input(layout.take<float>(s.N)),
-        q(layout.take<float>(s.query_rows() * s.H)),
-        k(layout.take<float>(s.N * s.K)),
-        u(layout.take(S, s.N * 2 * s.rank)) {}
+      : HeadFactors(layout, s.N, s.query_rows() * s.H, s.N * s.K), u(layout.take(S, s.N * 2 * s.rank)) {}
 };
 
 // Whether heads are normed and rotated before a product leaves the registers.
@@ -67,12 +63,11 @@ struct ForwardScratch {
 };
 
 struct BackwardScratch {
-  void *dnormed, *packed, *weights;  // dnormed becomes normed, row by row
-  void* du;                          // [N, 2·rank]
-  float* columns;                    // [column_blocks, 3, d] partial gradients of both mixes and the skip weight
+  void *dnormed, *weights;  // dnormed becomes normed, row by row
+  void* du;                 // [N, 2·rank]
+  float* columns;           // [column_blocks, 3, d] partial gradients of both mixes and the skip weight
   BackwardScratch(Layout& layout, DType S, const Dims& s)
       : dnormed(layout.take(S, s.N * s.d)),
-        packed(layout.take(S, s.N * s.width)),
         weights(layout.take(S, s.width * s.d)),
         du(layout.take(S, s.N * 2 * s.rank)),
         columns(layout.take<float>(column_blocks(s.N) * 3 * s.d)) {}
@@ -155,7 +150,7 @@ void CudaBackend::qkv_forward(const Qkv& op) {
       with_unit(s.D, [&](auto unit) {
         const auto launch = [&](auto adapted) {
           const Heads heads(part, s.D, unit);
-          norm_rotate<S, unit, adapted><<<heads.blocks(), kRowThreads, 0, stream()>>>(
+          norm_rotate<S, unit, adapted><<<heads.blocks(heads.H + 2 * heads.K), kRowThreads, 0, stream()>>>(
               heads, static_cast<const S*>(scratch.packed), delta, op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(),
               op.k.as<S>(), op.v.as<S>(), saved.q, saved.k);
           PGOLF_LAUNCHED("norm_rotate");
@@ -174,29 +169,42 @@ void CudaBackend::qkv_forward(const Qkv& op) {
   });
 }
 
+void CudaBackend::heads_backward(const Qkv& op, const TensorView& dqkv) {
+  const Dims s(op);
+  Layout layout(op.saved.data);
+  const Saved saved(layout, storage_, s);
+  with_storage(storage_, [&](auto type) {
+    using S = decltype(type);
+    with_unit(s.D, [&](auto unit) {
+      const Heads heads({s.N, s.T, 0, s.H, s.K}, s.D, unit);
+      norm_rotate_backward<S, unit><<<heads.blocks(heads.H + heads.K), kRowThreads, 0, stream()>>>(
+          heads, op.q.as<S>(), op.k.as<S>(), HeadNormArgs{op.cos.as<float>(), op.sin.as<float>(), saved.q, saved.k},
+          dqkv.as<S>());
+      PGOLF_LAUNCHED("norm_rotate_backward");
+    });
+  });
+}
+
 void CudaBackend::qkv_backward(const Qkv& op, const QkvGrads& grads) {
   const Dims s(op);
   Layout saved_layout(op.saved.data), scratch_layout(grads.scratch.data);
   const Saved saved(saved_layout, storage_, s);
   const BackwardScratch scratch(scratch_layout, storage_, s);
   const Adapters<2> adapters = s.adapters(storage_);
-  const char* const packed_v =
-      static_cast<const char*>(scratch.packed) + static_cast<std::size_t>((s.H + s.K) * s.D) * size_of(storage_);
+  const char* const dq = grads.dqkv.as<char>();
+  const char *const dk = dq + static_cast<std::size_t>(s.H * s.D) * size_of(storage_), *const dv =
+                                                                                           dk +
+                                                                                           static_cast<std::size_t>(
+                                                                                               s.K * s.D) *
+                                                                                               size_of(storage_);
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
-    with_unit(s.D, [&](auto unit) {
-      const Heads heads({s.N, s.T, 0, s.H, s.K}, s.D, unit);
-      norm_rotate_backward<S, unit><<<heads.blocks(), kRowThreads, 0, stream()>>>(
-          heads, op.q.as<S>(), op.k.as<S>(), grads.dq.as<S>(), grads.dk.as<S>(), grads.dv.as<S>(), op.cos.as<float>(),
-          op.sin.as<float>(), saved.q, saved.k, static_cast<S*>(scratch.packed));
-      PGOLF_LAUNCHED("norm_rotate_backward");
-    });
     if (s.rank) {
-      gemm(adapters.up_backward(0, scratch.packed, s.width, op.adapters.data, scratch.du));
-      gemm(adapters.up_backward(1, packed_v, s.width, op.adapters.data, scratch.du));
+      gemm(adapters.up_backward(0, dq, s.width, op.adapters.data, scratch.du));
+      gemm(adapters.up_backward(1, dv, s.width, op.adapters.data, scratch.du));
     }
     if (!grads.dx) return norm_input<S>(stream(), op, s, s.N, 0, scratch.dnormed, nullptr);
-    gemm(s.linear(storage_).backward(scratch.packed, packed_weights(stream(), op, scratch.weights), scratch.dnormed));
+    gemm(s.linear(storage_).backward(dq, packed_weights(stream(), op, scratch.weights), scratch.dnormed));
     const bool adds = s.rank && adds_in_rows(*this, s);
     if (s.rank && !adds) gemm(adapters.down_backward(scratch.du, op.adapters.data, scratch.dnormed));
     const i64 blocks = column_blocks(s.N);
@@ -231,22 +239,21 @@ void CudaBackend::qkv_backward(const Qkv& op, const QkvGrads& grads) {
                 grads.resid_mix.as<float>(), 2 * s.d, grads.skip_weight.as<float>());
   if (grads.adapters) {
     gemm(adapters.a_gradient(scratch.du, scratch.dnormed, grads.adapters.data));
-    gemm(adapters.b_gradient(0, scratch.packed, s.width, saved.u, grads.adapters.data));
-    gemm(adapters.b_gradient(1, packed_v, s.width, saved.u, grads.adapters.data));
+    gemm(adapters.b_gradient(0, dq, s.width, saved.u, grads.adapters.data));
+    gemm(adapters.b_gradient(1, dv, s.width, saved.u, grads.adapters.data));
   }
   if (!grads.wq) return;
 
   // The three weight gradients, together where they lie together.
-  const auto weight_gradient = [&](const TensorView& w, i64 from, i64 rows) {
+  const auto weight_gradient = [&](const TensorView& w, const char* gradients, i64 rows) {
     Linear part = s.linear(storage_);
     part.out = rows;
-    gemm(part.weights(static_cast<const char*>(scratch.packed) + static_cast<std::size_t>(from) * size_of(storage_),
-                      scratch.dnormed, w.data));
+    gemm(part.weights(gradients, scratch.dnormed, w.data));
   };
-  if (one_after_the_other(grads.wq, grads.wk, grads.wv)) return weight_gradient(grads.wq, 0, s.width);
-  weight_gradient(grads.wq, 0, s.H * s.D);
-  weight_gradient(grads.wk, s.H * s.D, s.K * s.D);
-  weight_gradient(grads.wv, (s.H + s.K) * s.D, s.K * s.D);
+  if (one_after_the_other(grads.wq, grads.wk, grads.wv)) return weight_gradient(grads.wq, dq, s.width);
+  weight_gradient(grads.wq, dq, s.H * s.D);
+  weight_gradient(grads.wk, dk, s.K * s.D);
+  weight_gradient(grads.wv, dv, s.K * s.D);
 }
 
 }  // namespace pgolf::cuda

@@ -114,7 +114,7 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
   // ---- Tensors. x[i] is block i's input (x[0] = x0), x[L] the head's.
   struct Layer {
     int x, q, k, v, o, x_mid, h;
-    int d_o = -1, dq = -1, dk = -1, dv = -1, du = -1, dskip = -1;
+    int d_o = -1, dqkv = -1, du = -1, dskip = -1;
   };
   std::vector<Layer> t(static_cast<std::size_t>(L) + 1);
   const int id_tensor = placer.declare("token ids", 0, clock.end(), tokens);
@@ -134,8 +134,8 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
     const int qkv = clock.at(i, kQkv), attention = clock.at(i, kAttention), attention_out = clock.at(i, kAttentionOut);
     const int mlp_up = clock.at(i, kMlpUp), mlp_out = clock.at(i, kMlpOut);
     const TensorView queries(real, {B, rows(i), H, D}), hidden(real, {B, rows(i), c.mlp_hidden});
-    l.q = placer.declare("q", qkv, clock.until(attention, qkv), queries);
-    l.k = placer.declare("k", qkv, clock.until(attention, qkv), keys);
+    l.q = placer.declare("q", qkv, clock.until(attention, attention), queries);
+    l.k = placer.declare("k", qkv, clock.until(attention, attention), keys);
     l.v = placer.declare("v", qkv, clock.until(attention, attention), keys);
     l.o = placer.declare("attention outputs", attention, clock.until(attention_out, attention), queries);
     l.x_mid = placer.declare("x between attention and mlp", attention_out, clock.until(mlp_out, mlp_up),
@@ -144,9 +144,8 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
     if (!train) continue;
     l.du = placer.declare("gradients, mlp", clock.back(mlp_out), clock.back(mlp_up), hidden);
     l.d_o = placer.declare("gradients, attention", clock.back(attention_out), clock.back(attention), queries);
-    l.dq = placer.declare("gradients, attention", clock.back(attention), clock.back(qkv), queries);
-    l.dk = placer.declare("gradients, attention", clock.back(attention), clock.back(qkv), keys);
-    l.dv = placer.declare("gradients, attention", clock.back(attention), clock.back(qkv), keys);
+    l.dqkv = placer.declare("gradients, attention", clock.back(attention), clock.back(qkv),
+                            TensorView(real, {B, T, H + 2 * K, D}));
     if (const auto skipped = popped_by(i); skipped >= 0)  // kept until the block that read the popped x has its dx
       l.dskip = placer.declare("gradients, skips", clock.back(qkv), clock.back(clock.at(skipped, kQkv)), wide);
   }
@@ -187,9 +186,8 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
       l.mlp_out_grads.dout = l.mlp_up_grads.dx = l.attention_out_grads.dout = l.qkv_grads.dx = view(dx);
       l.mlp_up_grads.du = l.mlp_out_grads.da = view(at.du);
       l.attention_grads.d_o = l.attention_out_grads.da = view(at.d_o);
-      l.qkv_grads.dq = l.attention_grads.dq = view(at.dq);
-      l.qkv_grads.dk = l.attention_grads.dk = view(at.dk);
-      l.qkv_grads.dv = l.attention_grads.dv = view(at.dv);
+      l.qkv_grads.dqkv = l.attention_grads.dqkv = view(at.dqkv);
+      l.attention_grads.norms = {l.qkv.cos, l.qkv.sin, l.qkv.saved};
       if (!embeds && i == 0) l.qkv_grads.dx = {};  // nothing below has a gradient
       l.qkv_grads.dx0 = view(dx0);
       l.qkv_grads.dskip = view(at.dskip);

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgolf.model import FloatArray, as_array
-from pgolf.op_calls import Arrays, Backward, forward
+from pgolf.op_calls import Arrays, Backward, forward, operations_for
 from pgolf.op_calls import MixedInput as MixedInput
 from pgolf.op_calls import Saved as Saved
 from pgolf.op_calls import on as on
@@ -227,6 +227,7 @@ def qkv_backward(
     dk: Any,
     dv: Any,
     *,
+    at_products: bool = False,
     dm: Any = None,
     pending: Any = None,
     weights: bool = True,
@@ -237,6 +238,8 @@ def qkv_backward(
 
     Args:
         dq, dk, dv: shaped as q, k and v.
+        at_products: True: they are at the products n·wqᵀ, n·wkᵀ, n·wvᵀ, as `attention_backward` gives them that is told
+            of this call.
         dm: [B, T, d], the gradient at m from its other reader, the residual path; None: 0.
         pending: [B, T, d], added to x's gradient (what later blocks sent back through a skip); None: 0.
         weights: False: x0, the vectors and the matrices have no gradients.
@@ -248,7 +251,10 @@ def qkv_backward(
     """
     call = Backward("qkv", saved)
     call.needs_all("q", "x")
-    call.upstream(dq=dq, dk=dk, dv=dv)
+    heads = [call.like(name, "d" + name, value) for name, value in (("q", dq), ("k", dk), ("v", dv))]
+    dqkv = call.inputs["dqkv"] = np.concatenate(heads, axis=2)
+    if not at_products:
+        operations_for(saved.dtype).heads_backward(saved.tensors, {"dqkv": dqkv})
     if pending is not None:
         call.inputs["pending"] = call.like("x", "pending", pending)
     if inputs:
@@ -283,15 +289,35 @@ def attention(q: Any, k: Any, v: Any, gain: Any) -> tuple[FloatArray, Saved]:
 
 
 def attention_backward(
-    saved: Saved, do: Any, *, weights: bool = True, add_to: Mapping[str, Any] | None = None
+    saved: Saved,
+    do: Any,
+    *,
+    qkv: Saved | None = None,
+    weights: bool = True,
+    add_to: Mapping[str, Any] | None = None,
 ) -> AttentionGrads:
-    """The gradients of `attention` from do [B, T, H, D]; gain's only with `weights`, and `add_to` may hold it."""
+    """The gradients of `attention` from do [B, T, H, D].
+
+    Args:
+        qkv: what `ops.qkv` returned beside the q, k and v of this call. With it the gradients in the fields q, k, v are
+            those at its products, before norm and RoPE, for `qkv_backward` with at_products: a training step's way.
+        weights: False: gain has no gradient.
+        add_to: may hold gain.
+    """
     call = Backward("attention", saved)
     call.needs_all("q", "k")
     call.upstream(do=do)
-    call.written("q", "k", "v")
+    if qkv is not None:
+        made = Backward("qkv", qkv).inputs
+        for name in ("q", "k", "v"):
+            if made[name] is not saved.tensors[name] and not np.array_equal(made[name], saved.tensors[name]):
+                raise ValueError(f"qkv comes from a call that made another {name} than this attention read.")
+        call.inputs |= {"cos": made["cos"], "sin": made["sin"], "qkv_saved": made["saved"]}
+    (B, T, H, D), K = saved.tensors["q"].shape, saved.tensors["k"].shape[2]
+    dqkv = call.outputs["dqkv"] = np.full((B, T, H + 2 * K, D), np.nan, saved.dtype)
     call.added(add_to, *(("gain",) if weights else ()))
-    return AttentionGrads(*call.run(*AttentionGrads._fields))
+    (gain,) = call.run("gain")
+    return AttentionGrads(*(part.copy() for part in np.split(dqkv, (H, H + K), axis=2)), gain)
 
 
 # Residual stream and MLP ----------------------------------------------------------------------------------------------

@@ -196,10 +196,20 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       last = stage;
       if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
     };
+    Angles<kHeadWidth> angles;
+    float factors[2];
     if (tiles > 0) {
       step(0, std::true_type{});
       for (int tile = 1; tile < tiles; ++tile) step(tile, std::false_type{});
       begin_sum();
+      if (g.norms.cos) {  // beside the last product
+#pragma unroll
+        for (int half_row = 0; half_row < 2; ++half_row) {
+          const int query = min(warp_query + lane_row(2 * half_row), a.queries - 1);
+          angles.read(half_row, g.norms.cos, g.norms.sin, a.first() + query);
+          factors[half_row] = g.norms.q_factors[(i64{at.b} * a.queries + query) * a.H + at.h];
+        }
+      }
       products_wait<0>();
       products_done(dq[0]);
       if (signals) barrier_arrive(empty(last));
@@ -211,17 +221,21 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
     }
 
     float dgain = 0.0f;
+    const auto query_at = [&](int n, int half_row) {
+      return unpack<S>(*reinterpret_cast<const unsigned*>(warp_rows + Rows::offset(lane_row(2 * half_row), n) +
+                                                          lane_column(0) * sizeof(S)));
+    };
 #pragma unroll
     for (int n = 0; n < kHeadWidth / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
-        const float2 query = unpack<S>(
-            *reinterpret_cast<const unsigned*>(warp_rows + Rows::offset(lane_row(i), n) + lane_column(i) * sizeof(S)));
+        const float2 query = query_at(n, i / 2);
         dgain = fmaf(dq[0][n][i], query.x, dgain);
         dgain = fmaf(dq[0][n][i + 1], query.y, dgain);
         dq[0][n][i] *= gain * a.root;
         dq[0][n][i + 1] *= gain * a.root;
       }
+    if (g.norms.cos && tiles > 0) rows_backward<kHeadWidth>(dq[0], angles, factors, query_at);
     __syncwarp();
     warp_arrive(queries_empty(query_stage));
     if (++query_stage == Tiles::kQueryStages) query_stage = 0, query_parity ^= 1;
@@ -230,8 +244,8 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
     for (int offset = kWarp / 2; offset > 0; offset /= 2) dgain += __shfl_xor_sync(0xffffffffu, dgain, offset);
     if (signals && warp_query < a.queries)
       g.dgain[(i64{at.h} * a.batch + at.b) * gain_rows + warp_query / Tiles::kGainRows] = a.root * dgain;
-    store_rows<S, kHeadWidth, 1>(shared + Tiles::kTiles + warp * Tiles::kWarpTile, dq, g.dq + a.head_at(at.b, at.h),
-                                 a.H * a.D, warp_query, a.queries, a.D);
+    store_rows<S, kHeadWidth, 1>(shared + Tiles::kTiles + warp * Tiles::kWarpTile, dq, g.head(a, at.b, at.h),
+                                 g.stride(a), warp_position, a.T, a.D);
     __syncwarp();  // the tile is free for the next rows
   }
 }
@@ -392,6 +406,16 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
         if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
       }
     }
+    Angles<kHeadWidth> angles;
+    float factors[2];
+    if (g.norms.cos) {  // beside the last products
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row) {
+        const int key = min(warp_key + lane_row(2 * half_row), a.T - 1);
+        angles.read(half_row, g.norms.cos, g.norms.sin, key);
+        factors[half_row] = g.norms.k_factors[(i64{at.b} * a.T + key) * a.K + at.kv];
+      }
+    }
     products_wait<0>();
     products_done(dk[0]);
     products_done(dv[0]);
@@ -401,10 +425,12 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
     for (int n = 0; n < kHeadWidth / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) dk[0][n][i] *= a.root;
-    const i64 head = a.kv_head_at(at.b, at.kv);
-    store_rows<S, kHeadWidth, 1>(own_tile, dk, g.dk + head, a.K * a.D, warp_key, a.T, a.D);
+    if (g.norms.cos)
+      rows_backward<kHeadWidth>(dk[0], angles, factors,
+                                [&](int n, int half_row) { return unpack<S>(k[0][n / 2][n % 2 * 2 + half_row]); });
+    store_rows<S, kHeadWidth, 1>(own_tile, dk, g.head(a, at.b, a.H + at.kv), g.stride(a), warp_key, a.T, a.D);
     __syncwarp();  // the rows before have left the tile
-    store_rows<S, kHeadWidth, 1>(own_tile, dv, g.dv + head, a.K * a.D, warp_key, a.T, a.D);
+    store_rows<S, kHeadWidth, 1>(own_tile, dv, g.head(a, at.b, a.H + a.K + at.kv), g.stride(a), warp_key, a.T, a.D);
     __syncwarp();
   }
 }
