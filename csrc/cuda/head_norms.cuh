@@ -33,6 +33,33 @@ struct Angles {
       sines[half_row][n] = *reinterpret_cast<const float2*>(sin + at + n * 8);
     }
   }
+  __device__ __forceinline__ float2 cosine(int n, int half_row) const { return cosines[half_row][n]; }
+  __device__ __forceinline__ float2 sine(int n, int half_row) const { return sines[half_row][n]; }
+};
+
+// The same for heads of 64 numbers in two tiles of 16 rows in shared memory, copied there in the background.
+struct SharedAngles {
+  using Rows = SharedTile<64>;  // 32 float32 numbers are as many bytes as 64 of 16 bits
+  const unsigned char *cosines, *sines;
+
+  // Rows beyond the last of `positions` are as the last. copies_landed and a __syncwarp end it.
+  __device__ __forceinline__ void begin(const float* cos, const float* sin, int first, int positions) const {
+#pragma unroll
+    for (int i = 0; i < 16 * Rows::kChunks / kWarp; ++i) {
+      const int index = i * kWarp + threadIdx.x % kWarp, row = index / Rows::kChunks, chunk = index % Rows::kChunks;
+      const int from = min(first + row, positions - 1) * 32 + chunk * 4;
+      copy16(shared_address(cosines) + Rows::offset(row, chunk), cos + from, true);
+      copy16(shared_address(sines) + Rows::offset(row, chunk), sin + from, true);
+    }
+  }
+  __device__ __forceinline__ float2 cosine(int n, int half_row) const { return at(cosines, n, half_row); }
+  __device__ __forceinline__ float2 sine(int n, int half_row) const { return at(sines, n, half_row); }
+
+ private:
+  __device__ static float2 at(const unsigned char* tile, int n, int half_row) {
+    const int column = n * 8 + lane_column(0);
+    return *reinterpret_cast<const float2*>(tile + Rows::offset(lane_row(2 * half_row), column / 4) + column % 4 * 4);
+  }
 };
 
 // x / y, rounded as by the operator, for y from 2⁻²⁰ to 2²⁰ and x that is 0 or of 2⁻¹⁰⁰ to 2¹⁰⁰: without its branch for
@@ -48,39 +75,46 @@ __device__ __forceinline__ float quotient(float x, float y) {
 
 // The gradients at a pair of a rotated head's numbers (a, b) → those at the product's. (a, b) times its gradient is the
 // norm's output times its own; the output is (a, b) rotated back, over cos² + sin², which rounded tables keep only
-// near 1. mean: of that product, over the head.
+// near 1. share: the mean of that product over the head, over cos² + sin².
 __device__ __forceinline__ void pair_backward(float& da, float& db, float a, float b, float cosine, float sine,
-                                              float mean, float factor) {
-  const float share = quotient(mean, cosine * cosine + sine * sine);
+                                              float share, float factor) {
   const float u = da - share * a, w = db - share * b;
   da = factor * (u * cosine - w * sine);
   db = factor * (w * cosine + u * sine);
 }
 
-// dx, the gradients at 16 rows of a rotated head → those at the product's rows. x(n, half_row) gives the rotated
-// numbers that lie where dx[n][2·half_row] and the next do.
-template <int kWidth, class X>
-__device__ __forceinline__ void rows_backward(float (&dx)[kWidth / 8][4], const Angles<kWidth>& angles,
-                                              const float (&factors)[2], X&& x) {
-  constexpr int kTiles = Angles<kWidth>::kTiles;
+// Sums of x⊙dx of 16 rows of a head: a lane's part of its two rows, and those of the whole rows. x(n, half_row) gives
+// the numbers that lie where dx[n][2·half_row] and the next do.
+template <int kTiles, class X>
+__device__ __forceinline__ void row_dots(float (&dots)[2], const float (&dx)[kTiles][4], X&& x) {
 #pragma unroll
   for (int half_row = 0; half_row < 2; ++half_row) {
-    float dot = 0.0f;
-#pragma unroll
-    for (int n = 0; n < 2 * kTiles; ++n) {
-      const float2 at = x(n, half_row);
-      dot = fmaf(dx[n][2 * half_row + 1], at.y, fmaf(dx[n][2 * half_row], at.x, dot));
-    }
-    dot += __shfl_xor_sync(0xffffffffu, dot, 1);
-    dot += __shfl_xor_sync(0xffffffffu, dot, 2);
-    const float mean = dot * (1.0f / kWidth);
+    dots[half_row] = 0.0f;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const float2 a = x(n, half_row), b = x(n + kTiles, half_row);
-      const float2 c = angles.cosines[half_row][n], s = angles.sines[half_row][n];
-      float *const da = &dx[n][2 * half_row], *const db = &dx[n + kTiles][2 * half_row];
-      pair_backward(da[0], db[0], a.x, b.x, c.x, s.x, mean, factors[half_row]);
-      pair_backward(da[1], db[1], a.y, b.y, c.y, s.y, mean, factors[half_row]);
+      const float2 at = x(n, half_row);
+      dots[half_row] = fmaf(dx[n][2 * half_row + 1], at.y, fmaf(dx[n][2 * half_row], at.x, dots[half_row]));
+    }
+    dots[half_row] += __shfl_xor_sync(0xffffffffu, dots[half_row], 1);
+    dots[half_row] += __shfl_xor_sync(0xffffffffu, dots[half_row], 2);
+  }
+}
+
+// dx, the gradients at 16 rows of a rotated head → those at the product's rows. x as above; dots: of the whole rows.
+// For gradients that are rounded to 16 bits: the quotient may miss by its last bits.
+template <int kTiles, class A, class X>
+__device__ __forceinline__ void rows_backward(float (&dx)[kTiles][4], const float (&dots)[2], const A& angles,
+                                              const float (&factors)[2], X&& x) {
+#pragma unroll
+  for (int half_row = 0; half_row < 2; ++half_row) {
+    const float mean = dots[half_row] * (1.0f / (8 * kTiles)), factor = factors[half_row];
+#pragma unroll
+    for (int n = 0; n < kTiles / 2; ++n) {
+      const float2 a = x(n, half_row), b = x(n + kTiles / 2, half_row);
+      const float2 c = angles.cosine(n, half_row), s = angles.sine(n, half_row);
+      float *const da = &dx[n][2 * half_row], *const db = &dx[n + kTiles / 2][2 * half_row];
+      pair_backward(da[0], db[0], a.x, b.x, c.x, s.x, __fdividef(mean, fmaf(c.x, c.x, s.x * s.x)), factor);
+      pair_backward(da[1], db[1], a.y, b.y, c.y, s.y, __fdividef(mean, fmaf(c.y, c.y, s.y * s.y)), factor);
     }
   }
 }

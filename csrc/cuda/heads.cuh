@@ -337,7 +337,9 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   const float mean = quotient(group_sum(dot, s.group_bits), static_cast<float>(s.D));
   if (!lane.works) return;
 #pragma unroll
-  for (int j = 0; j < kUnit; ++j) pair_backward(da.x[j], db.x[j], a.x[j], b.x[j], c.x[j], n.x[j], mean, factor);
+  for (int j = 0; j < kUnit; ++j)
+    pair_backward(da.x[j], db.x[j], a.x[j], b.x[j], c.x[j], n.x[j], quotient(mean, c.x[j] * c.x[j] + n.x[j] * n.x[j]),
+                  factor);
   store_unit<kUnit>(gradient, da);
   store_unit<kUnit>(gradient + s.center, db);
 }

@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
   take_registers<Tiles::kConsumerRegisters>();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const bool signals = lane == 0;
+  unsigned char* const own_tile = shared + Tiles::kTiles + warp * Tiles::kWarpTile;
   const int gain_rows = (a.queries + Tiles::kGainRows - 1) / Tiles::kGainRows;
   int parity = 0, query_parity = 0;
   for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x) {
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
     const unsigned query_slot = 3 * query_stage * Tiles::kQueryBytes;
     const unsigned own_queries = queries + query_slot + warpgroup * Tiles::kOwnQueries * kHeadRowBytes;
     const unsigned own_d_o = own_queries + Tiles::kQueryBytes;
-    const unsigned char* const warp_rows = shared + query_slot + warp * Tiles::kWarpTile;
+    unsigned char* const warp_rows = shared + query_slot + warp * Tiles::kWarpTile;
     const i64 first_row = a.row_at(at.b, at.h);
     const float gain = a.gain[at.h], scale = exponent_scale(gain, a.root);
     float lse[2];
@@ -134,6 +135,19 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       delta[0] = __shfl_sync(0xffffffffu, sum, 2 * lane_row(0));
       delta[1] = __shfl_sync(0xffffffffu, sum, 2 * lane_row(2));
+    }
+    // What dO⊙O was made of and the tile for dq are free until dq is there: so long they have the angles.
+    const bool past_norms = g.norms.cos != nullptr && tiles > 0;
+    const SharedAngles angles{warp_rows + 2 * Tiles::kQueryBytes, own_tile};
+    float factors[2];
+    if (past_norms) {
+      __syncwarp();
+      angles.begin(g.norms.cos, g.norms.sin, warp_position, a.T);
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row) {
+        const int query = min(warp_query + lane_row(2 * half_row), a.queries - 1);
+        factors[half_row] = g.norms.q_factors[(i64{at.b} * a.queries + query) * a.H + at.h];
+      }
     }
     if (tiles > 0 && lane_column(0) == 0) {
       float* const rows = g.delta + QueryRows::at(a, at.b, at.h, own_first / QueryRows::kQueries) + warp % 4 * 32;
@@ -196,20 +210,10 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       last = stage;
       if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
     };
-    Angles<kHeadWidth> angles;
-    float factors[2];
     if (tiles > 0) {
       step(0, std::true_type{});
       for (int tile = 1; tile < tiles; ++tile) step(tile, std::false_type{});
       begin_sum();
-      if (g.norms.cos) {  // beside the last product
-#pragma unroll
-        for (int half_row = 0; half_row < 2; ++half_row) {
-          const int query = min(warp_query + lane_row(2 * half_row), a.queries - 1);
-          angles.read(half_row, g.norms.cos, g.norms.sin, a.first() + query);
-          factors[half_row] = g.norms.q_factors[(i64{at.b} * a.queries + query) * a.H + at.h];
-        }
-      }
       products_wait<0>();
       products_done(dq[0]);
       if (signals) barrier_arrive(empty(last));
@@ -220,32 +224,35 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
     }
 
-    float dgain = 0.0f;
     const auto query_at = [&](int n, int half_row) {
       return unpack<S>(*reinterpret_cast<const unsigned*>(warp_rows + Rows::offset(lane_row(2 * half_row), n) +
                                                           lane_column(0) * sizeof(S)));
     };
+    float dots[2];
+    row_dots(dots, dq[0], query_at);
+    float dgain = dots[0] + dots[1];
+#pragma unroll
+    for (int offset = kWarp / 2; offset >= 4; offset /= 2) dgain += __shfl_xor_sync(0xffffffffu, dgain, offset);
+    const float of_products = gain * a.root;
+#pragma unroll
+    for (float& dot : dots) dot *= of_products;
 #pragma unroll
     for (int n = 0; n < kHeadWidth / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const float2 query = query_at(n, i / 2);
-        dgain = fmaf(dq[0][n][i], query.x, dgain);
-        dgain = fmaf(dq[0][n][i + 1], query.y, dgain);
-        dq[0][n][i] *= gain * a.root;
-        dq[0][n][i + 1] *= gain * a.root;
-      }
-    if (g.norms.cos && tiles > 0) rows_backward<kHeadWidth>(dq[0], angles, factors, query_at);
+      for (int i = 0; i < 4; ++i) dq[0][n][i] *= of_products;
+    if (past_norms) {
+      copies_landed();
+      __syncwarp();
+      rows_backward(dq[0], dots, angles, factors, query_at);
+      stores_before_copies();
+    }
     __syncwarp();
     warp_arrive(queries_empty(query_stage));
     if (++query_stage == Tiles::kQueryStages) query_stage = 0, query_parity ^= 1;
     if (tiles == 0) continue;
-#pragma unroll
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) dgain += __shfl_xor_sync(0xffffffffu, dgain, offset);
     if (signals && warp_query < a.queries)
       g.dgain[(i64{at.h} * a.batch + at.b) * gain_rows + warp_query / Tiles::kGainRows] = a.root * dgain;
-    store_rows<S, kHeadWidth, 1>(shared + Tiles::kTiles + warp * Tiles::kWarpTile, dq, g.head(a, at.b, at.h),
-                                 g.stride(a), warp_position, a.T, a.D);
+    store_rows<S, kHeadWidth, 1>(own_tile, dq, g.head(a, at.b, at.h), g.stride(a), warp_position, a.T, a.D);
     __syncwarp();  // the tile is free for the next rows
   }
 }
@@ -425,9 +432,12 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
     for (int n = 0; n < kHeadWidth / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) dk[0][n][i] *= a.root;
-    if (g.norms.cos)
-      rows_backward<kHeadWidth>(dk[0], angles, factors,
-                                [&](int n, int half_row) { return unpack<S>(k[0][n / 2][n % 2 * 2 + half_row]); });
+    if (g.norms.cos) {
+      const auto key_at = [&](int n, int half_row) { return unpack<S>(k[0][n / 2][n % 2 * 2 + half_row]); };
+      float dots[2];
+      row_dots(dots, dk[0], key_at);
+      rows_backward(dk[0], dots, angles, factors, key_at);
+    }
     store_rows<S, kHeadWidth, 1>(own_tile, dk, g.head(a, at.b, a.H + at.kv), g.stride(a), warp_key, a.T, a.D);
     __syncwarp();  // the rows before have left the tile
     store_rows<S, kHeadWidth, 1>(own_tile, dv, g.head(a, at.b, a.H + a.K + at.kv), g.stride(a), warp_key, a.T, a.D);
