@@ -19,25 +19,7 @@ struct HeadNormArgs {
   const float *cos, *sin, *q_factors, *k_factors;
 };
 
-// The angles of a lane's two rows, for its pairs of numbers (j, j + kWidth/2).
-template <int kWidth>
-struct Angles {
-  static constexpr int kTiles = kWidth / 16;  // of columns in half a head
-  float2 cosines[2][kTiles], sines[2][kTiles];
-
-  __device__ __forceinline__ void read(int half_row, const float* cos, const float* sin, int position) {
-    const i64 at = i64{position} * (kWidth / 2) + lane_column(0);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      cosines[half_row][n] = *reinterpret_cast<const float2*>(cos + at + n * 8);
-      sines[half_row][n] = *reinterpret_cast<const float2*>(sin + at + n * 8);
-    }
-  }
-  __device__ __forceinline__ float2 cosine(int n, int half_row) const { return cosines[half_row][n]; }
-  __device__ __forceinline__ float2 sine(int n, int half_row) const { return sines[half_row][n]; }
-};
-
-// The same for heads of 64 numbers in two tiles of 16 rows in shared memory, copied there in the background.
+// The angles of 16 rows of heads of 64 numbers in two tiles of shared memory, copied there in the background.
 struct SharedAngles {
   using Rows = SharedTile<64>;  // 32 float32 numbers are as many bytes as 64 of 16 bits
   const unsigned char *cosines, *sines;
@@ -101,10 +83,11 @@ __device__ __forceinline__ void row_dots(float (&dots)[2], const float (&dx)[kTi
 }
 
 // dx, the gradients at 16 rows of a rotated head → those at the product's rows. x as above; dots: of the whole rows.
-// For gradients that are rounded to 16 bits: the quotient may miss by its last bits.
-template <int kTiles, class A, class X>
-__device__ __forceinline__ void rows_backward(float (&dx)[kTiles][4], const float (&dots)[2], const A& angles,
-                                              const float (&factors)[2], X&& x) {
+// Both may lack a factor, that factors have. For gradients that are rounded to 16 bits: the quotient may miss by its
+// last bits.
+template <int kTiles, class X>
+__device__ __forceinline__ void rows_backward(float (&dx)[kTiles][4], const float (&dots)[2],
+                                              const SharedAngles& angles, const float (&factors)[2], X&& x) {
 #pragma unroll
   for (int half_row = 0; half_row < 2; ++half_row) {
     const float mean = dots[half_row] * (1.0f / (8 * kTiles)), factor = factors[half_row];

@@ -224,6 +224,9 @@ __global__ void __launch_bounds__(kRowThreads)
 template <class S, int kWidth, bool kAdapted>
 struct NormRotate {
   static constexpr int kHeads = 128 / kWidth, kColumnTiles = kWidth / 8;
+  struct Angles {
+    float2 cosines[2][kColumnTiles / 2], sines[2][kColumnTiles / 2];  // of a lane's two rows
+  };
   i64 rows;
   int T, first, H, K;
   const float *cos, *sin;
@@ -232,18 +235,23 @@ struct NormRotate {
   Delta<S> delta;
 
   // Of v, which is not rotated, nothing.
-  __device__ Angles<kWidth> read(i64 row, int column) const {
-    Angles<kWidth> angles;
+  __device__ Angles read(i64 row, int column) const {
+    Angles angles;
 #pragma unroll
     for (int half_row = 0; half_row < 2; ++half_row) {
       if (column >= (H + K) * kWidth) break;
       const i64 own = row + lane_row(2 * half_row), token = own < rows ? own : rows - 1;
       const int position = first + static_cast<int>(static_cast<unsigned>(token) % static_cast<unsigned>(T));
-      angles.read(half_row, cos, sin, position);
+      const i64 at = i64{position} * (kWidth / 2) + lane_column(0);
+#pragma unroll
+      for (int n = 0; n < kColumnTiles / 2; ++n) {
+        angles.cosines[half_row][n] = *reinterpret_cast<const float2*>(cos + at + n * 8);
+        angles.sines[half_row][n] = *reinterpret_cast<const float2*>(sin + at + n * 8);
+      }
     }
     return angles;
   }
-  __device__ Angles<kWidth> ahead(i64 row, int column) const
+  __device__ Angles ahead(i64 row, int column) const
     requires(kWidth == 64)  // others' angles would not fit beside the products
   {
     return read(row, column);
@@ -251,7 +259,7 @@ struct NormRotate {
   __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, i64 row, int column) const {
     (*this)(tile, product, read(row, column), row, column);
   }
-  __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, const Angles<kWidth>& angles, i64 row,
+  __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, const Angles& angles, i64 row,
                              int column) const {
     auto& x = product[0];
 #pragma unroll

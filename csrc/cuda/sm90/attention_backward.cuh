@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
 #pragma unroll
       for (int half_row = 0; half_row < 2; ++half_row) {
         const int query = min(warp_query + lane_row(2 * half_row), a.queries - 1);
-        factors[half_row] = g.norms.q_factors[(i64{at.b} * a.queries + query) * a.H + at.h];
+        factors[half_row] = gain * a.root * g.norms.q_factors[(i64{at.b} * a.queries + query) * a.H + at.h];
       }
     }
     if (tiles > 0 && lane_column(0) == 0) {
@@ -233,18 +233,16 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
     float dgain = dots[0] + dots[1];
 #pragma unroll
     for (int offset = kWarp / 2; offset >= 4; offset /= 2) dgain += __shfl_xor_sync(0xffffffffu, dgain, offset);
-    const float of_products = gain * a.root;
-#pragma unroll
-    for (float& dot : dots) dot *= of_products;
-#pragma unroll
-    for (int n = 0; n < kHeadWidth / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) dq[0][n][i] *= of_products;
     if (past_norms) {
       copies_landed();
       __syncwarp();
       rows_backward(dq[0], dots, angles, factors, query_at);
-      stores_before_copies();
+      shared_stores_before_copies();
+    } else {
+#pragma unroll
+      for (int n = 0; n < kHeadWidth / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dq[0][n][i] *= gain * a.root;
     }
     __syncwarp();
     warp_arrive(queries_empty(query_stage));
@@ -265,7 +263,8 @@ struct DkdvTiles {
   static constexpr int kTileBytes = kQueries * kHeadRowBytes, kStages = 4;  // a stage: queries, dO, their numbers
   static constexpr int kWarpTile = SharedTile<kHeadWidth>::bytes(16);
   static constexpr int kSlots = 2 * kKeyBytes, kTiles = kSlots + 2 * kStages * kTileBytes;
-  static constexpr int kRows = kTiles + kWarps * kWarpTile, kBarriers = kRows + kStages * QueryRows::kBytes;
+  static constexpr int kAngles = kTiles + kWarps * kWarpTile;  // two tiles of each warp
+  static constexpr int kRows = kAngles + 2 * kWarps * kWarpTile, kBarriers = kRows + kStages * QueryRows::kBytes;
   static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + 16 * (kStages + 1);
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 };
@@ -343,6 +342,17 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
     load_fragments<kHeadWidth, 1>(v, keys + Tiles::kKeyBytes, warp * 16);
     __syncwarp();
     warp_arrive(keys_empty);
+    unsigned char* const angle_tiles = shared + Tiles::kAngles + 2 * warp * Tiles::kWarpTile;
+    const SharedAngles angles{angle_tiles, angle_tiles + Tiles::kWarpTile};
+    float factors[2];
+    if (g.norms.cos) {
+      angles.begin(g.norms.cos, g.norms.sin, warp_key, a.T);
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row) {
+        const int key = min(warp_key + lane_row(2 * half_row), a.T - 1);
+        factors[half_row] = a.root * g.norms.k_factors[(i64{at.b} * a.T + key) * a.K + at.kv];
+      }
+    }
 
     Scores<1, kHeadWidth> dk = {}, dv = {};
     Scores<1, kQueries> p, ds;
@@ -413,30 +423,23 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
         if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
       }
     }
-    Angles<kHeadWidth> angles;
-    float factors[2];
-    if (g.norms.cos) {  // beside the last products
-#pragma unroll
-      for (int half_row = 0; half_row < 2; ++half_row) {
-        const int key = min(warp_key + lane_row(2 * half_row), a.T - 1);
-        angles.read(half_row, g.norms.cos, g.norms.sin, key);
-        factors[half_row] = g.norms.k_factors[(i64{at.b} * a.T + key) * a.K + at.kv];
-      }
-    }
     products_wait<0>();
     products_done(dk[0]);
     products_done(dv[0]);
     if (last >= 0) warp_arrive(empty(last));
 
-#pragma unroll
-    for (int n = 0; n < kHeadWidth / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) dk[0][n][i] *= a.root;
     if (g.norms.cos) {
+      copies_landed();
+      __syncwarp();
       const auto key_at = [&](int n, int half_row) { return unpack<S>(k[0][n / 2][n % 2 * 2 + half_row]); };
       float dots[2];
       row_dots(dots, dk[0], key_at);
       rows_backward(dk[0], dots, angles, factors, key_at);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kHeadWidth / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dk[0][n][i] *= a.root;
     }
     store_rows<S, kHeadWidth, 1>(own_tile, dk, g.head(a, at.b, a.H + at.kv), g.stride(a), warp_key, a.T, a.D);
     __syncwarp();  // the rows before have left the tile
