@@ -1,6 +1,7 @@
 // Norm, the first MLP product and ReLU². Its slope is projection.cu's, from h: u itself is not kept.
 //
-// Rounded to S. Forward: normed = rms(x); h, whose value in f16 stays at the largest finite number.
+// Rounded to S. Forward: normed = rms(x), unless the product is x·wᵀ, whose rows the epilogue multiplies by their rms
+// factors; h, whose value in f16 stays at the largest finite number.
 // Backward: dnormed = du·w; normed, recomputed for the weight gradient; dx. The norm's backward uses normed before
 // it is rounded.
 #include "cuda/linear.h"
@@ -58,20 +59,33 @@ __global__ void __launch_bounds__(kNumberThreads)
   square.count_in(saturated);
 }
 
-// h from u while it is in registers.
+// h from x·wᵀ while it is in registers.
 template <class S>
 struct StoreHidden {
-  S* h;  // [rows, F]
+  struct Factors {
+    float of_row[2];  // of a lane
+  };
+  const float* factors;  // [rows]
+  S* h;                  // [rows, F]
   i64 rows, F;
   float h_scale;
   std::int64_t* saturated;
 
-  __device__ void operator()(unsigned char* tile, sm90::WarpRows& u, i64 row, int column) const {
+  __device__ Factors ahead(i64 row, int) const {
+    Factors read;
+#pragma unroll
+    for (int half_row = 0; half_row < 2; ++half_row) {
+      const i64 own = row + lane_row(2 * half_row);
+      read.of_row[half_row] = factors[own < rows ? own : rows - 1];
+    }
+    return read;
+  }
+  __device__ void operator()(unsigned char* tile, sm90::WarpRows& u, const Factors& read, i64 row, int column) const {
     SquareRelu<S> square(h_scale);
 #pragma unroll
     for (int n = 0; n < 16; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) u[0][n][i] = square(u[0][n][i]);
+      for (int i = 0; i < 4; ++i) u[0][n][i] = square(read.of_row[i / 2] * u[0][n][i]);
     square.count_in(saturated);
     store_rows<S, 128, 1>(tile, u, h + row * F + column, static_cast<int>(F), 0, static_cast<int>(rows - row), 128);
   }
@@ -82,10 +96,12 @@ struct StoreHidden {
 OpBytes CudaBackend::bytes(const MlpUp& op) const {
   const Dims s(op);
   Layout saved, forward, backward;
-  saved.take<float>(s.N);                                                              // rms factors
-  forward.take(storage_, s.N * s.d);                                                   // normed
-  forward.take<float>(sm90::takes(*this, s.N, s.F, s.d) ? 0 : rows_at_once(s) * s.F);  // u
-  backward.take(storage_, s.N * s.d);                                                  // dnormed, then normed
+  saved.take<float>(s.N);  // rms factors
+  if (!sm90::takes(*this, s.N, s.F, s.d)) {
+    forward.take(storage_, s.N * s.d);           // normed
+    forward.take<float>(rows_at_once(s) * s.F);  // u
+  }
+  backward.take(storage_, s.N * s.d);  // dnormed, then normed
   return {saved.used(), forward.used(), backward.used()};
 }
 
@@ -93,18 +109,24 @@ void CudaBackend::mlp_up_forward(const MlpUp& op) {
   const Dims s(op);
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
+    float* const factors = op.saved.as<float>();
+    const float h_scale = static_cast<float>(op.h_scale);
+    const auto norm = [&](S* normed) {
+      with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
+        norm_rows<S, vectors><<<row_blocks(s.N, warps), kRowThreads, 0, stream()>>>(
+            op.x.as<S>(), Positions{}, s.N, static_cast<int>(s.d), warps, normed, factors);
+        PGOLF_LAUNCHED("norm_rows");
+      });
+    };
+    if constexpr (sizeof(S) == 2)
+      if (sm90::takes(*this, s.N, s.F, s.d)) {
+        norm(nullptr);
+        return sm90::launch_resident_product<S>(*this, "mlp_up", op.x.data, op.w.data, s.N, s.F, s.d,
+                                                StoreHidden<S>{factors, op.h.as<S>(), s.N, s.F, h_scale, op.saturated});
+      }
     Layout scratch(op.scratch.data);
     S* const normed = scratch.take<S>(s.N * s.d);
-    with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
-      norm_rows<S, vectors><<<row_blocks(s.N, warps), kRowThreads, 0, stream()>>>(
-          op.x.as<S>(), Positions{}, s.N, static_cast<int>(s.d), warps, normed, op.saved.as<float>());
-      PGOLF_LAUNCHED("norm_rows");
-    });
-    const float h_scale = static_cast<float>(op.h_scale);
-    if constexpr (sizeof(S) == 2)
-      if (sm90::takes(*this, s.N, s.F, s.d))
-        return sm90::launch_resident_product<S>(*this, "mlp_up", normed, op.w.data, s.N, s.F, s.d,
-                                                StoreHidden<S>{op.h.as<S>(), s.N, s.F, h_scale, op.saturated});
+    norm(normed);
     float* const u = scratch.take<float>(rows_at_once(s) * s.F);
     for (i64 row = 0; row < s.N; row += rows_at_once(s)) {
       const i64 rows = std::min(rows_at_once(s), s.N - row);

@@ -112,7 +112,7 @@ struct Positions {
   }
 };
 
-// normed = rms(x). Memory-bound: 1 read, 1 write.
+// normed = rms(x), or where that is null the rows' factors alone. Memory-bound: 1 read, 1 write.
 template <class S, int kVectors>
 __global__ void __launch_bounds__(kRowThreads)
     norm_rows(const S* __restrict__ x, Positions positions, i64 rows, int d, int warps, S* __restrict__ normed,
@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const float factor = rms_factor(team.sum(squares), d);
   if (row >= rows) return;
   if (team.thread == 0) factors[row] = factor;
+  if (normed == nullptr) return;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     if (team.column(v) >= d) break;
