@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
   __syncthreads();
 
   const unsigned blocks = static_cast<unsigned>(order.heads) * static_cast<unsigned>(order.tiles);
-  const int warpgroup = threadIdx.x / kWarpgroup;
+  const int warpgroup = static_cast<int>(uniform(threadIdx.x / kWarpgroup));
   int stage = 0, query_stage = 0;
   if (warpgroup == Tiles::kConsumers) {
     give_registers<Tiles::kProducerRegisters>();
@@ -106,8 +106,9 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
     const int warp_query = own_first + warp % 4 * 16, warp_position = warp_query + a.first();
     const int tiles = own_first < a.queries ? at.tiles_until(a, own_first + Tiles::kOwnQueries) : 0;
     const unsigned query_slot = 3 * query_stage * Tiles::kQueryBytes;
-    const unsigned own_queries = queries + query_slot + warpgroup * Tiles::kOwnQueries * kHeadRowBytes;
-    const unsigned own_d_o = own_queries + Tiles::kQueryBytes;
+    const std::uint64_t own_rows =
+        descriptor(uniform(queries + query_slot + warpgroup * Tiles::kOwnQueries * kHeadRowBytes));
+    const std::uint64_t own_d_o = behind(own_rows, Tiles::kQueryBytes);
     unsigned char* const warp_rows = shared + query_slot + warp * Tiles::kWarpTile;
     const i64 first_row = a.row_at(at.b, at.h);
     const float gain = a.gain[at.h], scale = exponent_scale(gain, a.root);
@@ -164,24 +165,25 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
     unsigned rounded[kKeys / 16][4];  // ds of the tile before
     int last = 0;                     // its stage
     const auto begin_sum = [&] {
+      const std::uint64_t keys = descriptor(uniform(keys_at(last)));
       products_begin();
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k)
-        multiply_add_64x64<S, Second::plain>(dq[0], rounded[k], descriptor(keys_at(last) + k * 16 * kHeadRowBytes));
+        multiply_add_64x64<S, Second::plain>(dq[0], rounded[k], behind(keys, k * 16 * kHeadRowBytes));
       products_commit();
     };
     const auto step = [&](int tile, auto starts) {
       constexpr int kPending = starts ? 0 : 1;  // products of the tile before, beside this tile's
-      const unsigned keys = keys_at(stage), values = keys + Tiles::kTileBytes;
+      const std::uint64_t keys = descriptor(uniform(keys_at(stage))), values = behind(keys, Tiles::kTileBytes);
       barrier_wait(full(stage), parity);
       products_begin();
 #pragma unroll
       for (int k = 0; k < kHeadWidth / 16; ++k)
-        multiply_add_64x128<S>(p[0], descriptor(own_queries + k * 32), descriptor(keys + k * 32), k > 0);
+        multiply_add_64x128<S>(p[0], behind(own_rows, k * 32), behind(keys, k * 32), k > 0);
       products_commit();
 #pragma unroll
       for (int k = 0; k < kHeadWidth / 16; ++k)
-        multiply_add_64x128<S>(ds[0], descriptor(own_d_o + k * 32), descriptor(values + k * 32), k > 0);
+        multiply_add_64x128<S>(ds[0], behind(own_d_o, k * 32), behind(values, k * 32), k > 0);
       products_commit();
       if constexpr (!starts) begin_sum();
       products_wait<1 + kPending>();
@@ -293,7 +295,8 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
   __syncthreads();
 
   const unsigned blocks = static_cast<unsigned>(order.heads) * static_cast<unsigned>(order.tiles);
-  const int warpgroup = threadIdx.x / kWarpgroup, query_tiles = static_cast<int>(QueryRows::tiles(a.queries));
+  const int warpgroup = static_cast<int>(uniform(threadIdx.x / kWarpgroup)),
+            query_tiles = static_cast<int>(QueryRows::tiles(a.queries));
   int stage = 0;
   // What a block has to do: keys [first_key, first_key + kKeys) of one head, and the queries from first_tile on.
   struct KeyTile {
@@ -365,15 +368,15 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
         if (position + kQueries <= own_first) {  // they see none of these keys
           warp_arrive(empty(stage));
         } else {
-          const unsigned queries = queries_at(stage), d_o = queries + Tiles::kTileBytes;
+          const std::uint64_t queries = descriptor(queries_at(stage)), d_o = behind(queries, Tiles::kTileBytes);
           products_begin();
 #pragma unroll
           for (int i = 0; i < kHeadWidth / 16; ++i)
-            multiply_add_64x64<S, Second::transposed>(p[0], k[0][i], descriptor(queries + i * 32), i > 0);
+            multiply_add_64x64<S, Second::transposed>(p[0], k[0][i], behind(queries, i * 32), i > 0);
           products_commit();
 #pragma unroll
           for (int i = 0; i < kHeadWidth / 16; ++i)
-            multiply_add_64x64<S, Second::transposed>(ds[0], v[0][i], descriptor(d_o + i * 32), i > 0);
+            multiply_add_64x64<S, Second::transposed>(ds[0], v[0][i], behind(d_o, i * 32), i > 0);
           products_commit();
           products_wait<1>();  // the tile before is done with, too
           products_done(p[0]);
@@ -394,7 +397,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           products_begin();
 #pragma unroll
           for (int i = 0; i < kQueries / 16; ++i)
-            multiply_add_64x64<S, Second::plain>(dv[0], rounded_p[i], descriptor(d_o + i * 16 * kHeadRowBytes));
+            multiply_add_64x64<S, Second::plain>(dv[0], rounded_p[i], behind(d_o, i * 16 * kHeadRowBytes));
           products_commit();
           products_wait<1>();
           products_done(ds[0]);
@@ -409,7 +412,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           products_begin();
 #pragma unroll
           for (int i = 0; i < kQueries / 16; ++i)
-            multiply_add_64x64<S, Second::plain>(dk[0], rounded_ds[i], descriptor(queries + i * 16 * kHeadRowBytes));
+            multiply_add_64x64<S, Second::plain>(dk[0], rounded_ds[i], behind(queries, i * 16 * kHeadRowBytes));
           products_commit();
           last = stage;
         }

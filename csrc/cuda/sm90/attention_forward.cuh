@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
   __syncthreads();
 
   const unsigned blocks = static_cast<unsigned>(order.heads) * static_cast<unsigned>(order.tiles);
-  const int warpgroup = threadIdx.x / kWarpgroup;
+  const int warpgroup = static_cast<int>(uniform(threadIdx.x / kWarpgroup));
   if (warpgroup == Tiles::kConsumers) {
     give_registers<Tiles::kProducerRegisters>();
     if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
@@ -94,17 +94,19 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
     unsigned p[kKeys / 16][4];  // the probabilities of the tile before
     float top[1][2] = {{-INFINITY, -INFINITY}}, sum[1][2] = {}, shrink[2];
     const auto begin_scores = [&](int from) {
+      const std::uint64_t rows = descriptor(own_queries), keys = descriptor(keys_at(from));
       products_begin();
 #pragma unroll
       for (int k = 0; k < kWidth / 16; ++k)
-        multiply_add_64x128<S>(s[0], descriptor(own_queries + k * 32), descriptor(keys_at(from) + k * 32), k > 0);
+        multiply_add_64x128<S>(s[0], behind(rows, k * 32), behind(keys, k * 32), k > 0);
       products_commit();
     };
     const auto begin_outputs = [&](int from) {
+      const std::uint64_t values = descriptor(values_at(from));
       products_begin();
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k)
-        multiply_add_64x64<S, Second::plain>(o[0], p[k], descriptor(values_at(from) + k * 16 * Tiles::kRowBytes));
+        multiply_add_64x64<S, Second::plain>(o[0], p[k], behind(values, k * 16 * Tiles::kRowBytes));
       products_commit();
     };
     // s becomes probabilities under the new maximum; shrink is what brings sums so far to it.

@@ -16,6 +16,13 @@ namespace pgolf::cuda::sm90 {
 
 inline constexpr int kWarpgroup = 4 * kWarp;
 
+// A number that is the same in all lanes of a warp, which the compiler learns by this: what follows from it, as loops
+// and descriptors of products, then takes no lane's registers and none of their moves.
+template <class T>
+__device__ __forceinline__ T uniform(T x) {
+  return __shfl_sync(0xffffffffu, x, 0);
+}
+
 // ---- Barriers: 8 bytes each. A phase ends when `count` threads have arrived and all expected bytes have come.
 
 __device__ __forceinline__ void barrier_init(unsigned barrier, unsigned count) {
@@ -99,12 +106,17 @@ __device__ __forceinline__ void stores_before_copies() { PGOLF_SM90(asm volatile
 // ---- Products of a warpgroup
 
 // Where wgmma finds rows of 64 16-bit numbers, eight rows in 1,024 bytes, in the copy engine's 128-byte swizzle. The
-// tile begins at a multiple of 1,024; where products sum over columns, a step of 16 adds 32 bytes to the address, where
-// they sum over rows 2,048. Where they sum over rows that have more than 64 numbers, `next` is how many bytes further
-// the tile of the next 64 of each begins.
+// tile begins at a multiple of 1,024; where products sum over columns, a step of 16 adds 32 bytes to the address
+// (behind), where they sum over rows 2,048. Where they sum over rows that have more than 64 numbers, `next` is how many
+// bytes further the tile of the next 64 of each begins.
 __device__ __forceinline__ std::uint64_t descriptor(unsigned address, unsigned next = 0) {
   constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62, kEightRows = std::uint64_t{1024 >> 4} << 32;
   return kSwizzle128 | kEightRows | std::uint64_t{next >> 4} << 16 | ((address & 0x3ffff) >> 4);
+}
+// The same for `bytes` further on: one addition, for no shared memory reaches so far that it would carry.
+__device__ __forceinline__ std::uint64_t behind(std::uint64_t descriptor, unsigned bytes) {
+  const unsigned low = static_cast<unsigned>(descriptor) + (bytes >> 4);
+  return (descriptor & 0xffffffff00000000u) | low;
 }
 
 __device__ __forceinline__ void products_begin() {

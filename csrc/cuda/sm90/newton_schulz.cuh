@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
   }
   __syncthreads();
 
-  const int warpgroup = threadIdx.x / kWarpgroup;
+  const int warpgroup = static_cast<int>(uniform(threadIdx.x / kWarpgroup));
   if (warpgroup == Tiles::kConsumers) {
     give_registers<Tiles::kProducerRegisters>();
     const int role = static_cast<int>(threadIdx.x) - Tiles::kConsumers * kWarpgroup;
@@ -249,16 +249,17 @@ __global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
         const int box = work.box + k, stage = box % kStages;
         barrier_wait(full(stage), box / kStages & 1);
         products_begin();
-        const unsigned left = slots + stage * Tiles::kStageBytes;
-        const unsigned right = over_rows.value || mirrored ? left + Tiles::kOperandBytes : left;
+        const unsigned left_box = slots + stage * Tiles::kStageBytes;
+        const unsigned right_box = over_rows.value || mirrored ? left_box + Tiles::kOperandBytes : left_box;
+        const std::uint64_t left = descriptor(left_box);
+        const std::uint64_t right = descriptor(right_box, over_rows.value ? Tiles::kBoxBytes : 0);
 #pragma unroll
         for (int part = 0; part < kBoxColumns / 16; ++part) {
-          const std::uint64_t b =
-              over_rows.value ? descriptor(right + part * 2048, Tiles::kBoxBytes) : descriptor(right + part * 32);
+          const std::uint64_t b = behind(right, part * (over_rows.value ? 2048 : 32));
 #pragma unroll
           for (int half = 0; half < 2; ++half)
             multiply_add_64x128<S, over_rows.value ? Second::plain : Second::transposed>(
-                sums[half], descriptor(left + half * Tiles::kBoxBytes + part * 32), b, true);
+                sums[half], behind(left, half * Tiles::kBoxBytes + part * 32), b, true);
         }
         products_commit();
         products_wait<1>();

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
   }
   __syncthreads();
 
-  const int warpgroup = threadIdx.x / kWarpgroup;
+  const int warpgroup = static_cast<int>(uniform(threadIdx.x / kWarpgroup));
   const int column = static_cast<int>(blockIdx.x) % column_tiles * Tiles::kColumns;
   const int first_tile = static_cast<int>(blockIdx.x) / column_tiles, step = static_cast<int>(gridDim.x) / column_tiles;
   if (warpgroup == Tiles::kConsumers) {
@@ -142,17 +142,16 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
     const auto multiply_box = [&](int k, auto first) {
       barrier_wait(full(stage), parity);
       products_begin();
-      const unsigned rows = boxes + stage * Tiles::kBoxBytes, columns = weights + k * Tiles::kBoxBytes;
+      const std::uint64_t rows = descriptor(boxes + stage * Tiles::kBoxBytes);
+      const std::uint64_t columns =
+          descriptor(weights + k * Tiles::kBoxBytes, kSecond == Second::transposed ? 0 : Tiles::kBoxBytes / 2);
+      constexpr int kStep = kSecond == Second::transposed ? 32 : 16 * kBoxColumns * int(sizeof(S));  // of 16 numbers
 #pragma unroll
       for (int part = 0; part < kBoxColumns / 16; ++part)
 #pragma unroll
         for (int half_tile = 0; half_tile < 2; ++half_tile)
-          multiply_add_64x128<S, kSecond>(
-              sums[half_tile], descriptor(rows + half_tile * (Tiles::kBoxBytes / 2) + part * 32),
-              kSecond == Second::transposed
-                  ? descriptor(columns + part * 32)
-                  : descriptor(columns + part * 16 * kBoxColumns * int(sizeof(S)), Tiles::kBoxBytes / 2),
-              !first() || part > 0);
+          multiply_add_64x128<S, kSecond>(sums[half_tile], behind(rows, half_tile * (Tiles::kBoxBytes / 2) + part * 32),
+                                          behind(columns, part * kStep), !first() || part > 0);
       products_commit();
       products_wait<1>();
       if (!first() && lane == 0) barrier_arrive(empty(before));
