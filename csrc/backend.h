@@ -101,9 +101,10 @@ struct QkvGrads {
 // o = softmax(gain[h]·q·kᵀ/√D over keys ≤ t)·v, query head h reading key/value head ⌊h·K/H⌋        §2.5
 //   q and o hold the last T' positions; the backward needs T' = T.
 struct Attention {
-  TensorView q, k, v;  // [B, T', H, D], [B, T, K, D], [B, T, K, D]
-  TensorView gain;     // [H]
-  TensorView o;        // out [B, T', H, D]
+  TensorView q, k, v;   // [B, T', H, D], [B, T, K, D], [B, T, K, D]
+  TensorView gain;      // [H]
+  bool normed = false;  // heads of q and k have a mean square of 1 at most, as Qkv's: scores are within ±|gain|·√D
+  TensorView o;         // out [B, T', H, D]
   TensorView saved, scratch;
 };
 // A Qkv's tables and what it saved, for a backward that goes from its q and k on to their products.

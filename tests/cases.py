@@ -227,24 +227,31 @@ def qkv_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "", ran
     return Case(name, inputs, expected, run, gradients, started)
 
 
-def attention_case(B: int, T: int, H: int, K: int, D: int) -> Case:
+def attention_case(B: int, T: int, H: int, K: int, D: int, normed: float | None = None) -> Case:
+    """normed: heads of q and k are, and gains are of this size, half of them negative."""
     rng = np.random.default_rng(3)
     first = T // 3
     shapes = {"q": (B, T, H, D), "k": (B, T, K, D), "v": (B, T, K, D), "gain": (H,)}
     inputs = {name: draw(rng, *shape) for name, shape in shapes.items()}
+    if normed is not None:
+        for name in ("q", "k"):
+            inputs[name] = as_float32(inputs[name] / np.sqrt(np.mean(inputs[name] ** 2, axis=-1, keepdims=True)))
+        inputs["gain"] = as_float32(normed * (1 - 2 * (np.arange(H) % 2)))
+    ways = {"normed": normed is not None}
 
     def expected(t):
         o = reference.causal_attention(t["q"] * t["gain"][:, None], t["k"], t["v"])
         return {"o": o, **detached({"late o": o[:, first:]})}
 
     def run(inputs, upstream, starts):
-        late, _ = ops.attention(**{**inputs, "q": inputs["q"][:, first:]})
-        o, saved = ops.attention(**inputs)
+        late, _ = ops.attention(**{**inputs, "q": inputs["q"][:, first:]}, **ways)
+        o, saved = ops.attention(**inputs, **ways)
         gradients = named(ops.attention_backward(saved, upstream["o"], add_to=starts))
         assert_same({"q", "k", "v"}, named(ops.attention_backward(saved, upstream["o"], weights=False)), gradients)
         return {"o": o, "late o": late}, gradients
 
-    return Case(f"attention {B}x{T} H{H} K{K} D{D}", inputs, expected, run, list(inputs), ["gain"])
+    name = f"attention {B}x{T} H{H} K{K} D{D}" + (f" normed {normed}" if normed is not None else "")
+    return Case(name, inputs, expected, run, list(inputs), ["gain"])
 
 
 def heads_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "") -> Case:
@@ -260,7 +267,7 @@ def heads_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "") -
     def run(inputs, upstream, starts):
         arguments = [inputs[name] for name in ("wq", "wk", "wv", "cos", "sin")]
         heads, made = ops.qkv(mixed_native(inputs, skip), *arguments)
-        o, saved = ops.attention(*heads, inputs["gain"])
+        o, saved = ops.attention(*heads, inputs["gain"], normed=True)
         add_to = {"gain": starts.pop("gain")}
         *at_products, gain = ops.attention_backward(saved, upstream["o"], qkv=made, add_to=add_to)
         gradients = ops.qkv_backward(made, *at_products, at_products=True, add_to=starts)

@@ -68,6 +68,7 @@ ATTENTION = [
     attention_case(1, 63, 2, 2, 32),
     attention_case(3, 64, 4, 1, 6),
     attention_case(1, 65, 3, 3, 64),
+    attention_case(2, 65, 4, 2, 8, normed=3.0),
 ]
 HEADS = [
     heads_case(2, 130, 34, 4, 2, 6, "other"),
@@ -653,7 +654,7 @@ def test_the_native_face_refuses_what_would_crash_it():
     native = _C.Ops(-1, "float32")
     a = np.ones((2, 2), np.float32)
     with pytest.raises(ValueError, match="needs an array named q"):
-        native.attention({}, {})
+        native.attention({}, {}, normed=False)
     with pytest.raises(ValueError, match="C-contiguous"):
         native.working_copy({"w": a.T}, {"out": a.copy()}, 15, 1.0)
     with pytest.raises(ValueError, match="The dtype is int16; expected float32"):

@@ -75,6 +75,7 @@ CASES = [
     attention_case(2, 257, 2, 1, 128),
     attention_case(1, 2047, 2, 1, 64),
     attention_case(1, 4096, 2, 2, 64),
+    attention_case(2, 65, 4, 2, 64, normed=1.5),
     attention_case(24, 260, 8, 4, 64),  # more work than multiprocessors: blocks that stay do several tiles
     project_residual_case(2, 65, 64, 48, "other"),
     project_residual_case(1, 1, 32, 32),
@@ -169,6 +170,32 @@ def test_outputs_and_gradients_are_the_reference_s_up_to_rounding(case: Case, pl
     check(case, place)
 
 
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("gain", [0.0, 1.5, -1.5, 4.2, -4.2, 12.0])  # up to 4.25 a GPU uses the bound of scores
+@pytest.mark.parametrize("alike", [False, True])
+def test_attention_of_normed_heads(gain: float, alike: bool, place: Place) -> None:
+    """alike: all scores are at their bound, above it with a negative gain: every probability of a row is as great."""
+    rng = np.random.default_rng(5)
+    B, T, H, K, D = 2, 330, 4, 2, 64
+    q, k, v, do = (place.round(draw(rng, B, T, heads, D)) for heads in (H, K, K, H))
+    for x in (q, k):
+        x /= np.sqrt(np.mean(x**2, axis=-1, keepdims=True))
+    if alike:
+        q[:] = np.where(rng.standard_normal(D) > 0, 1.0, -1.0)
+        k[:] = -q[0, 0, 0]
+    q, k, v, do, gains = (x.astype(np.float32) for x in (place.round(q), place.round(k), v, do, np.full(H, gain)))
+    with ops.on(place.device, place.dtype):
+        (o, saved), (_, plain) = ops.attention(q, k, v, gains, normed=True), ops.attention(q, k, v, gains)
+        gradients, wanted = ops.attention_backward(saved, do), ops.attention_backward(plain, do)
+    leaves = [torch.tensor(x, dtype=torch.float64) for x in (q * gain, k, v)]
+    expected = model.causal_attention(*leaves).numpy()
+    compare(o, expected, float(np.linalg.norm(expected)), place, "o", CANCELLED)
+    everything = math.sqrt(sum(float(np.linalg.norm(g)) ** 2 for g in (wanted.q, wanted.k, wanted.v)))
+    for name in "qkv":  # from the log-sum-exp
+        found, like = getattr(gradients, name), getattr(wanted, name)
+        assert np.linalg.norm(found - like) <= IN_NORM[place.dtype] * everything, name
+
+
 HEADS = [(1, 1, 32, 2, 1, 32), (2, 65, 64, 2, 1, 32), (3, 130, 128, 4, 2, 64), (1, 257, 128, 2, 2, 128)]
 HEADS += [(1, 200, 80, 2, 1, 40), (1, 1000, 512, 8, 4, 64), (24, 260, 64, 8, 4, 64)]
 
@@ -187,7 +214,7 @@ def test_attention_s_backward_goes_past_norm_and_rope(
     with ops.on(place.device, place.dtype):
         weights = (inputs[name] for name in ("wq", "wk", "wv", "cos", "sin"))
         heads, made = ops.qkv(mixed_native(inputs, ""), *weights)
-        _, saved = ops.attention(*heads, gain)
+        _, saved = ops.attention(*heads, gain, normed=True)
         found = ops.attention_backward(saved, do, qkv=made)
         at_heads = ops.attention_backward(saved, do)
     assert same_bits(found.gain, at_heads.gain)

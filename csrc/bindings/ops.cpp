@@ -268,8 +268,9 @@ QkvGrads make_qkv_grads(Staged& t, const py::kwargs&) {
   return grads;
 }
 
-Attention make_attention(Staged& t, const py::kwargs&) {
+Attention make_attention(Staged& t, const py::kwargs& n) {
   Attention op;
+  op.normed = number<bool>(n, "normed");
   op.q = t["q"];
   op.k = t["k"];
   op.v = t["v"];

@@ -30,6 +30,7 @@ AttentionArgs<S> arguments(const Attention& op) {
           .D = D,
           .queries = size(op.q, 1),
           .root = root,
+          .normed = op.normed,
           .q = op.q.as<S>(),
           .k = op.k.as<S>(),
           .v = op.v.as<S>(),

@@ -26,6 +26,7 @@ struct AttentionArgs {
   int batch, T, H, K, D;
   int queries;        // the last of T positions: fewer than T in forward alone
   float root;         // 1/√D
+  bool normed;        // |q·k| ≤ D, but for rounding
   const S* q;         // [batch, queries, H, D]
   const S *k, *v;     // [batch, T, K, D]
   const float* gain;  // [H]

@@ -178,6 +178,7 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
       l.attention.q = l.qkv.q = view(at.q);
       l.attention.k = l.qkv.k = view(at.k);
       l.attention.v = l.qkv.v = view(at.v);
+      l.attention.normed = true;
       l.attention_out.a = l.attention.o = view(at.o);
       l.mlp_up.x = l.mlp_out.x = l.attention_out.out = view(at.x_mid);
       l.mlp_out.a = l.mlp_up.h = view(at.h);

@@ -265,13 +265,15 @@ def qkv_backward(
     return QkvGrads(*call.run(*QkvGrads._fields))
 
 
-def attention(q: Any, k: Any, v: Any, gain: Any) -> tuple[FloatArray, Saved]:
+def attention(q: Any, k: Any, v: Any, gain: Any, *, normed: bool = False) -> tuple[FloatArray, Saved]:
     """`o = softmax(gain[h]·q·kᵀ/√D over keys ≤ t)·v` (docs/spec.md §2.5).
 
     Args:
         q: [B, T', H, D], the queries of the last T' ≤ T positions; `attention_backward` needs those of all.
         k, v: [B, T, K, D], H a multiple of K; query head h reads head ⌊h·K/H⌋.
         gain: [H].
+        normed: True says that no head of q or k has a mean square above 1, as those of `qkv` have not, but for rounding.
+            Scores then have a bound, from which a GPU takes its softmax; on other arrays it may overflow.
 
     Returns:
         o [B, T', H, D], and what `attention_backward` needs.
@@ -284,7 +286,7 @@ def attention(q: Any, k: Any, v: Any, gain: Any) -> tuple[FloatArray, Saved]:
     call.add("gain", gain, "H")
     if call.sizes["H"] % call.sizes["K"]:
         raise ValueError(f"q has {call.sizes['H']} heads; expected a multiple of k's {call.sizes['K']}.")
-    saved = forward("attention", call, {"o": ("B", "T'", "H", "D")})
+    saved = forward("attention", call, {"o": ("B", "T'", "H", "D")}, normed=bool(normed))
     return saved.tensors["o"], saved
 
 

@@ -89,6 +89,11 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
     // A negative scale turns the products' signs, so that the greatest product is the greatest score.
     const float signed_scale = exponent_scale(a.gain[at.h], a.root), scale = fabsf(signed_scale);
 
+    // Scores that have a bound need no running maximum: that of the first tile will do, if what may be above it by
+    // twice the bound has room, as it has in bf16.
+    constexpr float kBound = 1.01f * kWidth, kMostExponent = 50.0f;
+    const bool bounded = std::is_same_v<S, bf16> && a.normed && kBound * scale <= kMostExponent;
+
     Scores<1, kKeys> s;
     Scores<1, kWidth> o = {};
     unsigned p[kKeys / 16][4];  // the probabilities of the tile before
@@ -138,9 +143,25 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
           }
       }
     };
+    // The same under the maximum that there is.
+    const auto softmax_again = [&](int tile) {
+      hide_later_keys<false, 1, kKeys>(s, warp_position, tile * kKeys, copysignf(INFINITY, -signed_scale));
+#pragma unroll
+      for (int half_row = 0; half_row < 2; ++half_row) {
+        const float shift = top[0][half_row] * scale;
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int i = 2 * half_row; i < 2 * half_row + 2; ++i) {
+            s[0][n][i] = exp2_approximate(fmaf(s[0][n][i], signed_scale, -shift));
+            sum[0][half_row] += s[0][n][i];
+          }
+      }
+    };
     barrier_wait(queries_full, query_parity);
     int last = 0;  // the stage of the probabilities
     for (int tile = 0; tile < tiles; ++tile) {
+      const bool again = uniform(bounded && tile > 0);
       barrier_wait(keys_full(stage), parity);
       begin_scores(stage);
       if (tile > 0) {
@@ -154,7 +175,10 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
       products_done(s[0]);
       if (signals) barrier_arrive(keys_empty(stage));
       if (signals && tile == tiles - 1) barrier_arrive(queries_empty);
-      softmax(tile);
+      if (again)
+        softmax_again(tile);
+      else
+        softmax(tile);
       if (a.T < 0) {  // the exponentials are not put off until after the wait
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) keep(s[0][n], queries);
@@ -162,10 +186,12 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
       products_wait<0>();
       products_done(o[0]);
       if (signals && tile > 0) barrier_arrive(values_empty(last));
+      if (!again) {
 #pragma unroll
-      for (int n = 0; n < kWidth / 8; ++n)
+        for (int n = 0; n < kWidth / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) o[0][n][i] *= shrink[i / 2];
+          for (int i = 0; i < 4; ++i) o[0][n][i] *= shrink[i / 2];
+      }
       round_fragments<S, kKeys>(p, s[0]);
       last = stage;
       if (++stage == kStages) stage = 0, parity ^= 1;
