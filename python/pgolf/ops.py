@@ -272,8 +272,8 @@ def attention(q: Any, k: Any, v: Any, gain: Any, *, normed: bool = False) -> tup
         q: [B, T', H, D], the queries of the last T' ≤ T positions; `attention_backward` needs those of all.
         k, v: [B, T, K, D], H a multiple of K; query head h reads head ⌊h·K/H⌋.
         gain: [H].
-        normed: True says that no head of q or k has a mean square above 1, as those of `qkv` have not, but for rounding.
-            Scores then have a bound, from which a GPU takes its softmax; on other arrays it may overflow.
+        normed: True says that no head of q or k has a mean square above 1, but for rounding, as those of `qkv` have
+            not. Scores then have a bound, of which a GPU makes use; with other arrays its softmax may overflow.
 
     Returns:
         o [B, T', H, D], and what `attention_backward` needs.
