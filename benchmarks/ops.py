@@ -221,6 +221,7 @@ class Bench:
     def attention(self) -> None:
         N, d, kv = self.N, self.d, self.kv
         q, k, v = (self.draw(self.B, self.T, n // self.D, self.D) for n in (d, kv, kv))
+        q, k = (x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True)) for x in (q, k))
         gain = np.full(d // self.D, 1.5, np.float32)
         leaves = [self.here(t).transpose(1, 2) for t in (q, k, v)]
 
@@ -239,7 +240,7 @@ class Bench:
             "attention",
             (products, self.S * N * (2 * d + 2 * kv)),
             (2.5 * products, self.S * N * (4 * d + 4 * kv)),  # five: q·kᵀ must be computed again
-            (lambda _: ops.attention(q, k, v, gain)[1], lambda saved: ops.attention_backward(saved, q)),
+            (lambda _: ops.attention(q, k, v, gain, normed=True)[1], lambda saved: ops.attention_backward(saved, q)),
             natural,
             [*(t.detach() for t in leaves), self.here(gain, master=True)],
             (first, both - first),

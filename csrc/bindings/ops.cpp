@@ -4,6 +4,7 @@
 #include <bit>
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <list>
 #include <map>
@@ -367,9 +368,8 @@ void def_forward(py::class_<Ops>& c, const char* name, Make<Op> make, void (Back
 }
 
 // name(inputs, outputs, **numbers); the inputs hold as "saved" what a forward returned, if one was run.
-template <class Op, class Grads>
-void def_backward(py::class_<Ops>& c, const char* name, Make<Op> make, Make<Grads> make_grads,
-                  void (Backend::*backward)(const Op&, const Grads&)) {
+template <class Op, class Grads, class F>
+void def_backward(py::class_<Ops>& c, const char* name, Make<Op> make, Make<Grads> make_grads, F backward) {
   c.def(name, [=](Ops& self, const py::dict& inputs, const py::dict& outputs, const py::kwargs& numbers) {
     Staged arrays(*self.backend, inputs, outputs);
     Op op = make(arrays, numbers);
@@ -379,9 +379,15 @@ void def_backward(py::class_<Ops>& c, const char* name, Make<Op> make, Make<Grad
       const OpBytes bytes = self.backend->bytes(op);
       if (!op.saved) op.saved = arrays.area(bytes.saved);
       grads.scratch = arrays.area(bytes.backward_scratch);
-      self.timed([&] { ((*self.backend).*backward)(op, grads); });
+      self.timed([&] { std::invoke(backward, *self.backend, op, grads); });
     });
   });
+}
+
+// The whole way back from q, k and v: dqkv, an input, ends as the gradients at their products.
+void heads_backward(Backend& backend, const Qkv& op, const QkvGrads& grads) {
+  backend.heads_backward(op, grads.dqkv);
+  backend.qkv_backward(op, grads);
 }
 
 // ---- The optimizer's.
@@ -564,15 +570,6 @@ void axpby(Ops& self, double a, const py::array& x, double b, const py::array& y
   self.run(arrays, [&] { self.backend->axpby(a, from, b, to, nullptr); });
 }
 
-// Gradients at the heads to those at their products, in place: the inputs hold what `qkv` returned.
-void heads_backward(Ops& self, const py::dict& inputs, const py::dict& outputs) {
-  Staged arrays(*self.backend, inputs, outputs);
-  Qkv op = make_qkv(arrays, {});
-  op.saved = arrays["saved"];
-  const TensorView dqkv = arrays["dqkv"];
-  self.run(arrays, [&] { self.timed([&] { self.backend->heads_backward(op, dqkv); }); });
-}
-
 // The pool itself, for tests: function(i) for i in range(count), each on some thread of it.
 void run_python_tasks(std::int64_t count, const py::function& function) {
   py::gil_scoped_release release;
@@ -594,7 +591,7 @@ void bind_ops(py::module_& m) {
   def_backward(c, "embed_backward", make_embed, make_embed_grads, &Backend::embed_backward);
   def_forward(c, "qkv", make_qkv, &Backend::qkv_forward);
   def_backward(c, "qkv_backward", make_qkv, make_qkv_grads, &Backend::qkv_backward);
-  c.def("heads_backward", &heads_backward);
+  def_backward(c, "heads_backward", make_qkv, make_qkv_grads, heads_backward);
   def_forward(c, "attention", make_attention, &Backend::attention_forward);
   def_backward(c, "attention_backward", make_attention, make_attention_grads, &Backend::attention_backward);
   def_forward(c, "project_residual", make_project_residual, &Backend::project_residual_forward);

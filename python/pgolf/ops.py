@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgolf.model import FloatArray, as_array
-from pgolf.op_calls import Arrays, Backward, forward, operations_for
+from pgolf.op_calls import Arrays, Backward, forward
 from pgolf.op_calls import MixedInput as MixedInput
 from pgolf.op_calls import Saved as Saved
 from pgolf.op_calls import on as on
@@ -252,9 +252,9 @@ def qkv_backward(
     call = Backward("qkv", saved)
     call.needs_all("q", "x")
     heads = [call.like(name, "d" + name, value) for name, value in (("q", dq), ("k", dk), ("v", dv))]
-    dqkv = call.inputs["dqkv"] = np.concatenate(heads, axis=2)
+    call.inputs["dqkv"] = np.concatenate(heads, axis=2)
     if not at_products:
-        operations_for(saved.dtype).heads_backward(saved.tensors, {"dqkv": dqkv})
+        call.operation = "heads"  # norm and RoPE, too
     if pending is not None:
         call.inputs["pending"] = call.like("x", "pending", pending)
     if inputs:
@@ -319,7 +319,8 @@ def attention_backward(
     dqkv = call.outputs["dqkv"] = np.full((B, T, H + 2 * K, D), np.nan, saved.dtype)
     call.added(add_to, *(("gain",) if weights else ()))
     (gain,) = call.run("gain")
-    return AttentionGrads(*(part.copy() for part in np.split(dqkv, (H, H + K), axis=2)), gain)
+    q, k, v = (part.copy() for part in np.split(dqkv, (H, H + K), axis=2))
+    return AttentionGrads(q, k, v, gain)
 
 
 # Residual stream and MLP ----------------------------------------------------------------------------------------------
