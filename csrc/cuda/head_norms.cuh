@@ -1,4 +1,4 @@
-// Norm and RoPE of the heads of q and k where a warp holds 16 rows of one as results of products (mma.cuh's lane_row
+// Norm and RoPE of the heads of q and k where a warp holds 16 rows of one as results of products (tiles.cuh's lane_row
 // and lane_column), and what their backward needs of the forward.
 #pragma once
 

@@ -94,14 +94,13 @@ __device__ __forceinline__ unsigned char* align_shared(unsigned char* raw) {
   return raw + (kSwizzleBytes - shared_address(raw) % kSwizzleBytes) % kSwizzleBytes;
 }
 
+// Orders what this thread has stored before the copies of whoever learns of it: the engine has a way of its own to
+// memory.
+__device__ __forceinline__ void stores_before_copies() { PGOLF_SM90(asm volatile("fence.proxy.async;" :: : "memory")); }
 // The same for what this thread has stored in shared memory alone: it does not wait for memory.
 __device__ __forceinline__ void shared_stores_before_copies() {
   PGOLF_SM90(asm volatile("fence.proxy.async.shared::cta;" :: : "memory"));
 }
-
-// Orders what this thread has stored before the copies of whoever learns of it: the engine has a way of its own to
-// memory.
-__device__ __forceinline__ void stores_before_copies() { PGOLF_SM90(asm volatile("fence.proxy.async;" :: : "memory")); }
 
 // ---- Products of a warpgroup
 
