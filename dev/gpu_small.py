@@ -81,6 +81,13 @@ def own_kernels(dtype: str) -> None:
         _, saved = ops.embed(ids, draw(50, 96), draw(96), draw(33, 96), None, np.float32(0.1))
         ops.embed_backward(saved, draw(3, 130, 96))
         if dtype != "float32":  # whose products are cuBLASLt's
+            # Attention as a step runs it, on past norm and RoPE; with several tiles for each block.
+            for B, T, H, K in ((1, 300, 4, 2), (40, 130, 8, 4)):
+                mixed = ops.MixedInput(draw(B, T, 64), draw(B, T, 64), draw(2, 64))
+                weights = (draw(heads * 64, 64) for heads in (H, K, K))
+                made, qkv = ops.qkv(mixed, *weights, draw(T, 32), draw(T, 32))
+                _, saved = ops.attention(*made, draw(H), normed=True)
+                ops.attention_backward(saved, draw(B, T, H, 64), qkv=qkv)
             shapes = ((136, 264), (264, 136), (392, 400), (24, 8), (1, 9))
             ops.muon(*([draw(*shape) for shape in shapes] for _ in range(3)), lr=0.02)
         w = [draw(130, 40), draw(7)]

@@ -502,6 +502,12 @@ MIXED = ops.MixedInput(X, X, np.ones((2, 4)))
 ONE = np.ones(())
 
 
+def saved_qkv(dtype: str) -> ops.Saved:
+    case = QKV[1]
+    inputs = cast(case.inputs, dtype)
+    return ops.qkv(mixed_native(inputs, ""), *(inputs[name] for name in ("wq", "wk", "wv", "cos", "sin")))[1]
+
+
 def saved_attention() -> ops.Saved:
     return ops.attention(Q, Q, Q, GATE)[1]
 
@@ -614,6 +620,21 @@ def saved_attention() -> ops.Saved:
             "h_scale is -1.0; expected mlp_up's, or 0",
         ),
         (lambda: ops.attention_backward(saved_attention(), None), TypeError, "do has dtype object; expected float64"),
+        (
+            lambda: ops.attention_backward(saved_attention(), Q, qkv=saved_attention()),
+            ValueError,
+            "qkv comes from ops.attention; expected what ops.qkv",
+        ),
+        (
+            lambda: ops.attention_backward(saved_attention(), Q, qkv=saved_qkv("float32")),
+            TypeError,
+            "qkv comes from a call on float32; expected float64",
+        ),
+        (
+            lambda: ops.attention_backward(saved_attention(), Q, qkv=saved_qkv("float64")),
+            ValueError,
+            "qkv comes from a call that made another q than this attention read",
+        ),
         (
             lambda: ops.attention_backward(saved_attention(), Q, add_to={"q": Q}),
             ValueError,

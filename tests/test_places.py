@@ -171,18 +171,20 @@ def test_outputs_and_gradients_are_the_reference_s_up_to_rounding(case: Case, pl
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-@pytest.mark.parametrize("gain", [0.0, 1.5, -1.5, 4.2, -4.2, 12.0])  # up to 4.25 a GPU uses the bound of scores
-@pytest.mark.parametrize("alike", [False, True])
-def test_attention_of_normed_heads(gain: float, alike: bool, place: Place) -> None:
-    """alike: all scores are at their bound, above it with a negative gain: every probability of a row is as great."""
+@pytest.mark.parametrize("gain", [0.0, 1.5, -1.5, 4.2, -4.2, 12.0])  # up to 4.2 a GPU uses the bound of scores
+@pytest.mark.parametrize("scores", ["random", "alike", "apart"])
+def test_attention_of_normed_heads(gain: float, scores: str, place: Place) -> None:
+    """alike: all are at one bound; apart: those of the first 128 keys at one, those of later keys at the other."""
     rng = np.random.default_rng(5)
     B, T, H, K, D = 2, 330, 4, 2, 64
     q, k, v, do = (place.round(draw(rng, B, T, heads, D)) for heads in (H, K, K, H))
     for x in (q, k):
         x /= np.sqrt(np.mean(x**2, axis=-1, keepdims=True))
-    if alike:
+    if scores != "random":
         q[:] = np.where(rng.standard_normal(D) > 0, 1.0, -1.0)
         k[:] = -q[0, 0, 0]
+    if scores == "apart":
+        k[:, 128:] *= -1
     q, k, v, do, gains = (x.astype(np.float32) for x in (place.round(q), place.round(k), v, do, np.full(H, gain)))
     with ops.on(place.device, place.dtype):
         (o, saved), (_, plain) = ops.attention(q, k, v, gains, normed=True), ops.attention(q, k, v, gains)

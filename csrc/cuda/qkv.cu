@@ -1,10 +1,11 @@
 // Mixed input, norm, the three projections in one product, head norms and RoPE.
 //
 // Rounded to S. Forward: normed = rms(m); the product normed·wᵀ of each of q, k, v; q and k after norm and rotation.
-// Backward: dnormed, their sum over q, k, v; normed, recomputed for the weight
+// Backward: dnormed, the sum over q, k, v of their gradients times the weights; normed, recomputed for the weights'
 // gradients; dskip; dx. The gradient at m and the norm's backward are not rounded, dx0 takes float32, and a pending
-// dskip is added as rounded. With adapters: u, du; u·b is added in float32, and so is du·a, to dnormed as rounded,
-// after which that is rounded once more where the sum is a product's.
+// dskip is added as rounded. By itself, the heads' norm and RoPE backward rounds once more. With adapters: u, du; u·b
+// is added in float32, and so is du·a, to dnormed as rounded, after which that is rounded once more where the sum is a
+// product's.
 #include "cuda/adapters.h"
 #include "cuda/heads.cuh"
 #include "cuda/linear.h"
@@ -191,12 +192,12 @@ void CudaBackend::qkv_backward(const Qkv& op, const QkvGrads& grads) {
   const Saved saved(saved_layout, storage_, s);
   const BackwardScratch scratch(scratch_layout, storage_, s);
   const Adapters<2> adapters = s.adapters(storage_);
-  const char* const dq = grads.dqkv.as<char>();
-  const char *const dk = dq + static_cast<std::size_t>(s.H * s.D) * size_of(storage_), *const dv =
-                                                                                           dk +
-                                                                                           static_cast<std::size_t>(
-                                                                                               s.K * s.D) *
-                                                                                               size_of(storage_);
+  const auto columns = [&](i64 from) {
+    return grads.dqkv.as<char>() + static_cast<std::size_t>(from * s.D) * size_of(storage_);
+  };
+  const char* const dq = columns(0);
+  const char* const dk = columns(s.H);
+  const char* const dv = columns(s.H + s.K);
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
     if (s.rank) {

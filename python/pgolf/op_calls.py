@@ -216,10 +216,10 @@ def forward(operation: str, call: Arrays, outputs: Mapping[str, tuple[str, ...]]
 class Backward:
     """One call of an operation's backward; the gradient at the tensor `name` is the native argument "d" + name."""
 
-    def __init__(self, operation: str, saved: Saved) -> None:
+    def __init__(self, operation: str, saved: Saved, argument: str = "saved") -> None:
         if not isinstance(saved, Saved) or saved.operation != operation:
             found = f"ops.{saved.operation}" if isinstance(saved, Saved) else f"a {type(saved).__name__}"
-            raise ValueError(f"saved comes from {found}; expected what ops.{operation} returned.")
+            raise ValueError(f"{argument} comes from {found}; expected what ops.{operation} returned.")
         self.operation, self.saved = operation, saved
         self.inputs = dict(saved.tensors)
         self.outputs: dict[str, FloatArray] = {}

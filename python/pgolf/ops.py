@@ -310,9 +310,11 @@ def attention_backward(
     call.needs_all("q", "k")
     call.upstream(do=do)
     if qkv is not None:
-        made = Backward("qkv", qkv).inputs
+        made = Backward("qkv", qkv, "qkv").inputs
+        if qkv.dtype != saved.dtype:
+            raise TypeError(f"qkv comes from a call on {qkv.dtype}; expected {saved.dtype}, the dtype of saved.")
         for name in ("q", "k", "v"):
-            if made[name] is not saved.tensors[name] and not np.array_equal(made[name], saved.tensors[name]):
+            if not np.array_equal(made[name], saved.tensors[name], equal_nan=True):
                 raise ValueError(f"qkv comes from a call that made another {name} than this attention read.")
         call.inputs |= {"cos": made["cos"], "sin": made["sin"], "qkv_saved": made["saved"]}
     (B, T, H, D), K = saved.tensors["q"].shape, saved.tensors["k"].shape[2]

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
     const float signed_scale = exponent_scale(a.gain[at.h], a.root), scale = fabsf(signed_scale);
 
     // Scores that have a bound need no running maximum: that of the first tile will do, if what may be above it by
-    // twice the bound has room, as it has in bf16.
+    // twice the bound has room, as it has in bf16: probabilities reach 2^100, and sums with values T·max|v| times that.
     constexpr float kBound = 1.01f * kWidth, kMostExponent = 50.0f;
     const bool bounded = std::is_same_v<S, bf16> && a.normed && kBound * scale <= kMostExponent;
 
