@@ -28,9 +28,12 @@ from pgolf.finish import Report
 from pgolf.tokenizer import Tokenizer
 from pgolf.trainer import Trainer
 from tests.conftest import CORPUS_VOCAB
-from tests.runs import Clock, assert_same_state, run, tiny
+from tests.runs import TINY, Clock, assert_same_state, run, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+VAL_BATCH_SEQS = TINY["train.val_batch_tokens"] // TINY["train.train_seq_len"]
+"""Windows that a run's own validation computes at once; other numbers may round otherwise."""
 
 
 @pytest.fixture
@@ -91,7 +94,7 @@ def test_a_learning_run_learns(small_corpus: Path) -> None:
 
 def test_validation_is_evaluate_on_the_validation_shards(small_corpus: Path) -> None:
     trainer, records = run(tiny(), small_corpus)
-    score = evaluate(trainer.model, small_corpus, method="standard")
+    score = evaluate(trainer.model, small_corpus, method="standard", batch_seqs=VAL_BATCH_SEQS)
     assert (records[-1].val_loss, records[-1].val_bpb) == (score.loss, score.bpb)
     assert trainer.last_validation == records[-1]
 
@@ -443,7 +446,7 @@ def test_report(finished: tuple[Trainer, Report, list[str]], small_corpus: Path)
     assert list(dict.fromkeys(seen)) == ["validate", "average", "export", "validate the artifact", "score"]
     assert trainer.last_validation is not None
     assert (report.val_loss, report.val_bpb) == (trainer.last_validation.val_loss, trainer.last_validation.val_bpb)
-    averaged = evaluate(trainer.model, small_corpus, method="standard")  # the model now holds the average
+    averaged = evaluate(trainer.model, small_corpus, method="standard", batch_seqs=VAL_BATCH_SEQS)  # the model now holds the average
     assert (report.val_loss_averaged, report.val_bpb_averaged) == (averaged.loss, averaged.bpb)
     assert report.val_loss_averaged != report.val_loss
     assert report.snapshots == trainer.snapshots == 4
@@ -465,7 +468,7 @@ def test_the_artifact_scores_as_reported(finished: tuple[Trainer, Report, list[s
     assert artifact.stat().st_size == report.artifact_bytes
     loaded = pgolf.load(artifact)
     assert (loaded.train_seq_len, loaded.provenance) == (16, {"steps": 10, "tokens": 1600, "seed": 42})
-    standard = evaluate(loaded, small_corpus, method="standard")
+    standard = evaluate(loaded, small_corpus, method="standard", batch_seqs=VAL_BATCH_SEQS)
     assert (report.val_loss_quantised, report.val_bpb_quantised) == (standard.loss, standard.bpb)
     score = evaluate(loaded, small_corpus, method="sliding", stride=8, tail="exact")
     assert report.score_loss == pytest.approx(score.loss, rel=1e-6)
