@@ -446,7 +446,8 @@ def test_report(finished: tuple[Trainer, Report, list[str]], small_corpus: Path)
     assert list(dict.fromkeys(seen)) == ["validate", "average", "export", "validate the artifact", "score"]
     assert trainer.last_validation is not None
     assert (report.val_loss, report.val_bpb) == (trainer.last_validation.val_loss, trainer.last_validation.val_bpb)
-    averaged = evaluate(trainer.model, small_corpus, method="standard", batch_seqs=VAL_BATCH_SEQS)  # the model now holds the average
+    # The model now holds the average.
+    averaged = evaluate(trainer.model, small_corpus, method="standard", batch_seqs=VAL_BATCH_SEQS)
     assert (report.val_loss_averaged, report.val_bpb_averaged) == (averaged.loss, averaged.bpb)
     assert report.val_loss_averaged != report.val_loss
     assert report.snapshots == trainer.snapshots == 4

@@ -214,7 +214,8 @@ def test_a_document_alone_scores_as_in_any_batch(place: Place) -> None:
     together = scores(model, tokens, **SMALL)
     for document, start in enumerate(documents_of(tokens).start):
         found = alone(model, tokens, document, SMALL)
-        np.testing.assert_allclose(found, together[start : start + found.size], rtol=TOLERANCE[place.dtype][1], err_msg=str(document))
+        expected = together[start : start + found.size]
+        np.testing.assert_allclose(found, expected, rtol=TOLERANCE[place.dtype][1], err_msg=f"document {document}")
     assert scores(model, tokens, **SMALL).tobytes() == together.tobytes()
 
 
