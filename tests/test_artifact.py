@@ -33,6 +33,7 @@ class Weights:
 
     def __init__(self, config, seed):
         self.config, self.train_seq_len, self.provenance = config, None, None
+        self.scoring, self.record = None, None
         rng = np.random.default_rng(seed)
         shapes = parameter_shapes(config)
         self.state = {name: (rng.standard_normal(shape) * 0.1).astype(np.float32) for name, shape in shapes.items()}
@@ -149,6 +150,7 @@ def test_header(tmp_path):
         "seed": None,
         "pgolf": report.pgolf,
         "zstd": report.zstd,
+        **dict.fromkeys(("scoring", "tokenizer", "validation", "byte_basis", "requires")),
     }
     assert report.zstd == ".".join(map(str, zstandard.ZSTD_VERSION))
 
@@ -298,7 +300,13 @@ INFINITE_SCALE = EncodedTensor("int6", np.zeros((2100, 32), np.int8), np.full(21
     ("change", "message"),
     [
         (drop("seed"), "header has the keys model, pgolf, steps, tokens, .*; model, pgolf, seed, steps"),
-        (put("host", "me"), "header has the keys host, model"),
+        (put("requires", ["model", "host", "time"]), r"only be read by a version that knows host, time; this is pgolf"),
+        (put("requires", "host"), "requires is 'host'; a list of the header's keys was expected"),
+        (put("scoring", {"stride": 64}), "scoring is .*; an object with a method, or null, was expected"),
+        (put("scoring", {"method": "sliding", "stride": "64"}), "scoring's stride is '64'"),
+        (put("tokenizer", "a.model"), "tokenizer is 'a.model'; an object or null was expected"),
+        (put("tokenizer", {"identity": 7}), "its record of the data cannot be read"),
+        (put("validation", {"shards": {"a_val_0.bin": "many"}}), "its record of the data cannot be read"),
         (put("steps", 3), r"steps, tokens and seed are \[3, None, None\]; three non-negative integers or three nulls"),
         (put("train_seq_len", 0), "train_seq_len is 0; a positive integer or null"),
         (put("train_seq_len", True), "train_seq_len is True"),

@@ -317,7 +317,7 @@ def test_find_data_takes_the_only_model_else_the_manifests(tmp_path: Path) -> No
     (tmp_path / "b.model").touch()
     assert find_data(tmp_path).tokenizer is None
     write_manifest(tmp_path)
-    found = find_data(tmp_path)
+    found = find_data(tmp_path, splits=("val",))
     assert found.tokenizer == tmp_path / "b.model"
     assert found.manifest is not None and found.manifest.val.tokens == 3
 

@@ -136,7 +136,7 @@ def test_safetensors_of_any_float_type(tmp_path: Path) -> None:
 
 
 def test_a_safetensors_file_says_which_model_it_is(tmp_path: Path) -> None:
-    model = small_model(rope_tables="bf16", logit_softcap=7.0, smear_reset_at_bos=True, mlp_mult=2.99)
+    model = small_model(rope_tables="bf16", logit_softcap=7.0, smear_reset_at_bos=True, bos_id=1, mlp_mult=2.99)
     model.train_seq_len = 64
     pgolf.save_state_dict(model, tmp_path / "m.safetensors")
     loaded = pgolf.load(tmp_path / "m.safetensors", device="cpu", config="pr289")

@@ -175,7 +175,8 @@ def test_gradients_of_unequal_micro_batches_add_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tie_embeddings": False, "bigram_dim": 16}, {"smear_reset_at_bos": True, "vocab_size": 3}]
+    "changes",
+    [{}, {"tie_embeddings": False, "bigram_dim": 16}, {"smear_reset_at_bos": True, "vocab_size": 3, "bos_id": 1}],
 )
 def test_gradients_equal_finite_differences(changes: dict[str, Any]) -> None:
     """Without the reference: central differences of the double-precision loss at three coordinates of each tensor."""

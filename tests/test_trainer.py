@@ -69,7 +69,8 @@ def test_records_and_log(small_corpus: Path, tmp_path: Path, clock: Clock) -> No
 
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [asdict(record) for record in records]
-    assert Config.from_toml(tmp_path / "run" / "config.toml") == config
+    assert trainer.config == config.override({"train.data_path": str(small_corpus), "model.bos_id": 1})
+    assert Config.from_toml(tmp_path / "run" / "config.toml") == trainer.config
     assert (trainer.step, trainer.tokens, trainer.seconds, trainer.done) == (6, 960, 6.0, True)
     assert trainer.model.provenance == {"steps": 6, "tokens": 960, "seed": 42}
     assert trainer.model.train_seq_len == 16

@@ -28,6 +28,7 @@ torch.set_num_threads(2)
 BOS = 1
 MODEL = {
     "vocab_size": 97,
+    "bos_id": BOS,
     "num_layers": 3,
     "model_dim": 64,
     "num_heads": 2,

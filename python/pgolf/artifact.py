@@ -15,6 +15,7 @@ from pgolf import __version__
 from pgolf.bundle import BUNDLE_ENDING, pack_bundle
 from pgolf.config import Config, ExportConfig, ModelConfig
 from pgolf.container import EncodedTensor, encode_streams, pack, unpack
+from pgolf.data.declared import ARTIFACT, Record
 from pgolf.data.files import atomic_write
 from pgolf.encoding import Encoding
 from pgolf.errors import FormatError, NonFiniteError
@@ -23,6 +24,8 @@ from pgolf.quantize import Float32Array, dequantize_rows, encode_plan, prune_wei
 
 _PROVENANCE = ("steps", "tokens", "seed")
 _HEADER = {"model", "train_seq_len", *_PROVENANCE, "pgolf", "zstd"}
+_OPTIONAL = ("scoring", "tokenizer", "validation", "byte_basis", "requires")
+"""What a header may hold beside: absent ones are null, and unknown ones are ignored unless `requires` lists them."""
 
 
 @dataclass(frozen=True)
@@ -174,22 +177,34 @@ def load(path: str | os.PathLike[str], device: str | None = None, dtype: str | N
     model.train_seq_len = header["train_seq_len"]
     provenance = {key: header[key] for key in _PROVENANCE}
     model.provenance = None if provenance["steps"] is None else provenance
+    model.scoring = header["scoring"]
+    model.record = record_of(path, header)
     return model
+
+
+def record_of(path: str | os.PathLike[str], header: Mapping[str, Any]) -> Record | None:
+    """What an artifact's header records of data and tokenizer; None where it is of a version that recorded nothing."""
+    record = Record.of(ARTIFACT, str(path), header)
+    return record if record.tokenizer or record.validation else None
 
 
 def read_artifact(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Float32Array]]:
     """An artifact's header and its tensors, dequantised to float32, without building the model.
 
     The header's keys: model (the whole ``[model]`` table), train_seq_len, steps, tokens and seed (None for a model
-    that no Trainer trained), pgolf and zstd (versions).
+    that no Trainer trained), pgolf and zstd (versions); and, None where the file does not have them: scoring (how its
+    run scores it), tokenizer, validation and byte_basis (a ``pgolf.data.declared.Record``), requires. Keys of later
+    versions are left out, unless requires lists one: such a file is refused.
 
     Raises:
         FileNotFoundError: there is no such file.
         FormatError: the file is damaged, its header is not an artifact's, or a tensor holds NaN or infinity.
     """
     header, tensors = unpack(path)
-    if header.keys() != _HEADER:
+    if not header.keys() >= _HEADER:
         raise FormatError(f"{path}: the header has the keys {_listed(header)}; {_listed(_HEADER)} were expected.")
+    _check_requires(path, header.get("requires"))
+    header = {name: header.get(name) for name in (*sorted(_HEADER), *_OPTIONAL)}
     provenance = [header[key] for key in _PROVENANCE]
     if provenance != [None] * len(provenance) and not all(_is_count(value) for value in provenance):
         raise FormatError(
@@ -199,7 +214,35 @@ def read_artifact(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[st
     length = header["train_seq_len"]
     if length is not None and not (_is_count(length) and length > 0):
         raise FormatError(f"{path}: train_seq_len is {length!r}; a positive integer or null was expected.")
+    _check_scoring(path, header["scoring"])
+    record_of(path, header)
     return header, decode_tensors(path, tensors)
+
+
+def _check_requires(path: str | os.PathLike[str], requires: Any) -> None:
+    """Raises FormatError where a header requires its readers to know a key that this version does not."""
+    if requires is None:
+        return
+    if not isinstance(requires, list) or not all(isinstance(name, str) for name in requires):
+        raise FormatError(f"{path}: requires is {requires!r:.100}; a list of the header's keys was expected.")
+    unknown = [name for name in requires if name not in _HEADER and name not in _OPTIONAL]
+    if unknown:
+        raise FormatError(
+            f"{path}: the artifact can only be read by a version that knows {_listed(unknown)}; this is pgolf "
+            f"{__version__}. Install a newer one."
+        )
+
+
+def _check_scoring(path: str | os.PathLike[str], scoring: Any) -> None:
+    """Raises FormatError for a header's scoring that no evaluation could follow."""
+    if scoring is None:
+        return
+    kinds = {"method": str, "tail": str, "ttt_lora_lr": (int, float)}
+    if not isinstance(scoring, dict) or "method" not in scoring:
+        raise FormatError(f"{path}: scoring is {scoring!r:.100}; an object with a method, or null, was expected.")
+    for name, value in scoring.items():
+        if isinstance(value, bool) or not isinstance(value, kinds.get(name, int)):
+            raise FormatError(f"{path}: scoring's {name} is {value!r:.100}; another type was expected.")
 
 
 def decode_tensors(path: str | os.PathLike[str], tensors: Mapping[str, EncodedTensor]) -> dict[str, Float32Array]:
@@ -226,10 +269,12 @@ def finite_state(model: GPT) -> dict[str, Float32Array]:
 def header_of(model: GPT) -> dict[str, Any]:
     """An artifact's header, less its tensors."""
     provenance = model.provenance or dict.fromkeys(_PROVENANCE)
+    optional = {"scoring": model.scoring, **({} if model.record is None else model.record.to_dict())}
     return {
         "model": model.config.to_dict(),
         "train_seq_len": model.train_seq_len,
         **{key: provenance[key] for key in _PROVENANCE},
+        **{name: value for name, value in optional.items() if value is not None},
         "pgolf": __version__,
         "zstd": ".".join(map(str, zstandard.ZSTD_VERSION)),
     }

@@ -41,20 +41,48 @@ class Duplicates:
 
 
 @dataclass(frozen=True)
+class TextCount:
+    """What the text of the validation tokens comes to, each token counted once.
+
+    text_bytes: UTF-8 bytes that SentencePiece decodes the documents to. target_bytes: those that the targets count. The
+    difference is what no target counts: unknown_bytes, what SentencePiece writes for unknown and unused pieces;
+    control_spaces, spaces behind control pieces; and what it writes for bytes that spell no character, which count one
+    each. unknown_tokens: how many targets are unknown to the tokenizer.
+    """
+
+    text_bytes: int
+    target_bytes: int
+    unknown_tokens: int
+    unknown_bytes: int
+    control_spaces: int
+
+
+@dataclass(frozen=True)
 class Audit:
     """What the audit of a score established; a mismatch of bytes or tokens is an error and never gets here.
 
-    documents: validation documents in the data.
+    documents: validation documents in the data; None: unknown, as no BOS token is known.
     scored_tokens, expected_tokens: scores given, and the number that the method defines.
     bytes_checked: every document's byte count equals its text's UTF-8 length; False: not done, without a tokenizer.
-    duplicates: None where there are no training shards beside the data.
+    duplicates: None where there are no training shards beside the data, or documents are unknown.
+    declared_by: who declares the validation split, all of which was scored: "pgolf" or "community" (a manifest), "run"
+        or "artifact" (its record of the data); None: nobody does, as for arrays and single shards.
+    text: None without a tokenizer.
+    source_bytes: UTF-8 bytes of the original text, before the tokenizer's normalisation; None where not known.
+    tokenizer: the identity of the tokenizer that counted (`pgolf.Tokenizer.identity`). tokenizer_bound: whether it is
+        the one that data, run or artifact names; False: another one, by any_tokenizer; None: nobody names one.
     """
 
-    documents: int
+    documents: int | None
     scored_tokens: int
     expected_tokens: int
     bytes_checked: bool
     duplicates: Duplicates | None
+    declared_by: str | None = None
+    text: TextCount | None = None
+    source_bytes: int | None = None
+    tokenizer: str | None = None
+    tokenizer_bound: bool | None = None
 
 
 def document_starts(tokens: npt.NDArray[Any], bos_id: int) -> IntArray:
@@ -73,36 +101,60 @@ def per_document(values: npt.NDArray[Any], starts: IntArray) -> IntArray:
 
 def check_bytes(
     tokens: npt.NDArray[Any], target_bytes: npt.NDArray[np.integer[Any]], starts: IntArray, tokenizer: Tokenizer
-) -> None:
-    """Compare every document's byte count with the UTF-8 length of its decoded text.
+) -> TextCount:
+    """Compare every document's byte count with the UTF-8 length of its decoded text, and count that text.
 
     tokens: (N + 1,) integers. target_bytes: (N,) integers, the bytes counted for tokens[1:]. starts: as from
     document_starts.
 
     SentencePiece drops spaces at the start of a text, so each document is decoded behind a token of other text. What
-    then may differ is explained by unknown and control tokens, exactly: a space behind one of them is text but counts
-    0, and so does the text that an unknown token decodes to. One thing more is allowed: where the stream itself begins
-    or ends inside a character of several byte tokens, each such token decodes to U+FFFD (3 bytes) but counts 1.
+    then may differ is explained exactly by tokens that have no text of their own: a space behind an unknown, unused or
+    control token is text but counts 0, and so does the text that unknown and unused tokens decode to; bytes that spell
+    no character, as where a document was cut inside one, decode to U+FFFD (3 bytes) each but count 1.
 
-    Raises ValueError naming the first document that differs.
+    Raises ValueError naming the first document that differs, and the pieces that decode to other text than they count.
     """
     pieces = _Pieces(str(tokenizer.path))
     previous, targets = tokens[:-1], tokens[1:]
-    not_counted = (pieces.has_space[targets] & pieces.is_special[previous]) + pieces.unknown_bytes[targets]
+    spaces = pieces.has_space[targets] & pieces.is_special[previous]
+    unknown = pieces.unknown_bytes[targets]
     counted = per_document(target_bytes, starts)
-    explained = per_document(not_counted, starts)
+    explained = per_document(spaces + unknown + pieces.broken_bytes(targets), starts)
     ends = np.append(starts[1:], tokens.size)
+    text_bytes = 0
     for index, (start, end) in enumerate(zip(np.maximum(starts, 1), ends, strict=True)):
         text = pieces.decode(tokens[start:end])
         size = len(text.encode())
-        surplus = size - int(counted[index] + explained[index])
-        if surplus and surplus != 2 * _cut_bytes(text, at_start=index == 0, at_end=index == starts.size - 1):
+        if size != counted[index] + explained[index]:
             raise ValueError(
                 f"The score audit found a wrong byte count: the tokens of validation document {index} (from token "
                 f"{starts[index]:,}) count {counted[index]:,} bytes, but their text has {size:,} bytes of UTF-8, of "
-                f"which unknown and control tokens explain {explained[index]:,}. Either the tokens are not this "
-                f"tokenizer's ({tokenizer.path}) or its byte table is wrong."
+                f"which unknown and control tokens explain {explained[index]:,}. "
+                f"{_suspects(pieces, tokenizer, tokens[start:end])}"
             )
+        text_bytes += size - pieces.dropped_at_start(text)
+    return TextCount(
+        text_bytes=text_bytes,
+        target_bytes=int(counted.sum()),
+        unknown_tokens=int(pieces.is_unknown[targets].sum()),
+        unknown_bytes=int(unknown.sum()),
+        control_spaces=int(spaces.sum()),
+    )
+
+
+def _suspects(pieces: _Pieces, tokenizer: Tokenizer, document: npt.NDArray[Any]) -> str:
+    """The pieces of a document that decode to another number of bytes than the tokenizer's table has for them."""
+    table = tokenizer.byte_table
+    found = []
+    for token in dict.fromkeys(document.tolist()):
+        size = len(pieces.decode(np.array([token])).encode())
+        if not table.is_boundary[token] and size != table.base_bytes[token] + table.has_leading_space[token]:
+            if token not in pieces.byte_of:  # a byte alone need not spell a character
+                found.append(f"{token} ({pieces.name(token)!r})")
+    if found:
+        listed = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        return f"These pieces of {tokenizer.path} have no decoding of their own: {listed}."
+    return f"The counts are not those of the tokenizer {tokenizer.path}, or its pieces decode otherwise side by side."
 
 
 class _Pieces:
@@ -111,32 +163,65 @@ class _Pieces:
     def __init__(self, path: str) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        from pgolf.tokenizer import normalizer_flags
+
         self._processor: Any = SentencePieceProcessor(model_file=path)
+        self._drops_first, self._drops_all = normalizer_flags(Path(path).read_bytes())
         ids = range(self._processor.vocab_size())
-        self._lead = next(i for i in ids if self._is_lead(i))
-        self._lead_text: str = self._processor.decode([self._lead])
-        is_unknown = np.array([self._processor.is_unknown(i) for i in ids])
-        self.is_special = is_unknown | np.array([self._processor.is_control(i) for i in ids])
+        self._lead = next((i for i in ids if self._is_lead(i)), None)
+        self._lead_text = "" if self._lead is None else self._text([self._lead])
+        self.is_unknown = np.array([self._processor.is_unknown(i) for i in ids])
+        is_textless = self.is_unknown | np.array([self._processor.is_unused(i) for i in ids])
+        self.is_special = is_textless | np.array([self._processor.is_control(i) for i in ids])
         self.has_space = ~self.is_special & np.array([self._processor.id_to_piece(i).startswith("▁") for i in ids])
         self.unknown_bytes = np.zeros(len(ids), dtype=np.int64)
-        for token in np.flatnonzero(is_unknown):
+        for token in np.flatnonzero(is_textless):
             self.unknown_bytes[token] = len(self.decode(np.array([token])).encode())
+        self.byte_of = {i: int(self.name(i)[1:-1], 16) for i in ids if self._processor.is_byte(i)}
+        self._is_byte = np.array([i in self.byte_of for i in ids])
+
+    def name(self, token: int) -> str:
+        """The piece as the model writes it."""
+        return str(self._processor.id_to_piece(token))
 
     def decode(self, ids: npt.NDArray[Any]) -> str:
         """The text of tokens in the middle of a text: none of their spaces are dropped."""
-        text: str = self._processor.decode([self._lead, *ids.tolist()])
-        return text.removeprefix(self._lead_text)
+        lead = [] if self._lead is None else [self._lead]
+        return self._text([*lead, *ids.tolist()]).removeprefix(self._lead_text)
+
+    def broken_bytes(self, targets: npt.NDArray[Any]) -> IntArray:
+        """(N,) int64: what byte tokens that spell no character decode to beyond a byte each, at each run's first."""
+        surplus = np.zeros(targets.size, dtype=np.int64)
+        mask = np.concatenate([[False], self._is_byte[targets], [False]])
+        bounds = np.flatnonzero(mask[1:] != mask[:-1]).reshape(-1, 2)
+        known: dict[bytes, int] = {}
+        for start, end in bounds.tolist():
+            run = targets[start:end].tolist()
+            spelled = bytes(self.byte_of[token] for token in run)
+            if spelled not in known:
+                try:
+                    spelled.decode()
+                    known[spelled] = 0
+                except UnicodeDecodeError:
+                    # ▁ counts one byte of its three.
+                    counts = len(spelled) - 2 * spelled.count("▁".encode())
+                    known[spelled] = len(self._text(run).encode()) - counts
+            surplus[start] = known[spelled]
+        return surplus
+
+    def dropped_at_start(self, text: str) -> int:
+        """Spaces at the beginning of a document that its own text does not have: the normaliser puts or drops them."""
+        spaces = len(text) - len(text.lstrip(" "))
+        return spaces if self._drops_all else min(spaces, 1) if self._drops_first else 0
+
+    def _text(self, ids: list[int]) -> str:
+        # Of a space that byte tokens spell SentencePiece makes its own ▁.
+        text: str = self._processor.decode(ids)
+        return text.replace("▁", " ")
 
     def _is_lead(self, token: int) -> bool:
-        text = self._processor.decode([token])
+        text = self._text([token])
         return bool(text.strip()) and "\ufffd" not in text
-
-
-def _cut_bytes(text: str, at_start: bool, at_end: bool) -> int:
-    """U+FFFDs at a text's start or end that can be the bytes of one cut character, at most 3 of them."""
-    start = len(text) - len(text.lstrip("\ufffd")) if at_start else 0
-    end = len(text) - len(text.rstrip("\ufffd")) if at_end else 0
-    return min(start, 3) + min(end, 3)
 
 
 def defined_scores(n_targets: int, method: str, seq_len: int, stride: int, tail: str) -> npt.NDArray[np.int32]:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgolf.config import Config
+from pgolf.data.declared import RUN, Record
 from pgolf.data.files import atomic_write
 from pgolf.errors import FormatError
 
@@ -108,6 +109,8 @@ def load_model(path: Path, config: Config | None = None, device: str | None = No
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FormatError(f"{path}: {error}") from None
     model.train_seq_len = train.train_seq_len
+    model.scoring = config.eval.scoring(config.eval_seq_len)
+    model.record = Record.of(RUN, str(path), values["record"]) if values.get("record") else None
     return model
 
 

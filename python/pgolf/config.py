@@ -214,8 +214,8 @@ class ModelConfig(_Table):
     bigram_dim: int = _key(128, _integer(1))
     # Whether the smear gate counts the embedding before a BOS token as 0. [§2.2]
     smear_reset_at_bos: bool = _key(False, _flag)
-    # The token id that begins a document. [§2.2, §6]
-    bos_id: int = _key(1, _integer(0, 65_535))
+    # The token id that begins a document; -1: the tokenizer's, which a run fills in. [§2.2, §6]
+    bos_id: int = _key(-1, _integer(-1, 65_535))
     # exact: RoPE in float64, rounded once; bf16: as the public script's eager table, for weights it trained. [§2]
     rope_tables: str = _key("exact", _choice("exact", "bf16"))
 
@@ -411,6 +411,16 @@ class EvalConfig(_Table):
     def ttt(self) -> dict[str, Any]:
         """The ttt_ keys, as ``evaluate`` takes them."""
         return {name: value for name, value in self.to_dict().items() if name.startswith("ttt_")}
+
+    def scoring(self, seq_len: int) -> dict[str, Any]:
+        """How the table's method scores, as an artifact's header keeps it: only what that method reads.
+
+        seq_len: the context of the methods with windows.
+        """
+        if self.method == "ttt":
+            return {"method": self.method, **self.ttt()}
+        how = {"method": self.method, "seq_len": seq_len}
+        return {**how, "stride": self.eval_stride, "tail": self.tail} if self.method == "sliding" else how
 
     def _combinations(self, usable: Callable[..., bool]) -> Iterator[tuple[str, str]]:
         if usable("ttt_chunk_size", "ttt_eval_seq_len") and self.ttt_chunk_size > self.ttt_eval_seq_len:

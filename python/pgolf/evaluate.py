@@ -8,8 +8,9 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Union
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from pgolf.audit import (
     Audit,
     Duplicates,
+    TextCount,
     check_bytes,
     check_scores,
     defined_scores,
@@ -25,14 +27,18 @@ from pgolf.audit import (
     find_duplicates,
     per_document,
 )
-from pgolf.errors import NonFiniteError
+from pgolf.errors import FormatError, NonFiniteError
 from pgolf.ttt import Settings
 from pgolf.windows import IntArray, Windows, check_positive, sliding_windows, standard_windows
 
 if TYPE_CHECKING:
+    from pgolf.data.declared import Declaration, Record
+    from pgolf.data.shards import DataFolder
     from pgolf.tokenizer import Tokenizer
 
 METHODS = ("standard", "sliding", "ttt")
+BASES = {"decoded": "the text that the tokens decode to", "sidecar": "the original text, as a byte sidecar says"}
+"""Whose bytes a score can be counted over: `Score.byte_basis`, and what it means."""
 AUDITS = ("sample", "full")
 
 _BATCHES_AHEAD = 1  # one is computed while the next is gathered
@@ -79,6 +85,10 @@ class Score:
     loss: mean over the scored tokens, nats. bpb: bits per byte, (Σ nll / ln 2) / Σ bytes; None without a tokenizer.
     tokens, bytes: scored (with the reference tail, some count more than once). seconds: wall time of the whole call.
     method, seq_len, stride, tail, windows: how it was scored; stride and tail are those of sliding windows, else None.
+    documents: None where they are unknown, as no BOS token is known.
+    byte_basis: whose bytes were counted: "decoded", the text that the tokens decode to, or "sidecar", the original text
+        by a byte sidecar; None where bytes are not known. Scores of two bases cannot be compared.
+    source_bytes: UTF-8 bytes of the whole split's original text; None where nobody says.
     """
 
     loss: float
@@ -91,16 +101,20 @@ class Score:
     stride: int | None
     tail: str | None
     windows: int
-    documents: DocumentScores
+    documents: DocumentScores | None
     audit: Audit
+    byte_basis: str | None = None
+    source_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class ValidationData:
     """A validation stream that has been read and whose bytes have been audited, to be scored any number of times.
 
-    tokens: (N + 1,) integers. starts: (D,) int64, where documents begin. target_bytes: (N,) int32, the bytes of
-    tokens[1:], or None without a tokenizer. duplicates: None where there are no training shards beside the data.
+    tokens: (N + 1,) integers. starts: (D,) int64, where documents begin; [0] where bos_id is −1, unknown. target_bytes:
+    (N,) int32, the bytes of tokens[1:], or None without tokenizer and sidecar. duplicates: None where there are no
+    training shards beside the data, or documents are unknown. byte_basis: as a Score's. text, source_bytes, declared_by,
+    tokenizer, tokenizer_bound: as an Audit's. record: what a run keeps of it, to recognise it again.
     """
 
     tokens: npt.NDArray[Any]
@@ -109,6 +123,13 @@ class ValidationData:
     duplicates: Duplicates | None
     vocab_size: int
     bos_id: int
+    byte_basis: str | None = None
+    text: TextCount | None = None
+    source_bytes: int | None = None
+    declared_by: str | None = None
+    tokenizer: str | None = None
+    tokenizer_bound: bool | None = None
+    record: Record | None = None
 
     @classmethod
     def load(
@@ -117,37 +138,120 @@ class ValidationData:
         tokenizer: StrPath | Tokenizer | None = None,
         *,
         vocab_size: int,
-        bos_id: int = 1,
+        bos_id: int = -1,
         audit: str = "sample",
+        record: Record | None = None,
+        any_tokenizer: bool = False,
     ) -> ValidationData:
-        """Read validation data and audit its bytes and its documents; the arguments are those of ``evaluate``."""
-        from pgolf.data.shards import find_data, load_tokens
+        """Read validation data and audit its bytes and its documents; the arguments are those of ``evaluate``.
+
+        bos_id: the id that begins a document where no tokenizer says it; −1: unknown. record: what the run or the
+        artifact that is to be scored has recorded of its data and tokenizer.
+        """
+        from pgolf.data.shards import find_data, load_tokens, read_sidecars
 
         if audit not in AUDITS:
             raise ValueError(f"audit is {audit!r}; expected one of {', '.join(map(repr, AUDITS))}.")
-        folder = None
-        if isinstance(data, (str, os.PathLike)) and not os.path.isfile(data):
-            folder = find_data(data, splits=("val",))
-            tokenizer = folder.tokenizer if tokenizer is None else tokenizer
+        folder, shards = None, ()
+        if isinstance(data, (str, os.PathLike)):
+            if os.path.isfile(data):
+                shards = (Path(data),)
+            else:
+                folder = find_data(data, splits=("val",), record=record)
+                shards = folder.val
+                tokenizer = folder.tokenizer if tokenizer is None else tokenizer
+        declaration = None if folder is None else folder.declaration
         opened = _open_tokenizer(tokenizer, vocab_size)
+        bound = None if opened is None else _bind(opened, declaration, record, any_tokenizer)
         tokens = load_tokens(data, split="val", vocab_size=vocab_size)
         if tokens.size < 2:
             raise ValueError(f"The data has {tokens.size} token; expected at least 2, one to read and one to predict.")
+        bos_id = _bos_id(opened, declaration, record, bos_id)
         starts = document_starts(tokens, bos_id)
-        target_bytes = None
+        split = None if declaration is None else declaration.split("val")
+        if split is not None and split.documents is not None and bos_id >= 0 and starts.size != split.documents:
+            raise FormatError(
+                f"{data}: {starts.size:,} documents begin in the validation shards; {declaration.source} says "
+                f"{split.documents:,}."
+            )
+        counted = sidecar = text = None
         if opened is not None:
-            target_bytes = opened.target_bytes(tokens[:-1], tokens[1:]).astype(np.int32)
-            check_bytes(tokens, target_bytes, starts, opened)
-        duplicates = None
-        if folder is not None and folder.train:
-            duplicates = find_duplicates(tokens, starts, folder.train, bos_id, full=audit == "full")
-            if duplicates.found:
-                warnings.warn(
-                    f"{duplicates.found:,} of {duplicates.looked_up:,} validation documents also stand in the "
-                    f"training shards of {folder.path}; their scores are not scores of unseen text.",
-                    stacklevel=3,
-                )
-        return cls(tokens, starts, target_bytes, duplicates, vocab_size, bos_id)
+            counted = opened.stream_bytes(tokens).astype(np.int32)
+            text = check_bytes(tokens, counted, starts, opened)
+            if split is not None and bound is not False:
+                _check_text_bytes(declaration, text, opened, int(tokens[0]))
+        if shards:
+            sidecar = read_sidecars(shards)
+        return cls(
+            tokens,
+            starts,
+            counted if sidecar is None else sidecar[1:].astype(np.int32),
+            _find_duplicates(folder, tokens, starts, bos_id, audit),
+            vocab_size,
+            bos_id,
+            byte_basis="sidecar" if sidecar is not None else None if counted is None else "decoded",
+            text=text,
+            source_bytes=None if split is None else split.source_bytes,
+            declared_by=None if declaration is None else declaration.by,
+            tokenizer=None if opened is None else opened.identity,
+            tokenizer_bound=bound,
+        )
+
+
+def _bind(
+    tokenizer: Tokenizer, declaration: Declaration | None, record: Record | None, any_tokenizer: bool
+) -> bool | None:
+    """Whether the tokenizer is the one that data, run and artifact name; another one is refused, or False."""
+    from pgolf.data.declared import check_tokenizer
+
+    said = {} if declaration is None else {declaration.source: declaration.tokenizer}
+    if record is not None:
+        said[record.source] = record.declared_tokenizer()
+    try:
+        return check_tokenizer(tokenizer, said)
+    except ValueError as error:
+        if not any_tokenizer:
+            raise
+        warnings.warn(f"{error} It counts the bytes all the same, as was asked for.", stacklevel=4)
+        return False
+
+
+def _bos_id(tokenizer: Tokenizer | None, declaration: Declaration | None, record: Record | None, otherwise: int) -> int:
+    """The id that begins a document: the tokenizer's own, else what is declared of it, else ``otherwise``."""
+    if tokenizer is not None:
+        return tokenizer.bos_id
+    for declared in (declaration and declaration.tokenizer, record and record.declared_tokenizer()):
+        if declared is not None and declared.bos_id is not None:
+            return declared.bos_id
+    return otherwise
+
+
+def _check_text_bytes(declaration: Declaration, text: TextCount, tokenizer: Tokenizer, first: int) -> None:
+    """Raises FormatError where the text of all targets has another number of bytes than is declared."""
+    said = declaration.split("val").text_bytes
+    # What a download counts is what the tokens count, the first one as if inside a text: without what no target counts.
+    table = tokenizer.byte_table
+    by_table = text.target_bytes + int(table.base_bytes[first]) + int(table.has_leading_space[first])
+    if said not in (None, text.text_bytes, by_table):
+        raise FormatError(
+            f"The validation tokens decode to {text.text_bytes:,} bytes of text; {declaration.source} says {said:,}. The "
+            "shards or the tokenizer are not those that it describes."
+        )
+
+
+def _find_duplicates(
+    folder: DataFolder | None, tokens: npt.NDArray[Any], starts: IntArray, bos_id: int, audit: str
+) -> Duplicates | None:
+    if folder is None or not folder.train or bos_id < 0:
+        return None
+    duplicates = find_duplicates(tokens, starts, folder.train, bos_id, full=audit == "full")
+    if duplicates.found:
+        warnings.warn(
+            f"{duplicates.found:,} of {duplicates.looked_up:,} validation documents also stand in the "
+            f"training shards of {folder.path}; their scores are not scores of unseen text.",
+            stacklevel=4,
+        )
+    return duplicates
 
 
 def evaluate(
@@ -155,24 +259,28 @@ def evaluate(
     data: StrPath | npt.ArrayLike | ValidationData,
     tokenizer: StrPath | Tokenizer | None = None,
     *,
-    method: str = "sliding",
+    method: str | None = None,
     seq_len: int | None = None,
-    stride: int = 64,
-    tail: str = "exact",
+    stride: int | None = None,
+    tail: str | None = None,
     batch_seqs: int | None = None,
     audit: str = "sample",
-    ttt_lora_rank: int = 8,
-    ttt_lora_lr: float = 0.01,
-    ttt_chunk_size: int = 256,
-    ttt_eval_seq_len: int = 1024,
-    ttt_batch_size: int = 64,
+    ttt_lora_rank: int | None = None,
+    ttt_lora_lr: float | None = None,
+    ttt_chunk_size: int | None = None,
+    ttt_eval_seq_len: int | None = None,
+    ttt_batch_size: int | None = None,
     ttt_seed: int = 0,
+    any_tokenizer: bool = False,
+    record: Record | None = None,
     progress: Callable[[int, int, int], object] | None = None,
 ) -> Score:
     """Score a model on validation data and audit the score (docs/spec.md §5).
 
-    data: a folder with ``*_val_*.bin`` shards, one shard's path, a 1-D integer array of tokens, or a ValidationData.
-    tokenizer: a SentencePiece ``.model`` path or a Tokenizer; None takes the data folder's. Without one, bpb is None.
+    data: a folder with ``*_val_*.bin`` shards, one shard's path, a 1-D integer array of tokens, or a ValidationData. A
+        folder's validation split must be the one that its manifest, the run or the artifact declares.
+    tokenizer: a SentencePiece ``.model`` path or a Tokenizer; None takes the data folder's. Without one, and without a
+        byte sidecar, bpb is None. It must be the one that the data, the run or the artifact names.
     method: ``"standard"`` (windows side by side), ``"sliding"`` (overlapping; see pgolf.windows for stride and tail) or
         ``"ttt"`` (test-time training, see pgolf.ttt: documents apart, each with adapters that learn what has been
         scored; the model must be a pgolf.GPT, whose weights do not change).
@@ -184,37 +292,66 @@ def evaluate(
     ttt_*: of the third method alone: the adapters' rank and learning rate, the targets that are scored and then trained
         on together, the context in tokens, the documents at once (speed and memory; on a GPU also rounding), and the
         seed of the adapters.
+    any_tokenizer: score with another tokenizer than the one that is named, with a warning; the audit says so.
+    record: what the model's run has recorded of data and tokenizer; None: what the model itself knows.
     progress: called after every batch with windows (ttt: chunks) done, windows in all, and tokens scored.
+
+    What is None of method, stride, tail, seq_len and ttt_* is as the model's artifact says that it is scored, where the
+    method is the artifact's; else sliding windows, stride 64, the exact tail, and docs/spec.md's values of ttt.
 
     Losses are summed in float64: within each window, then over the windows; for ttt in the order of the stream.
 
     Raises ValueError for impossible arguments, data too short, a tokenizer of another size than the model's vocabulary
-    and a failed audit; NonFiniteError, naming the token, for a loss that is no number; and the errors of reading data.
+    or another one than is named, and a failed audit; FormatError for data that is not what is declared; NonFiniteError,
+    naming the token, for a loss that is not a number; and the errors of reading data.
     Warns where validation documents also stand in the folder's training shards.
     """
     began = time.perf_counter()
+    known: Mapping[str, Any] = getattr(model, "scoring", None) or {}
+    method = method or known.get("method") or "sliding"
     _check_method(method)
-    ttt = Settings(ttt_lora_rank, ttt_lora_lr, ttt_chunk_size, ttt_eval_seq_len, ttt_batch_size, ttt_seed)
+    if method != known.get("method"):
+        known = {}
+    stride = known.get("stride") or 64 if stride is None else stride
+    tail = tail or known.get("tail") or "exact"
+    asked = {
+        "ttt_lora_rank": ttt_lora_rank,
+        "ttt_lora_lr": ttt_lora_lr,
+        "ttt_chunk_size": ttt_chunk_size,
+        "ttt_eval_seq_len": ttt_eval_seq_len,
+        "ttt_batch_size": ttt_batch_size,
+    }
+    ttt = Settings.of({**known, **{name: value for name, value in asked.items() if value is not None}}, ttt_seed)
     if method == "ttt":
         seq_len = ttt.context
     elif seq_len is None:
-        seq_len = model.train_seq_len
+        seq_len = known.get("seq_len") or model.train_seq_len
         if seq_len is None:
             raise ValueError("seq_len is None and the model has no training length to take; give seq_len.")
     if batch_seqs is not None:
         check_positive(batch_seqs=batch_seqs)
     vocab_size, bos_id = model.config.vocab_size, model.config.bos_id
+    record = record or getattr(model, "record", None)
     if isinstance(data, ValidationData):
         if tokenizer is not None:
             raise ValueError("tokenizer is given twice: a ValidationData has been read with its own.")
-        if (data.vocab_size, data.bos_id) != (vocab_size, bos_id):
+        if data.vocab_size != vocab_size:
             raise ValueError(
                 f"The data was read for a vocabulary of {data.vocab_size} with BOS {data.bos_id}; the model has "
                 f"{vocab_size} with BOS {bos_id}."
             )
         loaded = data
     else:
-        loaded = ValidationData.load(data, tokenizer, vocab_size=vocab_size, bos_id=bos_id, audit=audit)
+        loaded = ValidationData.load(
+            data,
+            tokenizer,
+            vocab_size=vocab_size,
+            bos_id=bos_id,
+            audit=audit,
+            record=record,
+            any_tokenizer=any_tokenizer,
+        )
+    _warn_of_basis(record, loaded.byte_basis)
 
     n_targets = loaded.tokens.size - 1
     if method == "ttt":
@@ -234,6 +371,9 @@ def evaluate(
         if n_bytes == 0:
             raise ValueError("The scored tokens stand for no text at all, so that there are no bits per byte.")
         bpb = nll / math.log(2) / n_bytes
+    documents = None
+    if loaded.bos_id >= 0:
+        documents = DocumentScores(document_nll, per_document(times, loaded.starts), document_bytes)
     return Score(
         loss=nll / tokens,
         bpb=bpb,
@@ -245,15 +385,33 @@ def evaluate(
         stride=stride if method == "sliding" else None,
         tail=tail if method == "sliding" else None,
         windows=windows,
-        documents=DocumentScores(document_nll, per_document(times, loaded.starts), document_bytes),
+        documents=documents,
         audit=Audit(
-            documents=int(loaded.starts.size),
+            documents=None if documents is None else int(loaded.starts.size),
             scored_tokens=tokens,
             expected_tokens=int(expected.sum(dtype=np.int64)),
-            bytes_checked=loaded.target_bytes is not None,
+            bytes_checked=loaded.text is not None,
             duplicates=loaded.duplicates,
+            declared_by=loaded.declared_by,
+            text=loaded.text,
+            source_bytes=loaded.source_bytes,
+            tokenizer=loaded.tokenizer,
+            tokenizer_bound=loaded.tokenizer_bound,
         ),
+        byte_basis=loaded.byte_basis,
+        source_bytes=loaded.source_bytes,
     )
+
+
+def _warn_of_basis(record: Record | None, found: str | None) -> None:
+    """The score that a run or an artifact reports was counted over the bytes of another text."""
+    said = None if record is None else record.byte_basis
+    if record is not None and None not in (said, found) and said != found:
+        warnings.warn(
+            f"Bytes are counted by {BASES[found or '']}; the scores of {record.source} by {BASES[said or '']}: their bits "
+            "per byte cannot be compared.",
+            stacklevel=3,
+        )
 
 
 def _check_method(method: str) -> None:
@@ -326,6 +484,11 @@ def _score_documents(
     if not isinstance(model, GPT):
         raise TypeError(
             f"method is 'ttt' and the model a {type(model).__name__}; test-time training takes a pgolf.GPT."
+        )
+    if data.bos_id < 0:
+        raise ValueError(
+            "Test-time training needs to know where documents begin, and no BOS token is known: give the tokenizer, or "
+            "set model.bos_id."
         )
     documents = Documents.of(data.starts, data.tokens.size - 1)
     losses, times = score(model, data.tokens, documents, settings, progress)

@@ -38,7 +38,8 @@ class Report:
     script was named. seconds: training time; score_seconds: scoring. memory: (what, MiB) of what training keeps.
     score_tokens, score_bytes: what the score is a mean over. data: fingerprints of the shards that were trained on and
     scored, {"train", "val"}. share_of_limit, peak_memory_mib: as a StepRecord's share_of_limit and memory_mib, of the
-    whole training. limit_tflops: the limit itself. None where they are not known, as in reports of older versions.
+    whole training. limit_tflops: the limit itself. byte_basis, source_bytes: as a Score's. declared_by, tokenizer (its
+    identity): as an Audit's. None where they are not known, as in reports of older versions.
     """
 
     val_loss: float
@@ -76,6 +77,10 @@ class Report:
     share_of_limit: float | None = None
     limit_tflops: float | None = None
     peak_memory_mib: float | None = None
+    byte_basis: str | None = None
+    source_bytes: int | None = None
+    declared_by: str | None = None
+    tokenizer: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -145,6 +150,10 @@ def _finish(trainer: Trainer, folder: Path, progress: Progress, code: str | os.P
         share_of_limit=trainer.share_of_limit(rate) if rate else None,
         limit_tflops=trainer.limit.flops / 1e12 if trainer.limit else None,
         peak_memory_mib=peak,
+        byte_basis=score.byte_basis,
+        source_bytes=score.source_bytes,
+        declared_by=score.audit.declared_by,
+        tokenizer=score.audit.tokenizer,
     )
     if trainer.run_dir is not None:
         with atomic_write(trainer.run_dir / "report.json") as file:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from pgolf import _C
 from pgolf.config import ModelConfig
+from pgolf.data.declared import Record
 from pgolf.machine import shows_nvidia_gpu
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -54,6 +55,11 @@ class GPT:
         config.validate()
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}; it must be from 0 to 2**64 - 1.")
+        if config.smear_reset_at_bos and config.bos_id < 0:
+            raise ValueError(
+                "model.smear_reset_at_bos is true, but no BOS token is known: set model.bos_id. (A run takes it from its "
+                "tokenizer.)"
+            )
         self.config = config
         self.device, number = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
@@ -63,6 +69,10 @@ class GPT:
         """The sequence length it was trained at, in tokens; set by Trainer and load."""
         self.provenance: dict[str, int] | None = None
         """Steps, tokens and seed of the training; set by Trainer and load."""
+        self.scoring: dict[str, Any] | None = None
+        """How its run scores it: method, seq_len, stride, tail or the ttt_ keys; set by Trainer and load."""
+        self.record: Record | None = None
+        """What its run has recorded of validation data and tokenizer; set by Trainer and load."""
         self._native = _C.Model(_native_config(config), seed, number, self.dtype)
         self._shapes = parameter_shapes(config)
         self._training = threading.Lock()
@@ -262,6 +272,8 @@ class GPT:
             "dtype": self.dtype,
             "train_seq_len": self.train_seq_len,
             "provenance": self.provenance,
+            "scoring": self.scoring,
+            "record": self.record,
             "weights": self.state_dict(),
         }
 
@@ -269,6 +281,7 @@ class GPT:
         self.__init__(state["config"], None, device=state["device"], dtype=state["dtype"])  # type: ignore[misc]
         self.load_state_dict(state["weights"])
         self.train_seq_len, self.provenance = state["train_seq_len"], state["provenance"]
+        self.scoring, self.record = state.get("scoring"), state.get("record")
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,8 @@ class ByteTable(NamedTuple):
     """Bytes per token, docs/spec.md §5; three arrays of shape (vocab_size,)."""
 
     base_bytes: NDArray[np.int16]
-    """UTF-8 length of the piece without a leading space; 1 for byte tokens; 0 for control, unknown and unused ones."""
+    """UTF-8 length of what the piece decodes to inside a text, without a leading space; 1 for byte tokens; 0 for
+    control, unknown and unused ones."""
     has_leading_space: NDArray[np.bool_]
     """The piece starts with a space, which counts one byte unless the previous token is a boundary."""
     is_boundary: NDArray[np.bool_]
@@ -44,6 +45,9 @@ class Tokenizer:
         model = self.path.read_bytes()
         try:
             self._normalizer = _normalizer_spec(model)
+            self.identity = _identity(model, self._normalizer)
+            """SHA-256, in hexadecimal, of what makes this tokenizer: pieces, their types, the normaliser. A copy that
+            another program saved again has the same one."""
             self._processor: Any = SentencePieceProcessor()
             self._processor.LoadFromSerializedProto(model)
             self._pieces = [self._processor.id_to_piece(token) for token in range(self._processor.vocab_size())]
@@ -86,12 +90,11 @@ class Tokenizer:
         array = self._checked(ids)
         if array.ndim != 1:
             raise ValueError(f"token ids have shape {array.shape}; one dimension is expected.")
-        text: str = self._processor.decode(array.tolist())
-        return text
+        return as_text(self._processor.decode(array.tolist()))
 
     @cached_property
     def byte_table(self) -> ByteTable:
-        """Bytes per token, read off the model's pieces (docs/spec.md §5)."""
+        """Bytes per token, as SentencePiece decodes each piece inside a text (docs/spec.md §5)."""
         sp = self._processor
         table = ByteTable(
             np.zeros(self.vocab_size, dtype=np.int16),
@@ -104,11 +107,54 @@ class Tokenizer:
             elif sp.is_byte(token):
                 table.base_bytes[token] = 1
             else:
-                table.has_leading_space[token] = piece.startswith(SPACE)
-                table.base_bytes[token] = len(piece.removeprefix(SPACE).encode("utf-8"))
+                text = self._inside_text(token)
+                table.has_leading_space[token] = piece.startswith(SPACE) and text.startswith(" ")
+                table.base_bytes[token] = len(text.encode("utf-8")) - table.has_leading_space[token]
         for array in table:
             array.flags.writeable = False
         return table
+
+    def _inside_text(self, token: int) -> str:
+        """What a token decodes to inside a text; at its beginning the decoder may drop spaces."""
+        lead, text = self._lead
+        return as_text(self._processor.decode([*lead, token])).removeprefix(text)
+
+    @cached_property
+    def _lead(self) -> tuple[list[int], str]:
+        """A token that decodes to more than spaces, and its text; none where the vocabulary has no such token."""
+        for token in range(self.vocab_size):
+            text = as_text(self._processor.decode([token]))
+            if text.strip() and "\ufffd" not in text:
+                return [token], text
+        return [], ""
+
+    @cached_property
+    def _space_in_bytes(self) -> tuple[int, ...]:
+        """The byte tokens that spell ▁, which SentencePiece puts in a space's place; empty where it lacks one."""
+        pieces = enumerate(self._pieces)
+        tokens = {int(piece[1:-1], 16): token for token, piece in pieces if self._processor.is_byte(token)}
+        spelled = SPACE.encode("utf-8")
+        return tuple(tokens[byte] for byte in spelled) if tokens.keys() >= set(spelled) else ()
+
+    def stream_bytes(self, tokens: ArrayLike) -> NDArray[np.int64]:
+        """How many bytes of text each token of a stream but the first stands for (docs/spec.md §5).
+
+        As `target_bytes`, and a space that a vocabulary without ▁ spells with three byte tokens counts one byte, at
+        the third. `tokens`: (N + 1,) integers; returns (N,) int64 for tokens[1:].
+
+        Raises TypeError for other dtypes, ValueError for other shapes, IndexError for ids outside the vocabulary.
+        """
+        array = self._checked(tokens)
+        if array.ndim != 1:
+            raise ValueError(f"a stream of tokens has shape {array.shape}; one dimension is expected.")
+        total = self.target_bytes(array[:-1], array[1:])
+        if self._space_in_bytes:
+            first, second, third = self._space_in_bytes
+            # Not of one that begins the stream, whose first token is not a target: there the others are bytes alone.
+            starts = 1 + np.flatnonzero((array[1:-2] == first) & (array[2:-1] == second) & (array[3:] == third))
+            total[starts - 1] = 0
+            total[starts] = 0
+        return total
 
     def target_bytes(self, prev_ids: ArrayLike, target_ids: ArrayLike) -> NDArray[np.int64]:
         """How many bytes of text each target stands for, behind the token that precedes it (docs/spec.md §5).
@@ -140,11 +186,46 @@ class Tokenizer:
         return array
 
 
+def as_text(decoded: str) -> str:
+    """What SentencePiece decoded, as text: a ▁ that byte tokens spell stands for a space, as every ▁ in a piece does.
+
+    SentencePiece puts ▁ in the place of every space before it cuts a text into pieces, so that no ▁ of the text itself
+    could be told from a space.
+    """
+    return decoded.replace(SPACE, " ")
+
+
+def _identity(model: bytes, normalizer: dict[int, Any]) -> str:
+    """SHA-256 of a serialized ModelProto's pieces with their types, and of what its normaliser does.
+
+    Left out: scores, the trainer's settings, the normaliser's name, the order of fields and those at their defaults.
+    """
+    digest = hashlib.sha256()
+    for number, value in _fields(model):
+        if number == 1 and isinstance(value, bytes):
+            piece = dict(_fields(value))  # 1 piece, 2 score, 3 type, by default 1 (NORMAL)
+            text = piece.get(1, b"")
+            if not isinstance(text, bytes):
+                raise FormatError("it has a piece that is not a string")
+            digest.update(len(text).to_bytes(4, "little") + text + bytes([int(piece.get(3, 1)) & 0xFF]))
+    # 2 precompiled_charsmap, 3 add_dummy_prefix, 4 remove_extra_whitespaces, 5 escape_whitespaces
+    digest.update(bytes(normalizer.get(2, b"")))
+    digest.update(bytes(bool(normalizer.get(number, 1)) for number in (3, 4, 5)))
+    return digest.hexdigest()
+
+
+def normalizer_flags(model: bytes) -> tuple[bool, bool]:
+    """Of a serialized model's normaliser, whether it adds a space before a text, and whether it removes extra ones."""
+    spec = _normalizer_spec(model)
+    return bool(spec.get(3, 1)), bool(spec.get(4, 1))
+
+
 def _normalizer_spec(model: bytes) -> dict[int, Any]:
     """The scalar and bytes fields of a serialized ModelProto's NormalizerSpec (field 3), by number.
 
     The SentencePiece library reads these but does not show them, and its protobuf classes need a package of their own.
-    Field numbers are those of sentencepiece_model.proto: 1 name, 3 add_dummy_prefix, 4 remove_extra_whitespaces.
+    Field numbers are those of sentencepiece_model.proto: 1 name, 2 precompiled_charsmap, 3 add_dummy_prefix,
+    4 remove_extra_whitespaces, 5 escape_whitespaces.
     """
     for number, value in _fields(model):
         if number == 3 and isinstance(value, bytes):

@@ -27,9 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from pgolf import _C, checkpoint, speed
+from pgolf import _C, checkpoint, run_folder, speed
 from pgolf.config import Config
 from pgolf.data.batches import BatchStream
+from pgolf.data.declared import RUN, Record, Split, record_of_split
 from pgolf.data.files import atomic_write, naming, remove_partials
 from pgolf.data.shards import ShardSet, find_data
 from pgolf.errors import DeviceError, FormatError, NonFiniteError
@@ -119,7 +120,7 @@ class Trainer:
     and halve the loss scale, where ten in a row have done so at its least. It can be taken up again.
 
     Args:
-        config: the run's configuration.
+        config: the run's configuration; it is not changed. (`Trainer.config` is a copy that knows the run's data.)
         data: a folder with *_train_*.bin and *_val_*.bin shards; None: config.train.data_path.
         tokenizer: a SentencePiece model, by path or opened; None: config.train.tokenizer_path, else the data folder's.
             Without any, losses are reported but no bits per byte.
@@ -129,9 +130,10 @@ class Trainer:
             removes newer ones.
 
     Raises:
-        ValueError: an impossible configuration; a tokenizer of another vocabulary; a run_dir that holds another run.
+        ValueError: an impossible configuration; a tokenizer of another vocabulary, or another one than the data names; a
+            run_dir that holds another run.
         FileNotFoundError: missing data or tokenizer.
-        FormatError: a shard, tokenizer, checkpoint or log that cannot be read.
+        FormatError: a shard, tokenizer, checkpoint or log that cannot be read; shards that are not those declared.
     """
 
     def __init__(
@@ -144,24 +146,28 @@ class Trainer:
         resume: bool | StrPath = False,
     ) -> None:
         config.validate()
-        self.config = config
+        self.run_dir = _check_run_dir(run_dir, bool(resume))
+        before = run_folder.record_of(self.run_dir) if self.run_dir is not None and resume else None
+        source = self._data_source(config, data, bool(resume))
+        self.data = find_data(source, record=before)
+        self.tokenizer = self._find_tokenizer(config, tokenizer, bool(resume))
+        self.config = config = _as_started(config, source, self.tokenizer, tokenizer)
+        """The run's configuration: as given, and with the data, the tokenizer and the BOS token that were found."""
         train, model = config.train, config.model
-        source = data if data is not None else train.data_path
-        if not source:
-            raise ValueError("No training data was given: pass data= or set train.data_path.")
-        self.data = find_data(source)
-        self.tokenizer = _open_tokenizer(tokenizer or train.tokenizer_path or self.data.tokenizer or None)
-        self.validation = ValidationData.load(source, self.tokenizer, vocab_size=model.vocab_size, bos_id=model.bos_id)
+        self.validation = ValidationData.load(
+            source, self.tokenizer, vocab_size=model.vocab_size, bos_id=model.bos_id, record=before
+        )
         self._shards = ShardSet(self.data.train, model.vocab_size)
         self.data_fingerprints = {"train": self._shards.fingerprint(), "val": ShardSet(self.data.val).fingerprint()}
         """What tells the shards that are trained on and scored from others; see `ShardSet.fingerprint`."""
         self._stream = BatchStream(self._shards, train.train_batch_tokens, train.grad_accum_steps, train.train_seq_len)
         self.schedule: Schedule | Replay = Replay(train) if train.replay else Schedule(train)
         self._check_evaluation()
-        self.run_dir = _check_run_dir(run_dir, bool(resume))
 
         self.model = GPT(model, seed=train.seed, device=device, dtype=train.dtype)
         self.model.train_seq_len = train.train_seq_len
+        self.model.scoring = config.eval.scoring(config.eval_seq_len)
+        self.model.record = self._record()
         self._native = self.model._native
         self._optimizer = _C.Optimizer(self._native, train.muon_backend_steps)
         self._flop = speed.flop_per_token(model, train.train_seq_len)
@@ -193,6 +199,57 @@ class Trainer:
                 self._resume(resume)
             with atomic_write(self.run_dir / "config.toml") as file:
                 file.write(config.to_toml().encode())
+            self._write_record(self.run_dir, source)
+
+    def _data_source(self, config: Config, data: StrPath | None, resume: bool) -> Path:
+        """The data folder: the given one, else the configuration's; of a run that goes on, wherever it is found."""
+        if data is not None:
+            return Path(data)
+        found = run_folder.data_path(self.run_dir, config) if resume and self.run_dir is not None else None
+        if found is None and not config.train.data_path:
+            raise ValueError("No training data was given: pass data= or set train.data_path.")
+        return found or Path(config.train.data_path)
+
+    def _find_tokenizer(self, config: Config, given: StrPath | Tokenizer | None, resume: bool) -> Tokenizer | None:
+        """The given one, else the configuration's, else the data folder's; None where there is none."""
+        if given is None and resume and self.run_dir is not None:
+            given = run_folder.tokenizer_path(self.run_dir, config)
+        return _open_tokenizer(given or config.train.tokenizer_path or self.data.tokenizer or None)
+
+    def _record(self) -> Record:
+        """What the run's scores are of, for its artifact, its checkpoints and run.json."""
+        shards = ShardSet(self.data.val)
+        text, known = self.validation.text, self.validation.bos_id >= 0
+        split = Split(
+            shards=shards.tokens_by_name(),
+            tokens=len(shards),
+            documents=int(self.validation.starts.size) if known else None,
+            text_bytes=None if text is None else text.text_bytes,
+            source_bytes=self.validation.source_bytes,
+            sha256=self.data_fingerprints["val"]["sha256"],
+        )
+        opened = self.tokenizer
+        tokenizer = (
+            None
+            if opened is None
+            else {
+                "identity": opened.identity,
+                "vocab_size": opened.vocab_size,
+                "bos_id": opened.bos_id,
+            }
+        )
+        source = "this run" if self.run_dir is None else str(self.run_dir / run_folder.NAME)
+        return Record(RUN, source, tokenizer, record_of_split(split), self.validation.byte_basis)
+
+    def _write_record(self, run_dir: Path, source: Path) -> None:
+        assert self.model.record is not None
+        named = self.config.train.tokenizer_path
+        run_folder.RunRecord(
+            data=run_folder.place(source, run_dir),
+            tokenizer=run_folder.place(named, run_dir) if named else None,
+            record=self.model.record,
+            device=self.model.device_name,
+        ).write(run_dir)
 
     def _check_evaluation(self) -> None:
         """Refuses now what could not be scored after the training."""
@@ -457,6 +514,7 @@ class Trainer:
             "dtype": self.model.dtype,
             "config": self.config.to_dict(),
             "data": self._shards.fingerprint(),
+            "record": None if self.model.record is None else self.model.record.to_dict(),
         }
         return arrays, values
 
@@ -578,6 +636,28 @@ def _uninterrupted() -> Iterator[None]:
 def _largest(sizes: Sequence[int], most_tokens: int, sequences: int, seq_len: int) -> int:
     """The first of falling sizes that holds at most `most_tokens` and no more than the step has; else 1."""
     return next((n for n in sizes if n * seq_len <= most_tokens and n <= sequences), 1)
+
+
+def _as_started(config: Config, data: Path, opened: Tokenizer | None, tokenizer: StrPath | Tokenizer | None) -> Config:
+    """A copy of the configuration that knows the run's data, its tokenizer where one was given, and its BOS token.
+
+    Raises ValueError where the configuration has another BOS token than the tokenizer.
+    """
+    keys: dict[str, Any] = {}
+    if not config.train.data_path or os.path.abspath(config.train.data_path) != os.path.abspath(data):
+        keys["train.data_path"] = str(data)
+    if tokenizer is not None and opened is not None:
+        keys["train.tokenizer_path"] = str(opened.path)
+    if opened is not None:
+        given = config.model.bos_id
+        if given not in (-1, opened.bos_id):
+            begins = f"begins documents with the id {opened.bos_id}" if opened.bos_id >= 0 else "has no BOS token"
+            raise ValueError(
+                f"model.bos_id is {given}; the tokenizer {opened.path} {begins}. Leave model.bos_id out (or -1), and it is "
+                "the tokenizer's."
+            )
+        keys["model.bos_id"] = opened.bos_id
+    return config.override(keys)
 
 
 def _open_tokenizer(tokenizer: StrPath | Tokenizer | None) -> Tokenizer | None:

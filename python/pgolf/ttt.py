@@ -12,7 +12,7 @@ and batches to one number of rows, so that a document's scores do not depend on 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,18 @@ class Settings:
     context: int = 1024
     batch: int = 64
     seed: int = 0
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], seed: int = 0) -> Settings:
+        """From the ttt_ keys that are given; others are left alone."""
+        names = {
+            "rank": "ttt_lora_rank",
+            "lr": "ttt_lora_lr",
+            "chunk": "ttt_chunk_size",
+            "context": "ttt_eval_seq_len",
+            "batch": "ttt_batch_size",
+        }
+        return cls(**{name: values[key] for name, key in names.items() if values.get(key) is not None}, seed=seed)
 
     def __post_init__(self) -> None:
         check_positive(

@@ -18,7 +18,7 @@ from pgolf.data.hub import Hub, HubFile
 from pgolf.data.inspect import count_shard
 from pgolf.data.manifest import HubEntry, Manifest, ShardEntry, SplitEntry, TokenizerEntry
 from pgolf.data.shard_file import ShardFile
-from pgolf.data.shards import StrPath
+from pgolf.data.shards import StrPath, shards_of
 from pgolf.data.stats import TokenStats
 from pgolf.errors import FormatError
 from pgolf.tokenizer import Tokenizer
@@ -187,8 +187,8 @@ class _Download:
     def _refuse_others(self) -> None:
         """A shard of other data, or one that was not asked for, would become part of the data set."""
         ours = {self._target(path) for path in self._files}
-        for pattern in ("*_train_*.bin", "*_val_*.bin"):
-            for path in sorted(self._out.glob(pattern)):
+        for split in ("train", "val"):
+            for path in shards_of(self._out, split):
                 if path not in ours:
                     raise FileExistsError(
                         f"{path}: this shard does not belong to the download of {self._export.variant} that was asked "
@@ -290,7 +290,7 @@ class _Download:
         return Manifest(
             pgolf=__version__,
             sources=(f"{repo} {variant} {self._commit}",),
-            tokenizer=TokenizerEntry(tokenizer.path.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.normalizer),
+            tokenizer=TokenizerEntry.of(tokenizer),
             train=empty,
             val=empty,
             hub=HubEntry(repo, self._commit, variant, len(self._export.train.paths), len(self._export.val.paths)),

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 
 from pgolf.data.files import atomic_write
 from pgolf.errors import FormatError
+from pgolf.tokenizer import Tokenizer
 
 NAME = "manifest.json"
 FORMAT = "pgolf-data-1"
@@ -48,6 +49,15 @@ class TokenizerEntry:
     sha256: str
     vocab_size: int
     normalization: str
+    identity: str | None = None
+    """SHA-256 of pieces, types and normaliser, as `pgolf.Tokenizer.identity`; None in files of 0.1.0."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> TokenizerEntry:
+        """The entry of a tokenizer that lies in the folder."""
+        return cls(
+            tokenizer.path.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.normalizer, tokenizer.identity
+        )
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,7 @@ def _manifest(reader: Reader, tokenizer: Tokenizer, splits: dict[str, SplitEntry
     return Manifest(
         pgolf=__version__,
         sources=reader.names,
-        tokenizer=TokenizerEntry(tokenizer.path.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.normalizer),
+        tokenizer=TokenizerEntry.of(tokenizer),
         train=splits["train"],
         val=splits["val"],
     )

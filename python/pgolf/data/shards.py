@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
@@ -13,6 +14,7 @@ from typing import Any, Union
 import numpy as np
 from numpy.typing import NDArray
 
+from pgolf.data.declared import Declaration, Record, check_split, declaration_of
 from pgolf.data.files import atomic_write
 from pgolf.data.manifest import Manifest
 from pgolf.data.shard_file import HEADER_BYTES, MAX_TOKEN, ShardFile, shard_header
@@ -21,6 +23,24 @@ from pgolf.errors import FormatError
 StrPath = Union[str, "os.PathLike[str]"]
 
 FINGERPRINT_TOKENS = 4096
+
+_SIDECAR = re.compile(r"(.*_(?:train|val))_bytes(_.*\.bin)")
+
+
+def is_sidecar(path: Path) -> bool:
+    """Whether a file has the name of a byte sidecar, `*_val_bytes_*.bin`: in a shard's format the bytes that each token
+    of `*_val_*.bin` stands for, never tokens."""
+    return _SIDECAR.fullmatch(path.name) is not None
+
+
+def sidecar_of(shard: Path) -> Path:
+    """The name that a shard's byte sidecar has: `x_val_bytes_000000.bin` of `x_val_000000.bin`."""
+    return shard.with_name(re.sub(r"_(train|val)_", r"_\1_bytes_", shard.name, count=1))
+
+
+def shards_of(folder: Path, split: str) -> tuple[Path, ...]:
+    """The shards of a split, "train" or "val", in the order of their names; byte sidecars are not shards."""
+    return tuple(path for path in sorted(folder.glob(f"*_{split}_*.bin")) if not is_sidecar(path))
 
 
 def read_shard(path: StrPath) -> NDArray[np.uint16]:
@@ -73,6 +93,8 @@ class ShardSet:
         self.paths = sorted((Path(path) for path in paths), key=lambda path: (path.name, str(path)))
         if not self.paths:
             raise ValueError("a shard set needs at least one shard file; none was given.")
+        for path in filter(is_sidecar, self.paths):
+            raise ValueError(f"{path}: this is a byte sidecar, which holds the bytes of tokens and no tokens.")
         self.vocab_size = vocab_size
         self._shards = [ShardFile.open(path) for path in self.paths]
         self._starts = np.cumsum([0] + [shard.tokens for shard in self._shards])
@@ -106,6 +128,10 @@ class ShardSet:
             position = (position + part.size) % len(self)
         return out
 
+    def tokens_by_name(self) -> dict[str, int]:
+        """The tokens of every shard, by its file name."""
+        return {shard.path.name: shard.tokens for shard in self._shards}
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells this data from other data, to store with a run: {"shards", "tokens", "sha256"}, for JSON.
 
@@ -135,23 +161,32 @@ class ShardSet:
 
 @dataclass(frozen=True)
 class DataFolder:
-    """What find_data found: shard paths in name order, the tokenizer's path or None, the manifest or None."""
+    """What find_data found.
+
+    train, val: shard paths in name order. tokenizer: its path. manifest: pgolf's. declaration: who says what the folder
+    holds. Each is None where there is none.
+    """
 
     path: Path
     train: tuple[Path, ...]
     val: tuple[Path, ...]
     tokenizer: Path | None
     manifest: Manifest | None
+    declaration: Declaration | None = None
 
 
-def find_data(data: StrPath, splits: tuple[str, ...] = ("train", "val")) -> DataFolder:
-    """Look at a data folder: `*_train_*.bin` and `*_val_*.bin` shards, a tokenizer, a manifest.
+def find_data(data: StrPath, splits: tuple[str, ...] = ("train", "val"), record: Record | None = None) -> DataFolder:
+    """Look at a data folder: `*_train_*.bin` and `*_val_*.bin` shards, a tokenizer, who declares what it holds.
 
-    The tokenizer is the folder's only `*.model`, else the one that `manifest.json` names, else None.
+    The tokenizer is the folder's only `*.model`, else the one that its manifest names, else None. `record`: what a run or
+    an artifact has recorded of the data; it declares a folder without a manifest.
 
-    Raises FileNotFoundError where the folder is missing, a split of `splits` has no shard, a shard of the manifest is
-    missing, or a download is not complete; NotADirectoryError where `data` is a file; FormatError where the manifest
-    cannot be read.
+    The splits of `splits` must be those that are declared, by the tokens in the shards' headers: each file of pgolf's
+    manifest and no other, the files and tokens that the community's counts, the shards that a run recorded.
+
+    Raises FileNotFoundError where the folder is missing, a split of `splits` has no shard or lacks one that is declared,
+    or a download is not complete; NotADirectoryError where `data` is a file; FormatError where the manifest cannot be
+    read or a split is not what is declared.
     """
     folder = Path(data)
     if not folder.exists():
@@ -164,30 +199,65 @@ def find_data(data: StrPath, splits: tuple[str, ...] = ("train", "val")) -> Data
             f"{folder}: the download of this data folder was stopped before its end; the same `pgolf data download` "
             "goes on with it."
         )
-    shards = {split: tuple(sorted(folder.glob(f"*_{split}_*.bin"))) for split in ("train", "val")}
+    shards = {split: shards_of(folder, split) for split in ("train", "val")}
+    if manifest is not None:
+        for split in splits or ("train", "val"):
+            for shard in getattr(manifest, split).shards:
+                if not (folder / shard.file).is_file():
+                    raise FileNotFoundError(f"{folder}: manifest.json lists the shard {shard.file}, which is missing.")
     for split in splits:
         if not shards[split]:
             raise FileNotFoundError(f"{folder}: the data folder holds no *_{split}_*.bin shard.")
-    if manifest is not None:
-        for name in manifest.shards():
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder}: manifest.json lists the shard {name}, which is missing.")
-    return DataFolder(folder, shards["train"], shards["val"], find_tokenizer(folder, manifest), manifest)
+    declaration = declaration_of(folder, manifest, record)
+    if declaration is not None:
+        for split in splits:
+            check_split(declaration, split, shards[split])
+    return DataFolder(folder, shards["train"], shards["val"], _tokenizer_of(folder, declaration), manifest, declaration)
 
 
 def find_tokenizer(folder: Path, manifest: Manifest | None) -> Path | None:
     """The folder's only `*.model`, else the one that the manifest names, else None."""
+    return _tokenizer_of(folder, declaration_of(folder, manifest))
+
+
+def _tokenizer_of(folder: Path, declaration: Declaration | None) -> Path | None:
     models = sorted(folder.glob("*.model"))
     if len(models) == 1:
         return models[0]
-    named = None if manifest is None else folder / manifest.tokenizer.file
+    declared = None if declaration is None else declaration.tokenizer
+    named = None if declared is None else declared.path
     return named if named is not None and named.is_file() else None
+
+
+def read_sidecars(shards: Sequence[Path]) -> NDArray[np.uint16] | None:
+    """The bytes that each token of some shards stands for, by their byte sidecars; None where they have none.
+
+    Returns an owned array of shape (tokens,). Raises FormatError where some shards have a sidecar and others none, or
+    one has another length than its shard.
+    """
+    sidecars = [sidecar_of(shard) for shard in shards]
+    there = [path.is_file() for path in sidecars]
+    if not any(there):
+        return None
+    if not all(there):
+        raise FormatError(
+            f"{sidecars[there.index(False)]}: this byte sidecar is missing, although {sidecars[there.index(True)].name} "
+            "is there; bytes are counted by sidecars for all shards or for none."
+        )
+    counts = []
+    for shard, path in zip(map(ShardFile.open, shards), map(ShardFile.open, sidecars), strict=True):
+        if shard.tokens != path.tokens:
+            raise FormatError(
+                f"{path.path}: the byte sidecar counts {path.tokens:,} tokens; its shard has {shard.tokens:,}."
+            )
+        counts.append(path.read(0, path.tokens))
+    return np.concatenate(counts)
 
 
 def load_tokens(data: Any, split: str = "val", vocab_size: int | None = None) -> NDArray[np.uint16] | NDArray[np.int32]:
     """All tokens of a data set in one array, for evaluation.
 
-    `data`: a data folder (its `split` is read), one shard's path, or a 1-D integer array.
+    `data`: a data folder (its `split` is read), one shard's path, or a 1-D integer array. A byte sidecar is refused.
     Returns an owned contiguous array of shape (tokens,): uint16 from files, int32 from arrays.
 
     Raises TypeError and ValueError for arrays of another dtype, shape or range, and the errors of find_data and
