@@ -237,7 +237,7 @@ def _check_scoring(path: str | os.PathLike[str], scoring: Any) -> None:
     """Raises FormatError for a header's scoring that no evaluation could follow."""
     if scoring is None:
         return
-    kinds = {"method": str, "tail": str, "ttt_lora_lr": (int, float)}
+    kinds: dict[str, type | tuple[type, ...]] = {"method": str, "tail": str, "ttt_lora_lr": (int, float)}
     if not isinstance(scoring, dict) or "method" not in scoring:
         raise FormatError(f"{path}: scoring is {scoring!r:.100}; an object with a method, or null, was expected.")
     for name, value in scoring.items():

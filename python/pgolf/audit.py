@@ -147,10 +147,11 @@ def _suspects(pieces: _Pieces, tokenizer: Tokenizer, document: npt.NDArray[Any])
     table = tokenizer.byte_table
     found = []
     for token in dict.fromkeys(document.tolist()):
+        if table.is_boundary[token] or token in pieces.byte_of:  # a byte alone need not spell a character
+            continue
         size = len(pieces.decode(np.array([token])).encode())
-        if not table.is_boundary[token] and size != table.base_bytes[token] + table.has_leading_space[token]:
-            if token not in pieces.byte_of:  # a byte alone need not spell a character
-                found.append(f"{token} ({pieces.name(token)!r})")
+        if size != table.base_bytes[token] + table.has_leading_space[token]:
+            found.append(f"{token} ({pieces.name(token)!r})")
     if found:
         listed = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
         return f"These pieces of {tokenizer.path} have no decoding of their own: {listed}."

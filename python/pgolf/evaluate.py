@@ -113,8 +113,8 @@ class ValidationData:
 
     tokens: (N + 1,) integers. starts: (D,) int64, where documents begin; [0] where bos_id is −1, unknown. target_bytes:
     (N,) int32, the bytes of tokens[1:], or None without tokenizer and sidecar. duplicates: None where there are no
-    training shards beside the data, or documents are unknown. byte_basis: as a Score's. text, source_bytes, declared_by,
-    tokenizer, tokenizer_bound: as an Audit's. record: what a run keeps of it, to recognise it again.
+    training shards beside the data, or documents are unknown. byte_basis: as a Score's. text, source_bytes,
+    declared_by, tokenizer, tokenizer_bound: as an Audit's. record: what a run keeps of it, to recognise it again.
     """
 
     tokens: npt.NDArray[Any]
@@ -152,7 +152,8 @@ class ValidationData:
 
         if audit not in AUDITS:
             raise ValueError(f"audit is {audit!r}; expected one of {', '.join(map(repr, AUDITS))}.")
-        folder, shards = None, ()
+        folder = None
+        shards: tuple[Path, ...] = ()
         if isinstance(data, (str, os.PathLike)):
             if os.path.isfile(data):
                 shards = (Path(data),)
@@ -168,17 +169,13 @@ class ValidationData:
             raise ValueError(f"The data has {tokens.size} token; expected at least 2, one to read and one to predict.")
         bos_id = _bos_id(opened, declaration, record, bos_id)
         starts = document_starts(tokens, bos_id)
-        split = None if declaration is None else declaration.split("val")
-        if split is not None and split.documents is not None and bos_id >= 0 and starts.size != split.documents:
-            raise FormatError(
-                f"{data}: {starts.size:,} documents begin in the validation shards; {declaration.source} says "
-                f"{split.documents:,}."
-            )
+        if declaration is not None:
+            _check_documents(declaration, starts, bos_id)
         counted = sidecar = text = None
         if opened is not None:
             counted = opened.stream_bytes(tokens).astype(np.int32)
             text = check_bytes(tokens, counted, starts, opened)
-            if split is not None and bound is not False:
+            if declaration is not None and bound is not False:
                 _check_text_bytes(declaration, text, opened, int(tokens[0]))
         if shards:
             sidecar = read_sidecars(shards)
@@ -191,7 +188,7 @@ class ValidationData:
             bos_id,
             byte_basis="sidecar" if sidecar is not None else None if counted is None else "decoded",
             text=text,
-            source_bytes=None if split is None else split.source_bytes,
+            source_bytes=None if declaration is None else declaration.split("val").source_bytes,
             declared_by=None if declaration is None else declaration.by,
             tokenizer=None if opened is None else opened.identity,
             tokenizer_bound=bound,
@@ -220,10 +217,20 @@ def _bos_id(tokenizer: Tokenizer | None, declaration: Declaration | None, record
     """The id that begins a document: the tokenizer's own, else what is declared of it, else ``otherwise``."""
     if tokenizer is not None:
         return tokenizer.bos_id
-    for declared in (declaration and declaration.tokenizer, record and record.declared_tokenizer()):
-        if declared is not None and declared.bos_id is not None:
-            return declared.bos_id
-    return otherwise
+    said = (
+        None if declaration is None else declaration.tokenizer,
+        None if record is None else record.declared_tokenizer(),
+    )
+    return next((each.bos_id for each in said if each is not None and each.bos_id is not None), otherwise)
+
+
+def _check_documents(declaration: Declaration, starts: IntArray, bos_id: int) -> None:
+    """Raises FormatError where another number of documents begins in the validation shards than is declared."""
+    said = declaration.split("val").documents
+    if bos_id >= 0 and said not in (None, starts.size):
+        raise FormatError(
+            f"{starts.size:,} documents begin in the validation shards; {declaration.source} says {said:,}."
+        )
 
 
 def _check_text_bytes(declaration: Declaration, text: TextCount, tokenizer: Tokenizer, first: int) -> None:
@@ -234,8 +241,8 @@ def _check_text_bytes(declaration: Declaration, text: TextCount, tokenizer: Toke
     by_table = text.target_bytes + int(table.base_bytes[first]) + int(table.has_leading_space[first])
     if said not in (None, text.text_bytes, by_table):
         raise FormatError(
-            f"The validation tokens decode to {text.text_bytes:,} bytes of text; {declaration.source} says {said:,}. The "
-            "shards or the tokenizer are not those that it describes."
+            f"The validation tokens decode to {text.text_bytes:,} bytes of text; {declaration.source} says {said:,}. "
+            "The shards or the tokenizer are not those that it describes."
         )
 
 
@@ -408,8 +415,8 @@ def _warn_of_basis(record: Record | None, found: str | None) -> None:
     said = None if record is None else record.byte_basis
     if record is not None and None not in (said, found) and said != found:
         warnings.warn(
-            f"Bytes are counted by {BASES[found or '']}; the scores of {record.source} by {BASES[said or '']}: their bits "
-            "per byte cannot be compared.",
+            f"Bytes are counted over {BASES[found or '']}; those of {record.source} over {BASES[said or '']}: "
+            "their bits per byte cannot be compared.",
             stacklevel=3,
         )
 

@@ -57,8 +57,8 @@ class GPT:
             raise ValueError(f"seed is {seed}; it must be from 0 to 2**64 - 1.")
         if config.smear_reset_at_bos and config.bos_id < 0:
             raise ValueError(
-                "model.smear_reset_at_bos is true, but no BOS token is known: set model.bos_id. (A run takes it from its "
-                "tokenizer.)"
+                "model.smear_reset_at_bos is true, but no BOS token is known: set model.bos_id. (A run takes it from "
+                "its tokenizer.)"
             )
         self.config = config
         self.device, number = resolve_device(device)

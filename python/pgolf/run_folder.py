@@ -62,11 +62,12 @@ class RunRecord:
             values = json.loads(path.read_bytes())
             if values["format"] != _FORMAT:
                 raise ValueError(f"its format is {values['format']!r:.100}")
-            places = [_place(values.get(name)) for name in ("data", "tokenizer_path")]
+            data, tokenizer = (_place(values.get(name)) for name in ("data", "tokenizer_path"))
         except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise FormatError(f"{path}: this is not a run's record ({error}).") from None
         device = values.get("device")
-        return cls(*places, Record.of(RUN, str(path), values), device if isinstance(device, str) else None)
+        record = Record.of(RUN, str(path), values)
+        return cls(data, tokenizer, record, device if isinstance(device, str) else None)
 
 
 def place(path: str | os.PathLike[str], run: Path) -> dict[str, str]:

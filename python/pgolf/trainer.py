@@ -130,8 +130,8 @@ class Trainer:
             removes newer ones.
 
     Raises:
-        ValueError: an impossible configuration; a tokenizer of another vocabulary, or another one than the data names; a
-            run_dir that holds another run.
+        ValueError: an impossible configuration; a tokenizer of another vocabulary, or another one than the data names;
+            a run_dir that holds another run.
         FileNotFoundError: missing data or tokenizer.
         FormatError: a shard, tokenizer, checkpoint or log that cannot be read; shards that are not those declared.
     """
@@ -653,8 +653,8 @@ def _as_started(config: Config, data: Path, opened: Tokenizer | None, tokenizer:
         if given not in (-1, opened.bos_id):
             begins = f"begins documents with the id {opened.bos_id}" if opened.bos_id >= 0 else "has no BOS token"
             raise ValueError(
-                f"model.bos_id is {given}; the tokenizer {opened.path} {begins}. Leave model.bos_id out (or -1), and it is "
-                "the tokenizer's."
+                f"model.bos_id is {given}; the tokenizer {opened.path} {begins}. Leave model.bos_id out (or -1), and "
+                "it is the tokenizer's."
             )
         keys["model.bos_id"] = opened.bos_id
     return config.override(keys)

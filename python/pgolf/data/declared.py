@@ -287,8 +287,8 @@ def check_split(declaration: Declaration, name: str, paths: Sequence[Path]) -> N
 
 
 _OTHER_DATA = (
-    "To score other data, give it a manifest.json (`pgolf data prepare` and `pgolf data download` write one), or name a "
-    "single shard."
+    "To score other data, give it a manifest.json (`pgolf data prepare` and `pgolf data download` write one), or name "
+    "a single shard."
 )
 
 

@@ -178,15 +178,15 @@ class DataFolder:
 def find_data(data: StrPath, splits: tuple[str, ...] = ("train", "val"), record: Record | None = None) -> DataFolder:
     """Look at a data folder: `*_train_*.bin` and `*_val_*.bin` shards, a tokenizer, who declares what it holds.
 
-    The tokenizer is the folder's only `*.model`, else the one that its manifest names, else None. `record`: what a run or
-    an artifact has recorded of the data; it declares a folder without a manifest.
+    The tokenizer is the folder's only `*.model`, else the one that its manifest names, else None. `record`: what a run
+    or an artifact has recorded of the data; it declares a folder without a manifest.
 
     The splits of `splits` must be those that are declared, by the tokens in the shards' headers: each file of pgolf's
     manifest and no other, the files and tokens that the community's counts, the shards that a run recorded.
 
-    Raises FileNotFoundError where the folder is missing, a split of `splits` has no shard or lacks one that is declared,
-    or a download is not complete; NotADirectoryError where `data` is a file; FormatError where the manifest cannot be
-    read or a split is not what is declared.
+    Raises FileNotFoundError where the folder is missing, a split of `splits` has no shard or lacks one that is
+    declared, or a download is not complete; NotADirectoryError where `data` is a file; FormatError where the manifest
+    cannot be read or a split is not what is declared.
     """
     folder = Path(data)
     if not folder.exists():
@@ -241,8 +241,8 @@ def read_sidecars(shards: Sequence[Path]) -> NDArray[np.uint16] | None:
         return None
     if not all(there):
         raise FormatError(
-            f"{sidecars[there.index(False)]}: this byte sidecar is missing, although {sidecars[there.index(True)].name} "
-            "is there; bytes are counted by sidecars for all shards or for none."
+            f"{sidecars[there.index(False)]}: this byte sidecar is missing, although "
+            f"{sidecars[there.index(True)].name} is there; bytes are counted by sidecars for all shards or for none."
         )
     counts = []
     for shard, path in zip(map(ShardFile.open, shards), map(ShardFile.open, sidecars), strict=True):
