@@ -78,7 +78,7 @@ def trained_case(args: argparse.Namespace) -> Case:
     model = pgolf.load(args.model, device=args.device, dtype=args.dtype)
     length = model.train_seq_len or 2048
     count = length + args.stride * (args.windows - 1) + 1
-    data = ValidationData.load(args.data, vocab_size=model.config.vocab_size, bos_id=model.config.bos_id)
+    data = ValidationData.load(args.data, vocab_size=model.config.vocab_size)
     if len(data.tokens) < count or data.target_bytes is None:
         raise ValueError(
             f"{args.data} holds {len(data.tokens):,} validation tokens; {args.windows:,} windows need {count:,}, "

@@ -29,6 +29,7 @@ from pgolf.data.shards import load_tokens
 from pgolf.model import GPT
 from pgolf.ttt import Documents, Part, Settings, plan, score
 
+BOS = 1  # of the books' tokenizer, and of the public ones
 QUICK = {"num_layers": 2, "model_dim": 64, "num_heads": 2, "num_kv_heads": 1, "bigram_vocab_size": 64, "bigram_dim": 16}
 # Of the mean loss of all targets, and of a document's.
 AGREEMENT = {"float32": (1e-5, 1e-4), "bfloat16": (2e-3, 2e-2)}
@@ -38,12 +39,12 @@ def documents_of(args: argparse.Namespace, config: ModelConfig) -> np.ndarray:
     """A stream: the folder's validation documents, or random ones as long as the books' (2,155 tokens on average)."""
     if args.data:
         tokens = load_tokens(args.data, split="val", vocab_size=config.vocab_size)
-        ends = np.append(document_starts(tokens, config.bos_id), tokens.size)
+        ends = np.append(document_starts(tokens, BOS), tokens.size)
         return np.asarray(tokens[: ends[min(args.documents, ends.size - 1)]])
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(7.4, 0.75, args.documents), 2, 20_000).astype(int)
     lengths = np.maximum(lengths // 8, 2) if args.quick else lengths
-    parts = [np.concatenate([[config.bos_id], rng.zipf(1.3, n - 1) % (config.vocab_size - 2) + 2]) for n in lengths]
+    parts = [np.concatenate([[BOS], rng.zipf(1.3, n - 1) % (config.vocab_size - 2) + 2]) for n in lengths]
     return np.concatenate(parts).astype(np.uint16)
 
 
@@ -147,7 +148,7 @@ def main() -> None:
     state = weights_of(model)
     model.load_state_dict(state)
     tokens = documents_of(args, config)
-    starts = document_starts(tokens, config.bos_id)
+    starts = document_starts(tokens, BOS)
     documents = Documents.of(starts, tokens.size - 1)
     result: dict[str, Any] = {
         **common.new_result(args),

@@ -132,7 +132,7 @@ def check_bytes(
                 f"which unknown and control tokens explain {explained[index]:,}. "
                 f"{_suspects(pieces, tokenizer, tokens[start:end])}"
             )
-        text_bytes += size - pieces.dropped_at_start(text)
+        text_bytes += len(pieces.alone(tokens[start:end]).encode()) if text.startswith(" ") else size
     return TextCount(
         text_bytes=text_bytes,
         target_bytes=int(counted.sum()),
@@ -164,10 +164,7 @@ class _Pieces:
     def __init__(self, path: str) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        from pgolf.tokenizer import normalizer_flags
-
         self._processor: Any = SentencePieceProcessor(model_file=path)
-        self._drops_first, self._drops_all = normalizer_flags(Path(path).read_bytes())
         ids = range(self._processor.vocab_size())
         self._lead = next((i for i in ids if self._is_lead(i)), None)
         self._lead_text = "" if self._lead is None else self._text([self._lead])
@@ -210,10 +207,9 @@ class _Pieces:
             surplus[start] = known[spelled]
         return surplus
 
-    def dropped_at_start(self, text: str) -> int:
-        """Spaces at the beginning of a document that its own text does not have: the normaliser puts or drops them."""
-        spaces = len(text) - len(text.lstrip(" "))
-        return spaces if self._drops_all else min(spaces, 1) if self._drops_first else 0
+    def alone(self, ids: npt.NDArray[Any]) -> str:
+        """The text of tokens that begin a text, whose first spaces the decoder may drop: the normaliser put them."""
+        return self._text(ids.tolist())
 
     def _text(self, ids: list[int]) -> str:
         # Of a space that byte tokens spell SentencePiece makes its own ▁.

@@ -158,7 +158,7 @@ def run_demo(folder: Path, seconds: float, console: Console) -> dict[str, object
 
     step("2. Opponents: zstd and xz on the validation text")
     train_text, val_text = (
-        spelled_text(shards, trainer.tokenizer, config.model.bos_id)
+        spelled_text(shards, trainer.tokenizer, trainer.config.model.bos_id)
         for shards in (trainer.data.train, trainer.data.val)
     )
     baselines = measure_baselines(train_text, val_text)

@@ -214,12 +214,6 @@ def _identity(model: bytes, normalizer: dict[int, Any]) -> str:
     return digest.hexdigest()
 
 
-def normalizer_flags(model: bytes) -> tuple[bool, bool]:
-    """Of a serialized model's normaliser, whether it adds a space before a text, and whether it removes extra ones."""
-    spec = _normalizer_spec(model)
-    return bool(spec.get(3, 1)), bool(spec.get(4, 1))
-
-
 def _normalizer_spec(model: bytes) -> dict[int, Any]:
     """The scalar and bytes fields of a serialized ModelProto's NormalizerSpec (field 3), by number.
 

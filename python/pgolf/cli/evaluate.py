@@ -21,11 +21,12 @@ from pgolf.cli.options import (
     use_threads,
 )
 from pgolf.cli.output import bits, console_for, key_value_table, print_json
-from pgolf.config import Config, EvalConfig
+from pgolf.config import Config
 
 if TYPE_CHECKING:
     from pgolf.audit import Audit
     from pgolf.evaluate import Score
+    from pgolf.model import GPT
 
 
 def evaluate_command(
@@ -62,6 +63,10 @@ def evaluate_command(
         int | None,
         typer.Option("--ttt-batch-size", min=1, metavar="N", help="Documents at once, for ttt: speed and memory."),
     ] = None,
+    any_tokenizer: Annotated[
+        bool,
+        typer.Option("--any-tokenizer", help="Score with another tokenizer than the one that data or run names."),
+    ] = False,
     audit: Annotated[
         str, typer.Option("--audit", metavar="sample|full", help="How thoroughly to look for trained-on documents.")
     ] = "sample",
@@ -80,10 +85,9 @@ def evaluate_command(
 
     use_threads(threads)
     source = Source.of(model, recipe, config_file, overrides)
-    settings = _settings(source.config)
-    method = method or settings.method
     loaded = source.load(device)
-    if method != "ttt" and not (seq_len or settings.eval_seq_len or loaded.train_seq_len):
+    method, settings = _settings(method, source.config, loaded)
+    if method != "ttt" and not (seq_len or settings.get("seq_len") or loaded.train_seq_len):
         raise ValueError(f"{source.artifact} does not say its training length; give --seq-len or --recipe.")
     console = console_for(as_json)
     with stages(console) as show:
@@ -92,12 +96,17 @@ def evaluate_command(
             source.data(data),
             source.tokenizer_path(tokenizer),
             method=method,
-            seq_len=seq_len or settings.eval_seq_len or None,
-            stride=stride or settings.eval_stride,
-            tail=tail or settings.tail,
-            batch_seqs=batch_seqs or settings.eval_batch_seqs,
+            seq_len=seq_len or settings.get("seq_len") or None,
+            stride=stride or settings.get("stride"),
+            tail=tail or settings.get("tail"),
+            batch_seqs=batch_seqs or (None if source.config is None else source.config.eval.eval_batch_seqs),
             audit=audit,
-            **{**settings.ttt(), **({"ttt_batch_size": ttt_batch_size} if ttt_batch_size else {})},
+            **{
+                **{key: value for key, value in settings.items() if key.startswith("ttt_")},
+                **({"ttt_batch_size": ttt_batch_size} if ttt_batch_size else {}),
+            },
+            any_tokenizer=any_tokenizer,
+            record=source.record(loaded),
             progress=lambda done, total, tokens: show("score", done, total),
         )
     console.print(key_value_table(str(source.artifact), _rows(score)))
@@ -105,9 +114,18 @@ def evaluate_command(
         print_json(_to_dict(score))
 
 
-def _settings(config: Config | None) -> EvalConfig:
-    """The run's, else what `pgolf.evaluate` does by itself."""
-    return EvalConfig(tail="exact") if config is None else config.eval
+def _settings(method: str | None, config: Config | None, model: GPT) -> tuple[str, dict[str, Any]]:
+    """The method, and how it scores where no option says: as the configuration does, else as the artifact says.
+
+    Without a configuration, an artifact's record holds for the method that it names; another one is `pgolf.evaluate`'s.
+    """
+    if config is not None:
+        ev = config.eval
+        how = {"seq_len": ev.eval_seq_len or None, "stride": ev.eval_stride, "tail": ev.tail, **ev.ttt()}
+        return method or ev.method, how
+    known = model.scoring or {}
+    chosen = method or known.get("method") or "sliding"
+    return chosen, known if chosen == known.get("method") else {}
 
 
 def _rows(score: Score) -> list[tuple[str, str]]:
@@ -120,22 +138,39 @@ def _rows(score: Score) -> list[tuple[str, str]]:
         ("bits per byte", bits(score.bpb)),
         ("loss, nats per token", f"{score.loss:.4f}"),
         ("scored tokens", f"{score.tokens:,}"),
-        ("bytes of text", "–" if score.bytes is None else f"{score.bytes:,}"),
+        ("bytes of text", _bytes_text(score)),
         ("method", how),
         ("time", f"{score.seconds:.1f} s"),
         ("audit", _audit_text(score.audit)),
     ]
 
 
+def _bytes_text(score: Score) -> str:
+    if score.bytes is None or score.byte_basis is None:
+        return "–"
+    basis = {"decoded": "of the text that the tokens decode to", "sidecar": "of the original text, by byte sidecar"}
+    return f"{score.bytes:,}, {basis[score.byte_basis]}"
+
+
 def _audit_text(audit: Audit) -> str:
     checked = "bytes and scores checked" if audit.bytes_checked else "scores checked, bytes not (no tokenizer)"
-    text = f"{checked} in {audit.documents:,} documents"
-    if audit.duplicates is None:
-        return text
-    return f"{text}; {audit.duplicates.found:,} of {audit.duplicates.looked_up:,} looked up stand in training data"
+    where = "documents unknown (no BOS token)" if audit.documents is None else f"{audit.documents:,} documents"
+    declared = "nobody declares the data" if audit.declared_by is None else f"data as declared by {audit.declared_by}"
+    parts = [f"{checked}, {where}", declared]
+    if audit.tokenizer_bound is False:
+        parts.append("ANOTHER TOKENIZER than the one that is named")
+    if audit.text is not None and audit.text.unknown_tokens:
+        parts.append(f"{audit.text.unknown_tokens:,} tokens unknown to the tokenizer")
+    if audit.text is not None and audit.source_bytes is not None and audit.source_bytes != audit.text.text_bytes:
+        parts.append(f"{audit.text.text_bytes:,} bytes of text for {audit.source_bytes:,} of the original")
+    if audit.duplicates is not None:
+        found = audit.duplicates
+        parts.append(f"{found.found:,} of {found.looked_up:,} looked up stand in training data")
+    return "; ".join(parts)
 
 
 def _to_dict(score: Score) -> dict[str, Any]:
     """Every field but the per-document arrays."""
     names = ("loss", "bpb", "tokens", "bytes", "seconds", "method", "seq_len", "stride", "tail", "windows")
-    return {**{name: getattr(score, name) for name in names}, "audit": asdict(score.audit)}
+    basis = {"byte_basis": score.byte_basis, "source_bytes": score.source_bytes}
+    return {**{name: getattr(score, name) for name in names}, **basis, "audit": asdict(score.audit)}

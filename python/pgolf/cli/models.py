@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from pgolf.cli.failures import requested_device
 from pgolf.config import Config, parse_override
+from pgolf.run_folder import data_path, record_of, tokenizer_path
 
 if TYPE_CHECKING:
+    from pgolf.data.declared import Record
     from pgolf.model import GPT
     from pgolf.tokenizer import Tokenizer
 
@@ -21,6 +23,7 @@ class Source:
 
     artifact: Path
     config: Config | None
+    run: Path | None = None
 
     @classmethod
     def of(
@@ -37,7 +40,7 @@ class Source:
         if path.is_dir():
             if given:
                 raise ValueError(f"{path} has a configuration; --recipe, --config and --set are for single files.")
-            return cls(path / "model.pgolf", Config.from_toml(run_config_path(path)))
+            return cls(path / "model.pgolf", Config.from_toml(run_config_path(path)), path)
         values = dict(parse_override(text) for text in overrides or [])
         return cls(path, configuration(recipe, config_file, values) if given else None)
 
@@ -56,15 +59,27 @@ class Source:
         """The data folder: the one that was given, else the run's."""
         if given is not None:
             return given
-        if self.config is None or not self.config.train.data_path:
+        known = self._known_data()
+        if known is None:
             raise ValueError(f"{self.artifact} does not say on which data it was trained; give --data.")
-        return Path(self.config.train.data_path)
+        return known
+
+    def _known_data(self) -> Path | None:
+        if self.run is not None and self.config is not None:
+            return data_path(self.run, self.config)
+        return Path(self.config.train.data_path) if self.config is not None and self.config.train.data_path else None
 
     def tokenizer_path(self, given: Path | None) -> Path | None:
         """The tokenizer: the one that was given, else the one that the run names; None leaves it to the data folder."""
         if given is not None or self.config is None:
             return given
+        if self.run is not None:
+            return tokenizer_path(self.run, self.config)
         return Path(self.config.train.tokenizer_path) if self.config.train.tokenizer_path else None
+
+    def record(self, model: GPT) -> Record | None:
+        """What is recorded of the data and the tokenizer that the scores are of: the artifact's, else the run's."""
+        return model.record or (None if self.run is None else record_of(self.run))
 
     def open_tokenizer(self, given: Path | None, model: GPT) -> Tokenizer:
         """The tokenizer, of the model's vocabulary.
@@ -74,9 +89,9 @@ class Source:
         from pgolf.data.shards import find_data
         from pgolf.tokenizer import Tokenizer
 
-        path = self.tokenizer_path(given)
-        if path is None and self.config is not None and self.config.train.data_path:
-            path = find_data(self.config.train.data_path, splits=()).tokenizer
+        path, data = self.tokenizer_path(given), self._known_data()
+        if path is None and data is not None:
+            path = find_data(data, splits=()).tokenizer
         if path is None:
             raise ValueError(f"No tokenizer is known for {self.artifact}; give --tokenizer.")
         tokenizer = Tokenizer(path)
