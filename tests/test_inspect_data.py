@@ -132,16 +132,27 @@ def test_samples_stop_where_the_document_does(prepared: Path, tmp_path: Path) ->
     assert shard.samples == ("word",) and shard.counts.documents == 0 and shard.counts.mean_document is None
 
 
-def test_documents_over_a_shards_end_are_whole_in_the_totals(tmp_path: Path) -> None:
+def test_documents_over_a_shards_end_are_whole_in_the_totals(prepared: Path, tmp_path: Path) -> None:
     write_shard(tmp_path / "x_train_000000.bin", [1, 9, 9, 1, 9])
     write_shard(tmp_path / "x_train_000001.bin", [9, 9])
     write_shard(tmp_path / "x_train_000002.bin", [9, 1, 9])
-    report = inspect_data(tmp_path)
+    report = inspect_data(tmp_path, next(prepared.glob("*.model")))
     assert [shard.counts.documents for shard in report.shards["train"]] == [2, 0, 1]
     totals = report.totals["train"]
     assert (totals.documents, totals.mean_document, totals.median_document) == (3, 10 / 3, 3)
-    assert (report.tokenizer, report.vocab_size, totals.text_bytes) == (None, None, None)
     assert list(report.shards) == ["train"]
+
+
+def test_without_a_tokenizer_documents_are_unknown(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x_train_000000.bin", [1, 9, 9, 1, 9])
+    report = inspect_data(tmp_path)
+    totals = report.totals["train"]
+    assert (report.tokenizer, report.vocab_size, totals.text_bytes) == (None, None, None)
+    assert (totals.documents, totals.mean_document, totals.median_document) == (None, None, None)
+    write_shard(tmp_path / "x_train_bytes_000000.bin", [0, 2, 2, 0, 2])
+    assert [shard.file for shard in inspect_data(tmp_path).shards["train"]] == ["x_train_000000.bin"]
+    with pytest.raises(ValueError, match=r"x_train_bytes_000000\.bin: this is a byte sidecar"):
+        inspect_data(tmp_path / "x_train_bytes_000000.bin")
 
 
 def test_one_shard_is_inspected_with_its_folders_tokenizer(prepared: Path) -> None:

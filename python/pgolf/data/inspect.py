@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 
 from pgolf.data import manifest
+from pgolf.data.declared import declaration_of
 from pgolf.data.files import file_sha256
 from pgolf.data.manifest import Manifest
 from pgolf.data.shard_file import ShardFile
-from pgolf.data.shards import StrPath, find_data, find_tokenizer
+from pgolf.data.shards import StrPath, find_data, find_tokenizer, is_sidecar
 from pgolf.data.stats import BLOCK_TOKENS, TokenStats
 from pgolf.errors import FormatError
 from pgolf.tokenizer import Tokenizer
 
-DEFAULT_BOS_ID = 1
-"""The BOS of docs/spec.md §6, for data without a tokenizer."""
 SAMPLE_TOKENS = 64
 """A sample shows so many tokens of its document at most."""
 
@@ -28,8 +27,8 @@ class Counts:
     """Counts over the tokens of a shard or a split."""
 
     tokens: int
-    documents: int
-    """Documents that begin here: the number of BOS."""
+    documents: int | None
+    """Documents that begin here: the number of BOS tokens; None where no BOS token is known."""
     text_bytes: int | None
     """UTF-8 bytes that the tokens spell; None without a tokenizer that has all of them."""
     min_id: int | None
@@ -40,11 +39,11 @@ class Counts:
     median_document: float | None
 
     @classmethod
-    def of(cls, stats: TokenStats) -> Counts:
-        """The counts that a report shows."""
+    def of(cls, stats: TokenStats, bos_id: int) -> Counts:
+        """The counts that a report shows, of tokens whose documents begin with `bos_id`; −1: unknown."""
         return cls(
             stats.tokens,
-            stats.documents,
+            stats.documents if bos_id >= 0 else None,
             stats.text_bytes if stats.tokens else None,
             stats.low,
             stats.high,
@@ -113,29 +112,40 @@ def inspect_data(
         raise FileNotFoundError(f"{path}: no such data folder or shard.")
     splits: dict[str, tuple[Path, ...]]
     if path.is_file():
+        if is_sidecar(path):
+            raise ValueError(f"{path}: this is a byte sidecar: it holds the bytes of the tokens of another shard.")
         folder, made, splits = path.parent, Manifest.find(path.parent), {"shard": (path,)}
+        declaration = declaration_of(folder, made)
         found = find_tokenizer(folder, made)
     else:
         data = find_data(path, splits=())
-        folder, made, found = path, data.manifest, data.tokenizer
+        folder, made, found, declaration = path, data.manifest, data.tokenizer, data.declaration
         splits = {name: shards for name, shards in (("train", data.train), ("val", data.val)) if shards}
         if not splits:
             raise FileNotFoundError(f"{path}: the folder holds no *_train_*.bin and no *_val_*.bin shard.")
     if verify and made is None:
         raise ValueError(f"{folder}: there is no {manifest.NAME} of pgolf's with checksums to verify the shards by.")
     opened = tokenizer if isinstance(tokenizer, Tokenizer) else _open(tokenizer or found)
-    inspection = _Inspection(opened, made, samples, verify)
+    declared = None if declaration is None else declaration.tokenizer
+    bos_id = opened.bos_id if opened is not None else -1
+    if opened is None and declared is not None and declared.bos_id is not None:
+        bos_id = declared.bos_id
+    inspection = _Inspection(opened, bos_id, made, samples, verify)
     reports: dict[str, tuple[ShardReport, ...]] = {}
     totals = {}
     for name, paths in splits.items():
         seen = [inspection.shard(shard) for shard in paths]
         reports[name] = tuple(report for report, _ in seen)
-        totals[name] = Counts.of(sum((stats for _, stats in seen), TokenStats()))
+        totals[name] = Counts.of(sum((stats for _, stats in seen), TokenStats()), bos_id)
     problems = [report.problem for group in reports.values() for report in group if report.problem is not None]
     if verify and made is not None and opened is not None and opened.sha256 != made.tokenizer.sha256:
         problems.append(
             f"{opened.path}: the tokenizer's SHA-256 is {opened.sha256}; {manifest.NAME} says {made.tokenizer.sha256}."
         )
+    elif (
+        opened is not None and declared is not None and declaration is not None and declared.describes(opened) is False
+    ):
+        problems.append(f"{opened.path}: this is not the tokenizer that {declaration.source} names, {declared.name()}.")
     return DataReport(
         path,
         None if opened is None else opened.path,
@@ -162,9 +172,10 @@ def count_shard(shard: ShardFile, bos_id: int, tokenizer: Tokenizer | None = Non
 class _Inspection:
     """What is asked of every shard."""
 
-    def __init__(self, tokenizer: Tokenizer | None, made: Manifest | None, samples: int, verify: bool) -> None:
-        self.tokenizer = tokenizer
-        self.bos_id = DEFAULT_BOS_ID if tokenizer is None else tokenizer.bos_id
+    def __init__(
+        self, tokenizer: Tokenizer | None, bos_id: int, made: Manifest | None, samples: int, verify: bool
+    ) -> None:
+        self.tokenizer, self.bos_id = tokenizer, bos_id
         self.listed = {} if made is None else made.shards()
         self.samples = samples
         self.verify = verify
@@ -183,7 +194,7 @@ class _Inspection:
             samples = self._samples(shard) if problem is None else ()
         except FormatError as error:
             problem = str(error)
-        return ShardReport(path.name, size, Counts.of(stats), sha256, samples, problem), stats
+        return ShardReport(path.name, size, Counts.of(stats, self.bos_id), sha256, samples, problem), stats
 
     def _problem(self, path: Path, stats: TokenStats, sha256: str | None) -> str | None:
         """What contradicts the tokenizer or the manifest."""
