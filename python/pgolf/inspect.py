@@ -101,7 +101,8 @@ class ArtifactSummary:
     """An artifact; sizes in bytes.
 
     steps, tokens, seed: of the training; None for a model that no Trainer trained. pgolf, zstd: the versions that wrote
-    it. limit_bytes: of the challenge, for artifact and code together. version: of the container's format.
+    it. limit_bytes: of the challenge, for artifact and code together. version: of the container's format. scoring: how
+    its run scores it. tokenizer, validation, byte_basis: what the score is of (docs/spec.md §4); None: not recorded.
     """
 
     path: Path
@@ -116,6 +117,10 @@ class ArtifactSummary:
     pgolf: str
     zstd: str
     tensors: tuple[TensorSummary, ...]
+    scoring: dict[str, Any] | None = None
+    tokenizer: dict[str, Any] | None = None
+    validation: dict[str, Any] | None = None
+    byte_basis: str | None = None
 
     @property
     def weights(self) -> int:
@@ -160,6 +165,10 @@ def inspect_artifact(path: Path, progress: Progress | None = None) -> ArtifactSu
         model=model.config,
         **{name: header[name] for name in ("train_seq_len", "steps", "tokens", "seed", "pgolf", "zstd")},
         tensors=tuple(tensors),
+        scoring=header.get("scoring"),
+        tokenizer=header.get("tokenizer"),
+        validation=header.get("validation"),
+        byte_basis=header.get("byte_basis"),
     )
 
 
