@@ -8,6 +8,7 @@
 #include "core/parallel.h"
 #include "device/cuda_library.h"
 #include "model/adapters.h"
+#include "model/decode.h"
 
 namespace py = pybind11;
 
@@ -99,6 +100,41 @@ void bind_adapters(py::module_& m) {
 
 py::array empty(DType dtype, std::vector<py::ssize_t> shape) {
   return py::array(py::dtype(dtype == DType::f64 ? "float64" : "float32"), std::move(shape));
+}
+
+struct NativeDecoder {
+  NativeDecoder(NativeModel& m, std::int64_t positions) : model(m), decoder(m.gpt, positions) {}
+  NativeModel& model;  // kept alive by Python
+  Decoder decoder;
+};
+
+void bind_decoder(py::module_& m) {
+  py::class_<NativeDecoder>(m, "Decoder")
+      .def(py::init([](NativeModel& model, std::int64_t positions) {
+             py::gil_scoped_release release;
+             std::lock_guard lock(model.mutex);
+             return std::make_unique<NativeDecoder>(model, positions);
+           }),
+           py::arg("model"), py::arg("positions"), py::keep_alive<1, 2>())
+      .def(
+          "read",
+          [](NativeDecoder& self, const Int32Array& ids) {
+            require(ids.ndim() == 1, "read needs ids of one dimension.");
+            const GPT& gpt = *self.model.gpt;
+            py::array out = empty(gpt.backend().master_dtype(), {gpt.config().vocab_size});
+            const auto* in = ids.data();
+            const auto count = static_cast<std::int64_t>(ids.size());
+            void* to = out.mutable_data();
+            {
+              py::gil_scoped_release release;
+              std::lock_guard lock(self.model.mutex);
+              self.decoder.read(in, count, to);
+            }
+            return out;
+          },
+          py::arg("ids"))
+      .def_property_readonly("length", [](const NativeDecoder& self) { return self.decoder.length(); })
+      .def_property_readonly("room", [](const NativeDecoder& self) { return self.decoder.room(); });
 }
 
 }  // namespace
@@ -291,6 +327,7 @@ void bind_model(py::module_& m) {
       });
 
   bind_adapters(m);
+  bind_decoder(m);
 
   m.def(
       "parameter_table",

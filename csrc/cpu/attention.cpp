@@ -31,8 +31,9 @@ struct Dims {
 
 template <class T>
 struct ForwardScratch {
-  PerWorker<T> scores;  // [kQueryBlock, L]
-  ForwardScratch(Layout& layout, int workers, const Dims<T>& s) : scores(layout, workers, kQueryBlock * s.L) {}
+  PerWorker<T> scores;  // [queries of a block, L]
+  ForwardScratch(Layout& layout, int workers, const Dims<T>& s)
+      : scores(layout, workers, (s.queries() < kQueryBlock ? s.queries() : kQueryBlock) * s.L) {}
 };
 
 template <class T>

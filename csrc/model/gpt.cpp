@@ -84,6 +84,7 @@ void ParameterSet::allocate(Backend& backend, const std::vector<ParameterSpec>& 
 GPT::GPT(const ModelConfig& config, std::unique_ptr<Backend> backend, std::optional<std::uint64_t> seed)
     : config_(config), backend_(std::move(backend)) {
   config_.validate();
+  check_heads();
   table_ = parameter_table(config_);
   weights_.allocate(*backend_, table_, backend_->master_dtype());
   std::vector<ParameterSpec> copied = table_;
@@ -98,6 +99,18 @@ GPT::GPT(const ModelConfig& config, std::unique_ptr<Backend> backend, std::optio
     initialize(table_[at], *seed, values[at].data());
   });
   for (std::size_t i = 0; i < table_.size(); ++i) write(weights_[i], values[i]);
+}
+
+// A backend refuses an attention that it cannot compute where it is asked for the bytes: before any are taken.
+void GPT::check_heads() const {
+  const ModelConfig& c = config_;
+  const TensorView heads(backend_->dtype(), {1, 1, c.num_heads, c.head_dim()});
+  const TensorView keys(backend_->dtype(), {1, 1, c.num_kv_heads, c.head_dim()});
+  Attention attention;
+  attention.q = attention.o = heads;
+  attention.k = attention.v = keys;
+  attention.gain = TensorView(backend_->master_dtype(), {c.num_heads});
+  (void)backend_->bytes(attention);
 }
 
 GPT::~GPT() {

@@ -77,7 +77,10 @@ class GPT {
   std::size_t index_of(const std::string& name) const;      // throws std::invalid_argument
   const ParameterSet& weights() const { return weights_; }  // whoever writes to them calls weights_changed
   const ParameterSet& grads() const { return grads_; }
-  void weights_changed() { copies_ = Copies::stale; }
+  void weights_changed() {
+    copies_ = Copies::stale;
+    ++changes_;
+  }
   StepValues* values();  // of training, in the backend's memory
 
   // ids, targets: [B, T] in host memory, every id in 0 … V−1 (checked). Outputs in host memory, float or double as
@@ -106,6 +109,7 @@ class GPT {
   std::vector<MemoryRow> memory_table() const;
 
  private:
+  friend class Decoder;
   friend class DocumentAdapters;
   struct Plan;
 
@@ -119,6 +123,7 @@ class GPT {
   double copy_factor(std::size_t index) const;
   void make_copies(bool qat);
   void ensure_copies(bool qat);
+  void check_heads() const;  // throws std::invalid_argument where the backend's attention does not have their width
   void write(const TensorView& to, const std::vector<float>& values);
   void check_ids(const char* what, const std::int32_t* ids, std::int64_t B, std::int64_t T) const;
   void forward(Plan& plan);   // up to the head
@@ -132,6 +137,7 @@ class GPT {
   // is rounded, matrices that only QAT changes have their copies in quantized_, made when it is first asked for.
   ParameterSet working_, quantized_;
   enum class Copies { stale, plain, qat } copies_ = Copies::stale;
+  std::int64_t changes_ = 0;               // of weights so far
   std::vector<WorkingCopy> copy_list_[2];  // without and with QAT
   std::vector<ProjectionEnd> end_list_[2];
   DeviceMemory values_;

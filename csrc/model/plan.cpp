@@ -68,6 +68,15 @@ class Placer {
   std::vector<std::pair<int, TensorView*>> areas_;
 };
 
+// `count` rows of an axis before which there is none, or one of length 1, from the first-th on.
+TensorView part_of(const TensorView& t, int axis, std::int64_t first, std::int64_t count) {
+  const std::size_t row = t.bytes() / static_cast<std::size_t>(t.shape[axis]);
+  TensorView part = t;
+  part.shape[axis] = count;
+  if (t.data) part.data = static_cast<char*>(t.data) + static_cast<std::size_t>(first) * row;
+  return part;
+}
+
 void upload_rope(Backend& backend, const std::vector<double>& table, const TensorView& to) {
   if (to.dtype == DType::f64) {
     backend.upload(to.data, table.data(), to.bytes());
@@ -90,12 +99,24 @@ void GPT::Plan::forget_recordings() noexcept {
     if (r) recorder->forget(std::exchange(r, 0));
 }
 
+void GPT::Plan::move_to(std::int64_t position) {
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    LayerOps& l = layers[i];
+    l.qkv.cos = part_of(cos, 0, position, T);
+    l.qkv.sin = part_of(sin, 0, position, T);
+    l.qkv.k = part_of(cache[i].k, 1, position, T);
+    l.qkv.v = part_of(cache[i].v, 1, position, T);
+    l.attention.k = part_of(cache[i].k, 1, 0, position + T);
+    l.attention.v = part_of(cache[i].v, 1, 0, position + T);
+  }
+}
+
 void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
   const DType real = backend.dtype(), master = backend.master_dtype();
   const std::int64_t d = c.model_dim, H = c.num_heads, K = c.num_kv_heads, D = c.head_dim(), L = c.num_layers;
   const std::int64_t encoders = c.encoder_layers();
   const TensorView wide(real, {B, T, d}), keys(real, {B, T, K, D});
-  const TensorView tokens(DType::i32, {B, T}), angles(master, {T, D / 2});
+  const TensorView tokens(DType::i32, {B, before + T}), embedded(real, {B, before + T, d}), angles(master, {T, D / 2});
   const bool train = mode == Mode::train || mode == Mode::adapt, embeds = mode == Mode::train;
   // Of the last block, only keys and values are needed at positions before `first`, unless there is a backward.
   const std::int64_t scored = train ? T : T - first;
@@ -127,7 +148,7 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
                      : i == L ? clock.head
                               : clock.until(clock.at(popper_of(i), kAttentionOut), clock.at(i, kQkv));
     t[static_cast<std::size_t>(i)].x =
-        placer.declare("block inputs", made, last, i == 0 ? wide : TensorView(real, {B, rows(i - 1), d}));
+        placer.declare("block inputs", made, last, i == 0 ? embedded : TensorView(real, {B, rows(i - 1), d}));
   }
   for (std::int64_t i = 0; i < L; ++i) {
     Layer& l = t[static_cast<std::size_t>(i)];
@@ -135,8 +156,8 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
     const int mlp_up = clock.at(i, kMlpUp), mlp_out = clock.at(i, kMlpOut);
     const TensorView queries(real, {B, rows(i), H, D}), hidden(real, {B, rows(i), c.mlp_hidden});
     l.q = placer.declare("q", qkv, clock.until(attention, attention), queries);
-    l.k = placer.declare("k", qkv, clock.until(attention, attention), keys);
-    l.v = placer.declare("v", qkv, clock.until(attention, attention), keys);
+    l.k = cache.empty() ? placer.declare("k", qkv, clock.until(attention, attention), keys) : -1;
+    l.v = cache.empty() ? placer.declare("v", qkv, clock.until(attention, attention), keys) : -1;
     l.o = placer.declare("attention outputs", attention, clock.until(attention_out, attention), queries);
     l.x_mid = placer.declare("x between attention and mlp", attention_out, clock.until(mlp_out, mlp_up),
                              TensorView(real, {B, rows(i), d}));
@@ -160,6 +181,7 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
   // ---- Who reads and writes what. Run once without data, so that operations can be asked for their sizes.
   const auto wire = [&] {
     const auto view = [&](int index) { return placer.view(index); };
+    const auto input = [&](const Layer& of) { return &of == &t[0] && before ? part_of(view(of.x), 1, before, T) : view(of.x); };
     ids = embed.ids = view(id_tensor);
     targets = head.targets = view(target_tensor);
     embed.x0 = view(t[0].x);
@@ -169,15 +191,17 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
       const auto skipped = popped_by(i);
       const int skip = skipped >= 0 ? t[static_cast<std::size_t>(skipped)].x : -1;
       for (MixedInput* in : {&l.qkv.in, &l.attention_out.mixed}) {
-        in->x = view(at.x);
-        in->x0 = view(t[0].x);
+        in->x = input(at);
+        in->x0 = input(t[0]);
         in->skip = view(skip);
       }
       l.qkv.cos = cos ? cos : view(own_cos);
       l.qkv.sin = cos ? sin : view(own_sin);
       l.attention.q = l.qkv.q = view(at.q);
-      l.attention.k = l.qkv.k = view(at.k);
-      l.attention.v = l.qkv.v = view(at.v);
+      if (cache.empty()) {
+        l.attention.k = l.qkv.k = view(at.k);
+        l.attention.v = l.qkv.v = view(at.v);
+      }
       l.attention.normed = true;
       l.attention_out.a = l.attention.o = view(at.o);
       l.mlp_up.x = l.mlp_out.x = l.attention_out.out = view(at.x_mid);
@@ -202,6 +226,7 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
     (mode == Mode::logits ? head.logits : head.losses) = view(result);
     head.first = train ? first : 0;  // else x has no other positions
     head_grads.dx = embed_grads.dx0 = view(dx);
+    if (!cache.empty()) move_to(cache[0].k.shape[1] - T);  // where attention reads most
   };
   wire();
 

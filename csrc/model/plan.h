@@ -1,6 +1,7 @@
 // The operations of one pass over B×T tokens with every tensor placed: what gpt.cpp runs.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "core/arena.h"
@@ -22,6 +23,11 @@ struct LayerOps {
   ProjectResidualGrads mlp_out_grads;
 };
 
+// What one block's attention reads of a sequence's positions 0 … room − 1.
+struct KeysValues {
+  TensorView k, v;  // [1, room, K, D]
+};
+
 struct GPT::Plan {
   Mode mode = Mode::losses;
   std::int64_t B = 0, T = 0, first = 0;
@@ -39,6 +45,10 @@ struct GPT::Plan {
 
   TensorView ids, targets;
   TensorView cos, sin;  // rope tables, if another has them
+  // A pass over the T tokens that follow others of one sequence (decode.h), whose keys and values another keeps: those
+  // of each block, with room for the T as well. The embedding reads `before` of the tokens that came before.
+  std::span<const KeysValues> cache;
+  std::int64_t before = 0;
   Embed embed;
   std::vector<LayerOps> layers;
   Head head;
@@ -55,6 +65,8 @@ struct GPT::Plan {
   // their parameters already.
   void lay_out(const ModelConfig& config, Backend& backend, bool place);
   void forget_recordings() noexcept;
+  // With a cache: the pass is over positions `position` … position + T − 1.
+  void move_to(std::int64_t position);
 };
 
 // Tables of angles for positions 0 … cos.shape[0] − 1.

@@ -101,6 +101,22 @@ class DocumentAdapters:
         """Native allocations of the last window."""
 
 @final
+class Decoder:
+    """A text that grows: keys and values of what was read are kept. ``positions`` are made room for, and doubled."""
+
+    def __init__(self, model: Model, positions: int) -> None: ...
+    def read(self, ids: npt.NDArray[np.int32]) -> _Floats:
+        """Reads (n,) more token ids, n >= 1; (V,): the logits after the last. The weights must not have changed."""
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+
+    @property
+    def room(self) -> int:
+        """Tokens that fit before more memory is taken."""
+
+@final
 class Optimizer:
     def __init__(self, model: Model, ns_steps: int) -> None: ...
     def step(self, settings: dict[str, Any]) -> int:

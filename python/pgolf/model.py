@@ -27,6 +27,7 @@ IntArray = npt.NDArray[np.int32]
 _CALL_TOKENS = 16_384
 _GPU_CALL_TOKENS = 65_536
 _READ_BYTES = 2**20  # of losses that can be read while the GPU goes on
+_FIRST_ROOM = 1024  # tokens whose keys and values a generation has room for at first: a stop token may end it early
 
 
 class GPT:
@@ -44,7 +45,7 @@ class GPT:
             float32 arithmetic rounded to it where a GPU would store it: what a GPU's results are compared with.
 
     Raises:
-        ValueError: an impossible configuration, seed or dtype.
+        ValueError: an impossible configuration, seed or dtype; on a GPU also a head width that its attention lacks.
         DeviceError: a device that cannot be used.
     """
 
@@ -228,11 +229,19 @@ class GPT:
     ) -> npt.NDArray[np.int64]:
         """Continues a text by sampling, one token at a time; see `pgolf.generate.sample` for the arguments.
 
+        The keys and values of the tokens so far are kept until the end, 2·num_layers·num_kv_heads·head_dim numbers of
+        the model's dtype a token, so that each new token is one pass over one position. Nothing limits the length:
+        positions go on counting beyond those the model was trained at.
+
         Args:
             ids: (T,) or (1, T) token ids, T ≥ 1.
 
         Returns:
             The new ids, (n,) with n ≤ max_new_tokens.
+
+        Raises:
+            RuntimeError: the weights were changed, by training or load_state_dict, while the text was being generated.
+            DeviceError: the device has no memory left for the keys and values.
         """
         from pgolf.generate import sample
 
@@ -241,10 +250,13 @@ class GPT:
         if len(start) > 1:
             raise ValueError(f"ids has shape {start.shape}; expected (T,) or (1, T), one text to continue.")
 
+        decoder: _C.Decoder | None = None
+
         def last_logits(context: npt.NDArray[Any]) -> FloatArray:
-            tokens = np.ascontiguousarray(context, dtype=np.int32)[None]
-            last: FloatArray = self._native.logits(tokens, tokens.shape[1] - 1)[0, 0]
-            return last
+            nonlocal decoder
+            if decoder is None:  # now that sample has checked max_new_tokens; the last new token is not read
+                decoder = _C.Decoder(self._native, min(len(context) + max_new_tokens - 1, _FIRST_ROOM))
+            return decoder.read(np.ascontiguousarray(context[decoder.length :], dtype=np.int32))
 
         return sample(last_logits, start[0], max_new_tokens, temperature, top_k, top_p, stop, seed)
 
