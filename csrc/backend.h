@@ -99,7 +99,8 @@ struct QkvGrads {
 };
 
 // o = softmax(gain[h]·q·kᵀ/√D over keys ≤ t)·v, query head h reading key/value head ⌊h·K/H⌋        §2.5
-//   q and o hold the last T' positions; the backward needs T' = T.
+//   q and o hold the last T' positions; the backward needs T' = T. Forward alone may find k and v grown by a few
+//   positions each time: areas made for the most are large enough for fewer.
 struct Attention {
   TensorView q, k, v;   // [B, T', H, D], [B, T, K, D], [B, T, K, D]
   TensorView gain;      // [H]

@@ -241,14 +241,15 @@ def attention_case(B: int, T: int, H: int, K: int, D: int, normed: float | None 
 
     def expected(t):
         o = reference.causal_attention(t["q"] * t["gain"][:, None], t["k"], t["v"])
-        return {"o": o, **detached({"late o": o[:, first:]})}
+        return {"o": o, **detached({"late o": o[:, first:], "last o": o[:, -1:]})}
 
     def run(inputs, upstream, starts):
         late, _ = ops.attention(**{**inputs, "q": inputs["q"][:, first:]}, **ways)
+        last, _ = ops.attention(**{**inputs, "q": inputs["q"][:, -1:]}, **ways)
         o, saved = ops.attention(**inputs, **ways)
         gradients = named(ops.attention_backward(saved, upstream["o"], add_to=starts))
         assert_same({"q", "k", "v"}, named(ops.attention_backward(saved, upstream["o"], weights=False)), gradients)
-        return {"o": o, "late o": late}, gradients
+        return {"o": o, "late o": late, "last o": last}, gradients
 
     name = f"attention {B}x{T} H{H} K{K} D{D}" + (f" normed {normed}" if normed is not None else "")
     return Case(name, inputs, expected, run, list(inputs), ["gain"])

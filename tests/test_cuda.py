@@ -5,9 +5,11 @@ Collected only where a GPU can be used (tests/conftest.py). Single operations ar
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -176,6 +178,43 @@ def test_generation_is_the_cpu_s() -> None:
         made(config, state, device, "float32").generate(ids[0, :5], 20, temperature=0) for device in ("cuda", "cpu")
     ]
     assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
+@pytest.mark.parametrize("case", [case for case in MODELS if "one position" not in case])
+def test_kept_keys_and_values_give_the_logits_of_the_whole_text(case: str, dtype: str) -> None:
+    config, state, ids, _ = model_of(case)
+    model = made(config, state, "cuda", dtype)
+    text = ids[0].astype(np.int32)
+    logits = model.logits(text[None])[0]
+    tolerance = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}[dtype]
+    for prompt in (1, 2, len(text) // 2):
+        decoder = _C.Decoder(model._native, 8)  # grows on the way
+        ends = [prompt, prompt + 1, prompt + 5, *range(prompt + 6, len(text) + 1)]
+        rows = [decoder.read(text[first:last]) for first, last in itertools.pairwise([0, *ends])]
+        assert relative(np.stack(rows), logits[np.array(ends) - 1]) <= tolerance, prompt
+
+
+def test_generation_after_training_begins_anew() -> None:
+    config, state, ids, targets = model_of("five layers")
+    model = made(config, state, "cuda", "float32")
+    decoder = _C.Decoder(model._native, 8)
+    decoder.read(ids[0, :3].astype(np.int32))
+    model.loss_and_grads(ids, targets)
+    decoder.read(ids[0, 3:4].astype(np.int32))
+    model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="weights have changed"):
+        decoder.read(ids[0, 4:5].astype(np.int32))
+
+
+@pytest.mark.parametrize("dtype", GPU_DTYPES)
+@pytest.mark.parametrize("heads", [1, 64, 128, 8])
+def test_a_head_width_that_attention_lacks_is_refused_when_the_model_is_made(heads: int, dtype: str) -> None:
+    width = 1024 // heads + (4 if heads == 8 else 0)
+    config = ModelConfig(**{**SMALL, "model_dim": width * heads, "num_heads": heads, "num_kv_heads": heads})
+    expected = f"Attention heads are {width} wide; on a GPU the width of a head must be a multiple of 8 from 32 to 128."
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        GPT(config, device="cuda", dtype=dtype)
 
 
 # Bits -----------------------------------------------------------------------------------------------------------------

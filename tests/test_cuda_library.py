@@ -18,6 +18,8 @@ from pgolf import _C, model
 
 BACKEND = Path(_C.__file__).with_name("libpgolf_cuda.so")
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+CXX_COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+SOURCES = Path(__file__).parents[1] / "csrc"
 
 compiled = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler for the stand-ins")
 built = pytest.mark.skipif(not BACKEND.exists(), reason="the CUDA backend is not built")
@@ -398,6 +400,76 @@ def test_no_cublaslt() -> None:
         "cuBLASLt 13 (libcublasLt.so.13) is neither in the Python environment nor on the system; "
         "pip install 'pgolf[cuda]' brings it."
     )
+
+
+# What a backend cannot compute
+
+
+def stand_in_backend(path: Path) -> Path:
+    """A backend whose attention has the CUDA backend's head widths and which has no memory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = f"""
+#include "cuda/api.h"
+#include "cuda/head_width.h"
+using namespace pgolf;
+using namespace pgolf::border;
+static Text said;
+static Status fails(Status status, const char* what) noexcept {{ said.set(what); return status; }}
+static Status widths(void*, OpBytes*, const Attention* op) noexcept {{
+  try {{
+    cuda::require_head_width(op->q.shape[3]);
+    cuda::require_head_width(op->k.shape[3]);
+    return kDone;
+  }} catch (const std::invalid_argument& error) {{
+    return fails(kInvalidArgument, error.what());
+  }}
+}}
+extern "C" const Api* pgolf_cuda_open() noexcept {{
+  static Api api{{}};
+  api.stamp = "{_C.build_stamp()}";
+  api.compiled_for = "75-real";
+  api.driver = [](Driver* found) noexcept {{ found->devices = 1; }};
+  api.device = [](int, Device* found) noexcept {{ found->major = 9; }};
+  api.open_blas = [](const char* const*, std::size_t, BlasInfo*, Text*) noexcept {{ return kDone; }};
+  api.create = [](int, DType, void** self, Text*) noexcept {{ *self = &said; return kDone; }};
+  api.destroy = [](void*) noexcept {{}};
+  api.message = [](const void*) noexcept -> const char* {{ return said.text; }};
+  api.dtype = [](void*, DType* out) noexcept {{ *out = DType::bf16; return kDone; }};
+  api.master_dtype = [](void*, DType* out) noexcept {{ *out = DType::f32; return kDone; }};
+  api.attention_bytes = widths;
+  api.allocate = [](void*, void**, std::size_t) noexcept {{ return fails(kDeviceError, "memory was asked for"); }};
+  return &api;
+}}
+"""
+    assert CXX_COMPILER is not None
+    command = [CXX_COMPILER, "-std=c++20", "-shared", "-fPIC", "-I", SOURCES, "-x", "c++", "-", "-o", path]
+    subprocess.run(command, input=source, text=True, check=True)
+    return path
+
+
+@pytest.mark.skipif(CXX_COMPILER is None, reason="there is no C++ compiler for the stand-in")
+def test_a_head_width_that_attention_lacks_is_refused_when_the_model_is_made(tmp_path: Path) -> None:
+    """Before memory is asked for: of a width that it has, memory is the first that a model lacks."""
+    program = """
+import pgolf
+from pgolf.config import ModelConfig
+from pgolf.errors import DeviceError
+for width in (2, 8, 16, 24, 30, 32, 36, 40, 64, 120, 128, 132, 136, 256, 512):
+    for heads, groups in ((1, 1), (6, 2)):
+        try:
+            pgolf.GPT(ModelConfig(model_dim=width * heads, num_heads=heads, num_kv_heads=groups), device="cuda")
+        except (ValueError, DeviceError) as error:
+            print(width, type(error).__name__, error)
+"""
+    found = python(program, load="", PGOLF_CUDA_LIBRARY=stand_in_backend(tmp_path / "backend.so")).splitlines()
+    rule = "on a GPU the width of a head must be a multiple of 8 from 32 to 128."
+    expected = [
+        f"{width} DeviceError memory was asked for"
+        if width in (32, 40, 64, 120, 128)
+        else f"{width} ValueError Attention heads are {width} wide; {rule}"
+        for width in (2, 8, 16, 24, 30, 32, 36, 40, 64, 120, 128, 132, 136, 256, 512)
+    ]
+    assert found == [line for line in expected for _ in range(2)]
 
 
 # The build stamp

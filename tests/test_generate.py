@@ -1,6 +1,10 @@
-"""Sampling from logits: the properties of greedy, top-k and nucleus sampling, stopping, seeds and bad arguments."""
+"""Sampling from logits: the properties of greedy, top-k and nucleus sampling, stopping, seeds and bad arguments; and
+generation by a model, which keeps keys and values: its logits are those of a pass over the whole text."""
 
 from __future__ import annotations
+
+import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import pgolf
+import pgolf.generate
+from pgolf import _C
+from pgolf.config import ModelConfig
 from pgolf.errors import NonFiniteError
 from pgolf.generate import _draw, distribution, sample
+from pgolf.model import GPT
+from tests.reference.model import perturb
+from tests.reference.rng import init_state
 
 logit_rows = hnp.arrays(np.float64, st.integers(1, 12), elements=st.floats(-30, 30))
 
@@ -185,3 +196,213 @@ def test_logits_that_define_no_distribution_are_an_error(logits):
 def test_misshapen_logits_are_an_error():
     with pytest.raises(ValueError, match=r"returned shape \(1, 4\)"):
         sample(lambda ids: np.zeros((1, 4)), [0], 1)
+
+
+# A model's keys and values -------------------------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 37,
+    "num_layers": 3,
+    "model_dim": 16,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "bigram_vocab_size": 11,
+    "bigram_dim": 6,
+    "tied_embed_init_std": 0.3,  # logits of the size of 1
+}
+# What differs from SMALL.
+MODELS: dict[str, dict[str, Any]] = {
+    "three layers": {},
+    "one layer": {"num_layers": 1},
+    "two layers": {"num_layers": 2},
+    "ten layers": {"num_layers": 10},
+    "untied": {"tie_embeddings": False},
+    "no bigram": {"bigram_vocab_size": 0},
+    "bigram as wide as the model": {"bigram_dim": 16},
+    "one key head": {"num_kv_heads": 1},
+    "as many key heads": {"num_kv_heads": 4},
+    "one head": {"num_heads": 1, "num_kv_heads": 1},
+    "smear reset": {"smear_reset_at_bos": True, "vocab_size": 4, "bos_id": 2},
+    "bf16 rope tables": {"rope_tables": "bf16"},
+    "low softcap": {"logit_softcap": 0.7, "rope_base": 500.0},
+    "odd sizes": {"model_dim": 70, "num_heads": 7, "num_kv_heads": 7, "bigram_dim": 33, "mlp_mult": 2.7},
+}
+LENGTH = 50
+# Products of one row and of several need not have the same bits; a difference there moves numbers of 16 bits by a unit.
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
+
+
+def made(case: str, dtype: str = "float32") -> GPT:
+    config = ModelConfig(**{**SMALL, **MODELS[case]})
+    model = GPT(config, seed=None, device="cpu", dtype=dtype)
+    model.load_state_dict(perturb(init_state(config, 42), 7))
+    return model
+
+
+def text_of(model: GPT, length: int = LENGTH) -> np.ndarray:
+    return np.random.default_rng(5).integers(0, model.config.vocab_size, length, dtype=np.int32)
+
+
+def assert_logits_of_the_whole_text(found: np.ndarray, expected: np.ndarray, dtype: str) -> None:
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[dtype] * np.abs(expected).max())
+
+
+def read(model: GPT, text: np.ndarray, pieces: list[int], room: int = LENGTH) -> np.ndarray:
+    """The logits after each piece."""
+    decoder = _C.Decoder(model._native, room)
+    ends = list(itertools.accumulate(pieces))
+    rows = [decoder.read(text[end - piece : end]) for piece, end in zip(pieces, ends, strict=True)]
+    assert decoder.length == ends[-1] and decoder.room >= ends[-1]
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", MODELS)
+def test_logits_are_those_of_a_pass_over_the_whole_text(case: str, dtype: str) -> None:
+    """Also where a text is read in pieces, and beyond the length that the model was trained at."""
+    model = made(case, dtype)
+    model.train_seq_len = 16
+    text = text_of(model)
+    whole = model.logits(text[None])[0]
+    for pieces in ([1] * LENGTH, [2, *[1] * 48], [3, 1, 46], [20, 2, 3, *[1] * 25], [LENGTH]):
+        ends = np.cumsum(pieces)
+        assert_logits_of_the_whole_text(read(model, text, pieces), whole[ends - 1], dtype)
+
+
+def uncached(model: GPT) -> Any:
+    """The next token's logits from a pass over all tokens."""
+    return lambda ids: model.logits(ids[None])[0, -1]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": 0}, {}, {"temperature": 1.3, "top_k": 5}, {"top_p": 0.7, "temperature": 0.9}],
+    ids=str,
+)
+@pytest.mark.parametrize("case", MODELS)
+def test_the_same_tokens_as_without_keys_and_values(case: str, sampling: dict[str, Any]) -> None:
+    # In float64, where no draw lies within a rounding's reach: the tokens do not depend on the order of sums.
+    model = made(case, "float64")
+    model.train_seq_len = 16
+    text = text_of(model)
+    for prompt, seed in ((1, 0), (2, 1), (3, 2**64 - 1), (17, 3)):
+        found = model.generate(text[:prompt], 24, seed=seed, **sampling)
+        assert found.tolist() == sample(uncached(model), text[:prompt], 24, seed=seed, **sampling).tolist()
+
+
+def test_every_token_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, native = [], _C.Decoder
+
+    class Counting:
+        def __init__(self, model: Any, positions: int) -> None:
+            self.decoder = native(model, positions)
+
+        @property
+        def length(self) -> int:
+            return self.decoder.length
+
+        def read(self, ids: np.ndarray) -> np.ndarray:
+            reads.append(ids.tolist())
+            return self.decoder.read(ids)
+
+    monkeypatch.setattr(pgolf.model._C, "Decoder", Counting)
+    new = made("three layers").generate([1, 5, 9], 6).tolist()
+    assert reads == [[1, 5, 9], *([token] for token in new[:-1])]
+
+
+def test_room_grows_with_the_text_and_changes_no_bit() -> None:
+    model = made("ten layers")
+    text = text_of(model, 200)
+    pieces = [3, *[1] * 197]
+    expected = read(model, text, pieces, room=200)
+    for room in (1, 5, 128):
+        assert np.array_equal(read(model, text, pieces, room), expected)
+    decoder = _C.Decoder(model._native, 4)
+    rooms = []
+    for token in text[:20]:
+        decoder.read(token[None])
+        rooms.append(decoder.room)
+    assert rooms == [4] * 4 + [8] * 4 + [16] * 8 + [32] * 4
+
+
+def test_a_stop_token_may_come_before_room_for_the_whole_text_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upper limit that is never reached costs no keys and values."""
+    rooms, native = [], _C.Decoder
+    monkeypatch.setattr(
+        pgolf.model._C, "Decoder", lambda model, positions: rooms.append(positions) or native(model, positions)
+    )
+    model = made("three layers")
+    for limit in (30, 10**7):
+        stopped = model.generate([1, 2], limit, temperature=0, stop=range(37))
+        assert stopped.size == 1
+    assert rooms == [31, 1024]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_threads_and_where_tensors_lie_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("odd sizes")
+    text = text_of(model)
+    pieces = [9, *[1] * 41]
+    expected = read(model, text, pieces)
+    decoder = _C.Decoder(model._native, LENGTH)
+    found = []
+    for index, (first, last) in enumerate(itertools.pairwise([0, *np.cumsum(pieces)])):
+        pgolf.set_num_threads(1 + index % 3)
+        found.append(decoder.read(text[first:last]))
+    assert np.array_equal(found, expected)
+    monkeypatch.setenv("PGOLF_ARENA", "separate")  # every tensor in a block of its own that starts as NaN
+    assert np.array_equal(read(model, text, pieces, room=12), expected)
+
+
+def test_weights_must_not_change_while_a_text_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "weights have changed since the first token of this text was read; begin the text anew"
+    model = made("three layers")
+    text = text_of(model)
+    expected = read(model, text, [1] * 4)
+    decoder = _C.Decoder(model._native, 8)
+    assert np.array_equal(decoder.read(text[:1]), expected[0])
+    model.loss_and_grads(text[None, :-1], text[None, 1:])  # gradients change no weight, late QAT's copies neither
+    model._native.begin_step(True)
+    model._native.micro_step(text[None, :-1], text[None, 1:], 1.0)
+    assert np.array_equal(decoder.read(text[1:2]), expected[1])
+    model.load_state_dict(model.state_dict())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            decoder.read(text[2:3])
+    assert decoder.length == 2
+    assert np.array_equal(read(model, text, [1] * 4), expected)
+
+    def train_in_between(logits_fn: Any, ids: np.ndarray, *rest: Any) -> np.ndarray:
+        first = logits_fn(ids)
+        optimizer = _C.Optimizer(model._native, 5)
+        settings = {"lr": [0.1] * 4, "weight_decay": [0.0] * 4, "momentum": 0.9, "clip": 1.0}
+        settings |= {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+        model._native.begin_step(False)
+        model._native.micro_step(text[None, :-1], text[None, 1:], 1.0)
+        model._native.end_step()
+        optimizer.wait(optimizer.step(settings))
+        return logits_fn(np.append(ids, first.argmax()))
+
+    monkeypatch.setattr(pgolf.generate, "sample", train_in_between)
+    with pytest.raises(RuntimeError, match=message):
+        model.generate([1], 2)
+
+
+def test_what_is_refused_is_not_read() -> None:
+    model = made("three layers")
+    text = text_of(model)
+    expected = read(model, text, [4, 1])
+    decoder = _C.Decoder(model._native, 2)
+    for ids, message in (
+        ([0, 37], r"ids\[0, 1\] is 37; token ids of this model run from 0 to 36"),
+        ([-1], r"ids\[0, 0\] is -1"),
+        ([], "There is no token to read; expected at least one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoder.read(np.array(ids, np.int32))
+    assert decoder.length == 0 and np.array_equal(decoder.read(text[:4]), expected[0])
+    with pytest.raises(ValueError, match="is 37"):
+        decoder.read(np.array([37], np.int32))
+    assert decoder.length == 4 and np.array_equal(decoder.read(text[4:5]), expected[1])
+    with pytest.raises(ValueError, match="room for at least one token, not for 0"):
+        _C.Decoder(model._native, 0)

@@ -12,6 +12,9 @@ namespace {
 
 inline constexpr i64 kQueryBlock = 64;
 
+// Products of a forward below which this thread has done them before another has woken: some 50 µs.
+inline constexpr i64 kWorthWaking = i64{1} << 20;
+
 template <class T>
 struct Dims {
   i64 B, L, H, K, D;  // L: sequence length
@@ -73,7 +76,7 @@ void CpuBackend<T>::attention_forward(const Attention& op) {
   T* lse = op.saved.as<T>();
 
   // The last blocks of a sequence are the longest: they go first.
-  parallel_for(s.B * s.H * s.blocks(), [&](i64 task) {
+  const auto forward = [&](i64 task) {
     const i64 block = s.blocks() - 1 - task / (s.B * s.H), b = task % (s.B * s.H) / s.H, h = task % s.H;
     const i64 q0 = block * kQueryBlock, left = s.queries() - q0, rows = left < kQueryBlock ? left : kQueryBlock;
     const i64 keys = s.first + q0 + rows;
@@ -112,7 +115,10 @@ void CpuBackend<T>::attention_forward(const Attention& op) {
       for (i64 j = 0; j < s.D; ++j) o[r * s.H * s.D + j] *= inverse_sum[r];
       round(o + r * s.H * s.D, s.D);
     }
-  });
+  };
+  const i64 tasks = s.B * s.H * s.blocks();
+  if (s.B * s.H * s.queries() * s.L * s.D * 2 >= kWorthWaking) return parallel_for(tasks, forward);
+  for (i64 task = 0; task < tasks; ++task) forward(task);
 }
 
 template <class T>

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "cuda/attention.cuh"
+#include "cuda/attention_last.cuh"
 #include "cuda/sm90/attention_backward.cuh"
 #include "cuda/sm90/attention_forward.cuh"
 
@@ -61,9 +62,7 @@ struct BackwardScratch {
 
 OpBytes CudaBackend::bytes(const Attention& op) const {
   const i64 D = op.q.shape[3], sequence = op.k.shape[1] * (op.q.shape[2] + 2 * op.k.shape[2]) * D;
-  require(D >= kLeastHeadWidth && D <= kMostHeadWidth && D % kHeadWidthStep == 0, "Attention heads are ", D,
-          " wide; on a GPU the width of a head must be a multiple of ", kHeadWidthStep, " from ", kLeastHeadWidth,
-          " to ", kMostHeadWidth, ".");
+  require_head_width(D);
   require(sequence <= kMostElements, "A sequence of queries, keys and values has ", sequence,
           " numbers; on a GPU it may have ", kMostElements, ": make the sequences shorter.");
   return with_storage(dtype(), [&](auto storage) -> OpBytes {
@@ -79,6 +78,7 @@ void CudaBackend::attention_forward(const Attention& op) {
   with_storage(dtype(), [&](auto storage) {
     using S = decltype(storage);
     const AttentionArgs<S> a = arguments<S>(op);
+    if (a.queries == 1 && a.T > 1) return launch_attention_last(a, stream());  // keeps nothing: no backward follows
     if constexpr (sizeof(S) == 2)
       if (on_hopper(*this, a)) return sm90::launch_attention_forward(*this, a);
     AttentionKernels<S>::forward(a, stream());

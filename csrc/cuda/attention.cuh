@@ -11,10 +11,9 @@
 
 #include "cuda/common.cuh"
 #include "cuda/head_norms.cuh"
+#include "cuda/head_width.h"
 
 namespace pgolf::cuda {
-
-inline constexpr int kLeastHeadWidth = 32, kMostHeadWidth = 128, kHeadWidthStep = 8;
 
 inline constexpr i64 kMostElements = i64{1} << 30;  // of a sequence: offsets in one are 32 bits wide
 

@@ -10,6 +10,7 @@
 #include "core/memory.h"
 #include "core/parallel.h"
 #include "core/random.h"
+#include "model/decode.h"
 #include "model/gpt.h"
 #include "optim/optimizer.h"
 
@@ -183,6 +184,23 @@ void training_learns_a_batch(DType master, DType rounding) {
   CHECK_EQUAL(gradients(*model, batch) < 0.5 * before, true);
 }
 
+// Read token by token, in room that grows, a text has the logits of a pass over all of it.
+void kept_keys_and_values_give_the_same_logits() {
+  const auto model = std::make_shared<GPT>(small(), backend(DType::f64), 1);
+  shake(*model);
+  const Batch batch;
+  const auto V = static_cast<std::size_t>(small().vocab_size);
+  std::vector<double> all(V * kLength), next(V);
+  model->logits(batch.ids.data(), 1, kLength, 0, all.data());
+  Decoder decoder(model, 2);
+  for (std::int64_t t = 0; t < kLength; ++t) {
+    decoder.read(batch.ids.data() + t, 1, next.data());
+    for (std::size_t i = 0; i < V; ++i) CHECK_NEAR(next[i], all[static_cast<std::size_t>(t) * V + i], 1e-12);
+  }
+  CHECK_EQUAL(decoder.length(), kLength);
+  CHECK_EQUAL(decoder.room(), std::int64_t{16});
+}
+
 void impossible_models_are_refused() {
   ModelConfig config = small();
   config.num_kv_heads = 3;
@@ -204,6 +222,7 @@ void test_model() {
   training_learns_a_batch(DType::f32, DType::f32);
   training_learns_a_batch(DType::f32, DType::bf16);
   training_learns_a_batch(DType::f32, DType::f16);
+  kept_keys_and_values_give_the_same_logits();
   impossible_models_are_refused();
 }
 
