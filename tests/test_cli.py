@@ -675,7 +675,7 @@ def test_damaged_artifacts(
         (["data", "prepare", "--out", "{tmp}/d"], "either source files or the built-in corpus"),
         (["data", "prepare", "{tmp}/no.txt", "--out", "{tmp}/d"], r"no\.txt: no such source file"),
         (["data", "prepare", "{other}", "--out", "{tmp}/d", "--workers", "1"], r"other\.model, line .* is not UTF-8"),
-        (["data", "prepare", "{run}/config.toml", "--out", "{tmp}/d", "--vocab-size", "9"], "vocab_size is 9"),
+        (["data", "prepare", "{run}/config.toml", "--out", "{tmp}/d", "--vocab-size", "9"], "--vocab-size is 9"),
         (
             ["data", "prepare", "{run}/config.toml", "--out", "{tmp}/d", "--normalization", "nfd"],
             "normalization is 'nfd'",

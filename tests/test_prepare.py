@@ -285,7 +285,7 @@ def test_broken_documents_are_named_from_other_processes(
 def test_missing_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.txt: no such source file"):
         prepare([tmp_path / "absent.txt"], tmp_path / "out")
-    with pytest.raises(IsADirectoryError, match="this is a folder; text or JSONL files"):
+    with pytest.raises(FileNotFoundError, match=r"the folder holds no text; .* \.txt, .*\.json, alone or with \.gz or"):
         prepare(tmp_path, tmp_path / "out")
 
 
@@ -301,13 +301,13 @@ def test_missing_sources_are_named(tmp_path: Path) -> None:
         ({"val_docs": 0}, "val_docs is 0; it must be at least 1"),
         ({"workers": 0}, "workers is 0; it must be at least 1"),
         ({"shard_tokens": 0}, "shard_tokens is 0; it must be at least 1"),
-        ({"val_docs": 60}, "hold 60 documents; with the first 60 for validation at least 61"),
+        ({"val_docs": 60}, r"60 for validation at least 61 are needed\. Give more text, .*: val_docs=59\."),
         ({"val_docs": 60, "tokenizer": "given"}, "hold 60 documents; with the first 60 for validation"),
         ({"vocab_size": 0}, "vocab_size is 0; it must be from 261 to 65,536"),
         ({"vocab_size": 100}, "vocab_size is 100; it must be from 261 to 65,536"),
         ({"vocab_size": 65_537}, "vocab_size is 65537; it must be from 261 to 65,536"),
-        ({"vocab_size": 262}, r"vocab_size is 262; the text's characters need at least \d+"),
-        ({"vocab_size": 30_000}, r"vocab_size is 30,000; the text is enough for at most \d+"),
+        ({"vocab_size": 262}, r"vocab_size is 262; the text's characters need at least (\d+). Give vocab_size=\1."),
+        ({"vocab_size": 30_000}, r"30,000; the text is enough for at most (\d+)\. Give vocab_size=\1, or more text"),
         ({"normalization": "nfd"}, "normalization is 'nfd'; it must be one of nmt_nfkc, identity"),
         ({"tokenizer": "given", "vocab_size": 500}, r"vocab_size is 500; the tokenizer .*given\.model has 320 tokens"),
         ({"tokenizer": "given", "normalization": "identity"}, r"'identity'; the tokenizer .* has 'nmt_nfkc'"),
@@ -333,7 +333,7 @@ def test_impossible_requests_are_refused(
 
 def test_too_few_documents_are_refused(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("just one")
-    with pytest.raises(ValueError, match="hold 1 documents; with the first 1 for validation at least 2"):
+    with pytest.raises(ValueError, match=r"first 1 for validation at least 2 are needed\. Give more text\.$"):
         prepare(tmp_path / "one.txt", tmp_path / "out")
     (tmp_path / "blank.txt").write_text("\0")
     with pytest.raises(ValueError, match="no tokenizer could be trained"):
@@ -350,9 +350,19 @@ def test_a_second_run_replaces_the_first(jsonl: Path, model: Path, tmp_path: Pat
     prepare(jsonl, out, tokenizer=model, val_docs=3)
     found = find_data(out)
     assert (len(found.train), len(found.val)) == (1, 1)
-    assert found.tokenizer == out / "given.model"  # of two models the manifest's
+    assert found.tokenizer == out / "given.model"
+    assert [path.name for path in out.glob("*.model")] == ["given.model"]  # the first run's is gone
     prepare(jsonl, out, tokenizer=out / "given.model", val_docs=3)
     assert tokens(out, "train") == encoded(model, TEXTS[3:])
+
+
+def test_a_second_run_leaves_tokenizers_that_are_not_the_first_runs(jsonl: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(jsonl, out, vocab_size=330)
+    (out / "pgolf_330_bpe.model").write_bytes(b"changed since")
+    (out / "another.model").write_bytes(b"never of a run")
+    prepare(jsonl, out, tokenizer=model)
+    assert {path.name for path in out.glob("*.model")} == {"given.model", "pgolf_330_bpe.model", "another.model"}
 
 
 def test_other_data_in_the_folder_is_refused_and_kept(jsonl: Path, model: Path, tmp_path: Path) -> None:
@@ -421,20 +431,68 @@ def test_a_stop_while_publishing_leaves_nothing_that_looks_whole(
             assert len(tokens(out, "train")) == len(encoded(model, TEXTS[2:]))
 
 
-def test_a_script_without_a_main_guard_is_told_so(jsonl: Path, model: Path, tmp_path: Path) -> None:
+def test_a_script_needs_no_main_guard(jsonl: Path, model: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(f"""
         from pgolf.data import encode
         from pgolf.data.prepare import prepare
         encode.CHUNK_BYTES = 1000
+        print("begun")
         prepare({str(jsonl)!r}, {str(tmp_path / "out")!r}, tokenizer={str(model)!r}, val_docs=2, workers=2)
         """)
     )
     ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
-    assert ran.returncode == 1
-    assert "below `if __name__ == '__main__':`, or with workers=1." in ran.stderr
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "begun\n", "")  # the script ran once
+    assert tokens(tmp_path / "out", "train") == encoded(model, TEXTS[2:])
+
+
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """The processes that encode starts from here on."""
+    seen: list[subprocess.Popen[bytes]] = []
+
+    class Seen(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            seen.append(self)
+
+    monkeypatch.setattr(encode_module.subprocess, "Popen", Seen)
+    monkeypatch.setattr(encode_module, "CHUNK_BYTES", 1000)
+    return seen
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, GeneratorExit])
+def test_a_stop_leaves_no_process_behind(
+    jsonl: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    processes = started(monkeypatch)
+
+    def answer(progress: Progress) -> None:
+        if progress.stage == "encoding":
+            raise stop
+
+    with pytest.raises(stop):
+        prepare(jsonl, tmp_path / "out", tokenizer=model, val_docs=2, workers=2, progress=answer)
+    assert len(processes) == 2 and all(process.poll() is not None for process in processes)
+
+
+def test_a_process_that_dies_is_named(
+    jsonl: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_module, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(encode_module, "_COMMAND", "import sys; sys.exit(7)")
+    with pytest.raises(ChildProcessError, match=r"ended before its work was done \(exit code 7\).*workers=1"):
+        prepare(jsonl, tmp_path / "out", tokenizer=model, val_docs=2, workers=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_site_prints_at_start_up_is_no_answer(
+    jsonl: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_module, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(encode_module, "_COMMAND", "print('a banner');" + encode_module._COMMAND)
+    prepare(jsonl, tmp_path / "out", tokenizer=model, val_docs=2, workers=2)
+    assert tokens(tmp_path / "out", "train") == encoded(model, TEXTS[2:])
 
 
 # The built-in corpus

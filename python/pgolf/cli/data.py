@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pgolf.cli.failures import reported
+from pgolf.cli.failures import in_shell_words, reported
 from pgolf.cli.options import JsonOption, TokenizerOption
 from pgolf.cli.output import console_for, data_table, key_value_table, print_json
 from pgolf.errors import FormatError
@@ -27,11 +27,16 @@ def prepare_command(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The data folder to write.")],
     sources: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="SOURCES...", help="Text or JSONL files (field 'text'), plain, .gz or .zst."),
+        typer.Argument(
+            metavar="SOURCES...", help="Text, JSON Lines or JSON files, plain, .gz or .zst, and folders of them."
+        ),
     ] = None,
     builtin: Annotated[
         bool, typer.Option("--builtin", help="Use the prose of Python's own standard library: no download.")
     ] = False,
+    field: Annotated[
+        str, typer.Option("--field", metavar="NAME", help="The field of a JSON object that holds its text.")
+    ] = "text",
     tokenizer: Annotated[
         Path | None,
         typer.Option("--tokenizer", metavar="FILE", help="Use this SentencePiece model; default: train one."),
@@ -60,11 +65,12 @@ def prepare_command(
     from pgolf.progress import stages
 
     console = console_for(as_json)
-    with stages(console) as show:
+    with stages(console) as show, in_shell_words("field", "vocab_size", "normalization", "val_docs", "workers"):
         report = prepare(
             sources or [],
             out,
             builtin=builtin,
+            field=field,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
             normalization=normalization,
@@ -73,8 +79,9 @@ def prepare_command(
             progress=lambda p: show(p.stage, p.done, p.total),
         )
     console.print(_table(report.manifest))
-    if report.warning:
-        console.print(report.warning, soft_wrap=True)
+    for sentence in (*report.notes, report.warning):
+        if sentence:
+            console.print(sentence, soft_wrap=True)
     console.print(f"{report.path} is ready after {report.seconds:.1f} s.", soft_wrap=True)
     if as_json:
         print_json(
@@ -82,6 +89,7 @@ def prepare_command(
                 "path": str(report.path),
                 "seconds": report.seconds,
                 "warning": report.warning,
+                "notes": list(report.notes),
                 "manifest": asdict(report.manifest),
             }
         )

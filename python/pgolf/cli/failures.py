@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -70,6 +71,21 @@ def requested_device() -> Iterator[None]:
         yield
     except DeviceError as error:
         raise ValueError(str(error)) from None
+
+
+@contextmanager
+def in_shell_words(*arguments: str) -> Iterator[None]:
+    """Around a call whose errors name its arguments, as in "val_docs is 0" or "val_docs=3": they name options."""
+    try:
+        yield
+    except Exception as error:
+
+        def option(found: re.Match[str]) -> str:
+            return f"--{found[1].replace('_', '-')}{' ' if found[2] == '=' else found[2]}"
+
+        if len(error.args) == 1 and isinstance(error.args[0], str):
+            error.args = (re.sub(rf"\b({'|'.join(arguments)})(=| is )", option, error.args[0]),)
+        raise
 
 
 def _verdict(error: BaseException) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgolf.data.corpus import builtin_corpus
-from pgolf.data.documents import CorpusReader, FileReader, RawDocument, Reader
+from pgolf.data.documents import FIELD, CorpusReader, FileReader, RawDocument, Reader
 from pgolf.data.encode import CHUNK_BYTES, EncodedChunk, chunks, encode
 from pgolf.data.manifest import Manifest, SplitEntry, TokenizerEntry
 from pgolf.data.progress import Progress, ProgressCallback, progress_bar
@@ -26,6 +26,8 @@ from pgolf.tokenizer import Tokenizer
 
 DEFAULT_VOCAB_SIZE = 1024
 DEFAULT_VAL_FRACTION = 0.05
+SINGLE_TEXT_DOCUMENTS = 20
+"""Into about so many a single short text is split: one of them is DEFAULT_VAL_FRACTION."""
 TOKENIZER_SAMPLE_BYTES = 32_000_000
 """A tokenizer is trained on about this much text at most, spread evenly over the training documents."""
 
@@ -41,6 +43,8 @@ class PrepareReport:
     seconds: float
     warning: str | None
     """A sentence where the tokens do not spell the text exactly; else None."""
+    notes: tuple[str, ...] = ()
+    """Sentences about how the sources were read, where that may surprise."""
 
 
 def prepare(
@@ -48,6 +52,7 @@ def prepare(
     out_dir: StrPath,
     *,
     builtin: bool = False,
+    field: str = FIELD,
     tokenizer: StrPath | None = None,
     vocab_size: int | None = None,
     normalization: str | None = None,
@@ -58,16 +63,20 @@ def prepare(
 ) -> PrepareReport:
     """Turn text into a data folder: `pgolf_train_*.bin`, `pgolf_val_*.bin`, a tokenizer, `manifest.json`.
 
-    sources: text and JSONL files, plain, `.gz` or `.zst` (FileReader says what a document is); empty with `builtin`.
+    sources: text, JSON Lines and JSON files, plain, `.gz` or `.zst`, and folders of them (FileReader says what a
+        document is); empty with `builtin`. A single text of less than SINGLE_TEXT_DOCUMENTS documents is split more
+        finely, at blank lines.
     out_dir: made where it is missing. What an earlier prepare wrote there is replaced, when everything new is complete;
         until then nothing is touched, and a run that is stopped leaves nothing that looks whole.
     builtin: use the built-in corpus, which has its own validation split (pgolf.data.corpus).
+    field: the field of a JSON object that holds its text.
     tokenizer: a SentencePiece model to use and copy; None trains one on the training documents.
     vocab_size: of the tokenizer to train; None is 1,024. With `tokenizer` it must be that one's.
     normalization: "nmt_nfkc" or "identity", for the tokenizer to train; None is nmt_nfkc. With `tokenizer` likewise.
     val_docs: the first so many documents are validation, the others training; None is 5 % of them, at least one.
     shard_tokens: tokens in a shard; the last one of a split has what is left.
-    workers: processes that encode; None is one for every CPU. The output is the same for any number.
+    workers: processes that encode; None is one for every CPU. The output is the same for any number. They do not run
+        the caller's script, which needs no `__main__` guard.
     progress: True shows a bar on standard error; a function is called with Progress records.
 
     Every document becomes BOS and its tokens, in the order of the sources. Memory stays bounded by the tokenizer's
@@ -80,7 +89,8 @@ def prepare(
     started = time.monotonic()
     out = Path(out_dir)
     _check_counts(val_docs=val_docs, shard_tokens=shard_tokens, workers=workers)
-    reader, val_docs = _open_sources(sources, builtin, val_docs)
+    reader, val_docs = _open_sources(sources, builtin, field, val_docs, out)
+    split = _split_single_text(reader, val_docs)
     given = None if tokenizer is None else _given_tokenizer(Path(tokenizer), vocab_size, normalization)
     settings = None if given is not None else _training_settings(vocab_size, normalization)
     check_out_dir(out, given)
@@ -103,7 +113,8 @@ def prepare(
         splits = _encode_splits(reader, val_docs, model, partial, shard_tokens, workers or usable_cores(), report)
         made = _manifest(reader, Tokenizer(model), splits)
         publish(partial, out, made)
-    return PrepareReport(out, made, time.monotonic() - started, _warning(made, was_given=given is not None))
+    notes = (*reader.notes, *([_split_note(made)] if split else []))
+    return PrepareReport(out, made, time.monotonic() - started, _warning(made, was_given=given is not None), notes)
 
 
 def _check_counts(**counts: int | None) -> None:
@@ -113,17 +124,33 @@ def _check_counts(**counts: int | None) -> None:
 
 
 def _open_sources(
-    sources: StrPath | Sequence[StrPath], builtin: bool, val_docs: int | None
+    sources: StrPath | Sequence[StrPath], builtin: bool, field: str, val_docs: int | None, out: Path
 ) -> tuple[Reader, int | None]:
     paths = [Path(path) for path in ([sources] if isinstance(sources, (str, os.PathLike)) else sources)]
     if builtin == bool(paths):
         raise ValueError("prepare takes either source files or the built-in corpus; give one of the two.")
     if not builtin:
-        return FileReader(paths), val_docs
+        return FileReader(paths, field, leave_out=out), val_docs
     if val_docs is not None:
         raise ValueError(f"val_docs is {val_docs:,}; the built-in corpus has a validation split of its own.")
+    if field != FIELD:
+        raise ValueError(f"field is {field!r}; the built-in corpus is text, without fields.")
     corpus = CorpusReader(builtin_corpus())
     return corpus, corpus.val_docs
+
+
+def _split_single_text(reader: Reader, val_docs: int | None) -> bool:
+    """Whether the sources are a single short text, which then becomes enough documents for two splits."""
+    least = (val_docs or 1) + 1
+    return isinstance(reader, FileReader) and reader.split_single_text(max(SINGLE_TEXT_DOCUMENTS, least), least)
+
+
+def _split_note(made: Manifest) -> str:
+    count = made.train.documents + made.val.documents
+    return (
+        f"{made.sources[0]} is a single text. It was split into {count:,} documents at blank lines, or where these are "
+        f"too few at the ends of lines; validation has the first {made.val.documents:,} of them."
+    )
 
 
 @dataclass(frozen=True)
@@ -189,9 +216,10 @@ def _survey(reader: Reader, val_docs: int | None, report: ProgressCallback) -> t
 
 def _check_documents(count: int, val_docs: int) -> None:
     if count <= val_docs:
+        fewer = f", or fewer documents for validation: val_docs={count - 1}" if count > 1 else ""
         raise ValueError(
             f"the sources hold {count:,} documents; with the first {val_docs:,} for validation at least "
-            f"{val_docs + 1:,} are needed."
+            f"{val_docs + 1:,} are needed. Give more text{fewer}."
         )
 
 

@@ -26,7 +26,7 @@ def check_out_dir(out: Path, given: Tokenizer | None) -> None:
     foreign = sorted(path.name for path in there if path.name not in ours)
     if given is not None:
         model = out / given.path.name
-        if model.exists() and file_sha256(model) != given.sha256:
+        if model.exists() and not _holds(model, given.sha256):
             foreign.append(model.name)
     if foreign:
         raise FileExistsError(
@@ -56,14 +56,23 @@ def publish(partial: Path, out: Path, made: Manifest) -> None:
     """Put the finished files in the place of an earlier run's.
 
     Validation shards go first and come last: while they are missing, no reader takes the folder for a data set, so a
-    stop in between never leaves a mixture that looks whole.
+    stop in between never leaves a mixture that looks whole. The earlier run's tokenizer goes too, unless it has changed
+    since.
     """
     old = Manifest.find(out)
     if old is not None:
         for shard in (*old.val.shards, *old.train.shards):
             (out / shard.file).unlink(missing_ok=True)
         (out / manifest.NAME).unlink()
+        tokenizer = out / old.tokenizer.file
+        # A second tokenizer would leave it open which of the two made the shards.
+        if tokenizer.name != made.tokenizer.file and _holds(tokenizer, old.tokenizer.sha256):
+            tokenizer.unlink()
     os.replace(partial / made.tokenizer.file, out / made.tokenizer.file)
     for shard in (*made.train.shards, *made.val.shards):
         os.replace(partial / shard.file, out / shard.file)
     made.write(out / manifest.NAME)
+
+
+def _holds(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == sha256

@@ -62,7 +62,10 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 def _explain(message: str, vocab_size: int) -> str:
     if found := re.search(r"value <= (\d+)", message):
-        return f"vocab_size is {vocab_size:,}; the text is enough for at most {int(found[1]):,}."
+        most = int(found[1])
+        sentence = f"vocab_size is {vocab_size:,}; the text is enough for at most {most:,}."
+        return f"{sentence} Give vocab_size={most}, or more text."
     if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return f"vocab_size is {vocab_size:,}; the text's characters need at least {int(found[1]):,}."
-    return f"no tokenizer could be trained on the text ({message.strip()})."
+        least = int(found[1])
+        return f"vocab_size is {vocab_size:,}; the text's characters need at least {least:,}. Give vocab_size={least}."
+    return f"no tokenizer could be trained on the text ({message.strip()}); give more text."
