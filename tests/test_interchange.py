@@ -109,7 +109,10 @@ def test_every_weight_moves_out_and_in_bit_for_bit(tmp_path: Path, ending: str, 
     assert_same_weights(loaded.state_dict(), state)
 
 
-@pytest.mark.parametrize("wrapped", ["", "module.", "_orig_mod.", "module._orig_mod."])
+WRAPPERS = ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
+
+
+@pytest.mark.parametrize("wrapped", WRAPPERS)
 def test_a_state_dict_as_scripts_keep_it(tmp_path: Path, wrapped: str) -> None:
     model = small_model()
     state = {name: torch.from_numpy(w) for name, w in model.state_dict().items()}
@@ -121,9 +124,62 @@ def test_a_state_dict_as_scripts_keep_it(tmp_path: Path, wrapped: str) -> None:
     path = tmp_path / "final_model.pt"
     ordered = OrderedDict((wrapped + name, w) for name, w in state.items())
     ordered._metadata = OrderedDict()  # type: ignore[attr-defined]  # as nn.Module.state_dict() has it
-    for saved in (ordered, {"model": ordered, "step": 7, "note": [1.5, None, ("a",)]}):
+    moments = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    for saved in (
+        ordered,
+        {"model": ordered, "step": 7, "note": [1.5, None, ("a",)]},
+        {"state_dict": ordered, "optimizer": moments, "best": torch.tensor(0.5)},
+        {"model_state_dict": ordered, "optimizer_state_dict": moments, "epoch": 3, "model": {"layers": 3}},
+        {"model": {"state_dict": ordered}, "state_dict": {}},
+    ):
         torch.save(saved, path)
         assert_same_weights(pgolf.load(path, device="cpu").state_dict(), expected)
+        for how in ("zstd", "zlib"):
+            packed = tmp_path / f"{how}.ptz"
+            packed.write_bytes(reference.compressed(path.read_bytes(), how))
+            assert_same_weights(pgolf.load_state_dict(packed), expected)
+
+
+@pytest.mark.parametrize("wrapped", WRAPPERS)
+def test_names_in_safetensors_and_bundles_lose_their_prefixes_too(tmp_path: Path, wrapped: str) -> None:
+    model = small_model()
+    state = {wrapped + name: w for name, w in model.state_dict().items()}
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({name: torch.from_numpy(w).bfloat16() for name, w in state.items()}, path)
+    rounded = {name: torch.from_numpy(w).bfloat16().float().numpy() for name, w in model.state_dict().items()}
+    assert_same_weights(pgolf.load(path, device="cpu").state_dict(), rounded)
+    encodings = {wrapped + name: kind for name, kind in encodings_of(model.config).items()}
+    (tmp_path / "wrapped.ptz").write_bytes(reference.write_bundle(state, encodings, "zstd"))
+    (tmp_path / "bare.ptz").write_bytes(reference.write_bundle(model.state_dict(), encodings_of(model.config), "zstd"))
+    assert_same_weights(pgolf.load_state_dict(tmp_path / "wrapped.ptz"), pgolf.load_state_dict(tmp_path / "bare.ptz"))
+
+
+def test_parts_that_were_compiled_alone(tmp_path: Path) -> None:
+    model = small_model()
+    path = tmp_path / "model.pt"
+    for outer in ("", "module."):
+        state = {outer + name.replace("blocks.1.", "blocks.1._orig_mod."): w for name, w in model.state_dict().items()}
+        pgolf.save_state_dict(state, path)
+        assert_same_weights(pgolf.load(path, device="cpu").state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["module.a", "b"], "its tensor 'module.a' has the prefix 'module.', its tensor 'b' has none"),
+        (["a", "_orig_mod.module.b"], "'_orig_mod.module.b' has the prefix '_orig_mod.module.', its tensor 'a' has"),
+        (["module.a", "_orig_mod.a"], "its tensors '(module|_orig_mod).a' and '(module|_orig_mod).a' are both 'a'"),
+        (["b.a", "b._orig_mod.a"], "are both 'b.a' without"),
+    ],
+)
+def test_names_that_are_wrapped_in_part_are_refused(
+    tmp_path: Path, ending: str, names: list[str], message: str
+) -> None:
+    path = tmp_path / f"x{ending}"
+    pgolf.save_state_dict({name: np.ones(2, np.float32) for name in names}, path)
+    with pytest.raises(FormatError, match=f"x{ending}: .*{message}"):
+        pgolf.load_state_dict(path)
 
 
 def test_safetensors_of_any_float_type(tmp_path: Path) -> None:
@@ -394,7 +450,16 @@ def test_the_first_scripts_format_is_read(tmp_path: Path) -> None:
             "have different names",
         ),
         ([torch.ones(2)], "it holds a list; a dictionary of tensors was expected"),
-        ({"a": {"b": torch.ones(2)}}, "'a' is a dict; a floating-point tensor was expected"),
+        (
+            {"a": {"b": torch.ones(2)}},
+            "'a' is a dict; a floating-point tensor was expected .*under 'state_dict', 'model_state_dict', 'model'",
+        ),
+        (
+            {"model": {"b": torch.ones(2)}, "state_dict": {"b": torch.ones(2)}},
+            "it holds tensors under 'state_dict' and 'model'; a state dict under one key was expected",
+        ),
+        ({"state_dict": {"b": 1}}, "'state_dict' is a dict; a floating-point tensor"),
+        ({"state_dict": {"a": torch.ones(2), "b": "x"}}, "'b' is a str; a floating-point tensor was expected"),
         ({"a": torch.ones(2, dtype=torch.complex64)}, "names 'torch.ComplexFloatStorage'"),
         ({"a": torch.ones(2, 2).to_sparse()}, "names 'torch._utils._rebuild_sparse_tensor'"),
         ({"a": {1, 2}}, "names '__builtin__.set'"),

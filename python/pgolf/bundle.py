@@ -26,6 +26,9 @@ BUNDLE_ENDING = ".ptz"
 """A file whose name ends so is written as a bundle."""
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
+STATE_KEYS = ("state_dict", "model_state_dict", "model")
+"""Under which training scripts keep a model's state beside their optimizer's and their step."""
+
 _MAX_WINDOW_BYTES = 1 << 27  # level 22's
 _CHUNK_BYTES = 1 << 20
 _CLEAN_INT8 = "int8_clean_per_row_v1"
@@ -60,8 +63,9 @@ def pack_bundle(tensors: Mapping[str, EncodedTensor]) -> bytes:
 def read_bundle(path: Path) -> tuple[Tensors, bool]:
     """The tensors of a torch file, compressed or not, and whether they have been quantised.
 
-    A file holds one of: a state dict; ``{"model": state dict}``; ``{"w", "m"}``, the bundle of the 10-layer scripts; or
-    the first scripts' ``int8_clean_per_row_v1``. Tensors of both halves of a bundle come in the order of ``m``.
+    A file holds one of: a state dict; a dictionary with one under a key of STATE_KEYS; ``{"w", "m"}``, the bundle of
+    the 10-layer scripts; or the first scripts' ``int8_clean_per_row_v1``. Tensors of both halves of a bundle come in
+    the order of ``m``.
 
     Returns:
         float16 values as fp16, wider ones as fp32, integers with one fp16 scale a row as they are. What is quantised in
@@ -82,8 +86,7 @@ def read_bundle(path: Path) -> tuple[Tensors, bool]:
         return _of_bundle(name, value["w"], value["m"]), True
     if "__quant_format__" in value:
         return _of_clean_int8(name, value), True
-    state = value["model"] if isinstance(value.get("model"), dict) else value
-    return {str(key): _as_stored(name, key, item) for key, item in state.items()}, False
+    return {str(key): _as_stored(name, key, item) for key, item in _state_dict(name, value).items()}, False
 
 
 def is_compressed(start: bytes) -> bool:
@@ -156,10 +159,20 @@ def _of_clean_int8(name: str, value: dict[str, Any]) -> Tensors:
     return {**tensors, **{key: _as_stored(name, key, item) for key, item in plain.items()}}
 
 
+def _state_dict(name: str, value: dict[Any, Any]) -> dict[Any, Any]:
+    """The state dict in a dictionary: under a key of STATE_KEYS, else the dictionary itself."""
+    inner = {key: _state_dict(name, value[key]) for key in STATE_KEYS if isinstance(value.get(key), dict)}
+    found = [key for key, state in inner.items() if any(isinstance(item, np.ndarray) for item in state.values())]
+    if len(found) > 1:
+        _fail(name, f"it holds tensors under {' and '.join(map(repr, found))}; a state dict under one key was expected")
+    return inner[found[0]] if found else value
+
+
 def _as_stored(name: str, key: Any, value: Any) -> EncodedTensor:
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
         kind = f"tensor of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
-        _fail(name, f"{key!r} is a {kind}; a floating-point tensor was expected")
+        known = f" (a state dict may stand under {', '.join(map(repr, STATE_KEYS))})" if isinstance(value, dict) else ""
+        _fail(name, f"{key!r} is a {kind}; a floating-point tensor was expected{known}")
     if value.dtype == np.float16:
         return EncodedTensor("fp16", value)
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes an infinity, refused where it is decoded

@@ -38,7 +38,8 @@ _CHECKPOINT_ENTRY = b"header.npy"  # the first in the archive
 _ZIP_NAME = slice(30, 30 + len(_CHECKPOINT_ENTRY))  # where a zip file has its first entry's name
 _PICKLE = b"\x80"  # how a pickle that is in no zip file begins
 STATE_DICT_ENDINGS = (".pt", ".safetensors")
-_WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)+")
+_WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)+")  # around the whole model
+_COMPILED_PART = re.compile(r"(?<=\.)_orig_mod\.")
 _FLOATS: dict[str, np.dtype[np.floating[Any]]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -214,7 +215,7 @@ class Contents:
 def read_contents(path: Path, kind: Kind) -> Contents:
     """What a torch file, a bundle or a safetensors file holds; raises as `load_state_dict`."""
     contents = _read_safetensors(path) if kind == "safetensors" else Contents(*read_bundle(path))
-    return replace(contents, tensors=_unwrapped(contents.tensors))
+    return replace(contents, tensors=_unwrapped(path, contents.tensors))
 
 
 def infer_config(shapes: Mapping[str, tuple[int, ...]], rest: ModelConfig) -> ModelConfig:
@@ -265,11 +266,31 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], rest: ModelConfig) -> Mo
 # ---- Reading
 
 
-def _unwrapped(tensors: Tensors) -> Tensors:
-    """Without the prefixes that PyTorch's wrappers for compilation and several GPUs give to every name."""
-    if not tensors or not all(_WRAPPERS.match(name) for name in tensors):
-        return tensors
-    return {_WRAPPERS.sub("", name, count=1): tensor for name, tensor in tensors.items()}
+def _unwrapped(path: Path, tensors: Tensors) -> Tensors:
+    """Without what PyTorch's wrappers for compilation and several GPUs put before all names, or inside some.
+
+    Raises FormatError where some names have a prefix and some have none, and where two names become one.
+    """
+    wrapped = [name for name in tensors if _WRAPPERS.match(name)]
+    if wrapped and len(wrapped) < len(tensors):
+        bare = next(name for name in tensors if not _WRAPPERS.match(name))
+        prefix = _WRAPPERS.match(wrapped[0])
+        assert prefix is not None
+        raise FormatError(
+            f"{path}: its tensor {wrapped[0]!r} has the prefix {prefix[0]!r}, its tensor {bare!r} has none; a prefix "
+            "of all names or of none was expected."
+        )
+    unwrapped: Tensors = {}
+    origins: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        short = _COMPILED_PART.sub("", _WRAPPERS.sub("", name, count=1) if wrapped else name)
+        if short in unwrapped:
+            raise FormatError(
+                f"{path}: its tensors {origins[short]!r} and {name!r} are both {short!r} without PyTorch's prefixes; "
+                "one of them was expected."
+            )
+        unwrapped[short], origins[short] = tensor, name
+    return unwrapped
 
 
 def _read_safetensors(path: Path) -> Contents:
