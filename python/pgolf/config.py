@@ -10,6 +10,7 @@ integer given for a float becomes a float, a policy's name becomes the policy), 
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import math
 import re
@@ -101,7 +102,16 @@ def _choice(*names: str) -> _Reader:
 
 
 _flag = _only("must be true or false", lambda value: isinstance(value, bool))
-_text = _only("must be a string (in quotes where it looks like a number)", lambda value: isinstance(value, str))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be a string (in quotes where it looks like a number)")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(
+            "must be UTF-8, for a run's config.toml can hold nothing else; rename it, or link to it by such a name"
+        )
+    return value
 
 
 def _bigram_vocab(value: Any) -> int:
@@ -645,7 +655,10 @@ def _load(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, dict[str,
         origin = f", which {extended_by[-1]} extends" if extended_by else ""
         raise FileNotFoundError(f"there is no configuration file {path}{origin}")
     try:
-        document = tomllib.loads(path.read_bytes().decode())
+        content = path.read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError("it is UTF-16, and TOML is UTF-8; save it in that encoding")
+        document = tomllib.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is no TOML file: {error}") from None
     parent = document.pop("extends", None)

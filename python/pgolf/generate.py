@@ -28,6 +28,7 @@ def sample(
     top_p: float | None = None,
     stop: int | Collection[int] | None = None,
     seed: int = 0,
+    first: Collection[int] | None = None,
 ) -> npt.NDArray[np.int64]:
     """Continue a prompt and return the new tokens: (n,) int64 with 0 ≤ n ≤ max_new_tokens.
 
@@ -40,6 +41,7 @@ def sample(
     stop: a token id, or several, that end the generation; the stop token is the last one returned.
     seed: key of the Philox generator, 0 … 2⁶⁴ − 1. Every sampled token uses one uniform number, so that the same seed
         and logits give the same tokens, whatever max_new_tokens is. All arithmetic is float64.
+    first: token ids, at least one; the first new token is one of them. None: any.
 
     Raises ValueError or TypeError for an argument out of its range and NonFiniteError for logits that hold NaN or +inf,
     or −inf alone.
@@ -55,7 +57,10 @@ def sample(
         top_p = _number("top_p", top_p)
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p}; expected a number above 0 and at most 1.")
-    stops = _stop_ids(stop)
+    stops = _token_ids("stop", stop)
+    firsts = None if first is None else _token_ids("first", first)
+    if firsts is not None and not firsts:
+        raise ValueError("first is empty; expected at least one token id.")
     seed = _integer("seed", seed, 0)
     if seed >= 2**64:
         raise ValueError(f"seed is {seed}; expected at most 2**64 - 1.")
@@ -65,8 +70,14 @@ def sample(
     tokens = np.concatenate([tokens, np.empty(max_new_tokens, dtype=np.int64)])
     for position in range(end, tokens.size):
         logits = _checked_logits(logits_fn(tokens[:position]), position)
-        if max(stops, default=0) >= logits.size:
-            raise ValueError(f"stop is {max(stops)}; expected token ids of at most {logits.size - 1}.")
+        for name, named in (("stop", stops), ("first", firsts or ())):
+            if max(named, default=0) >= logits.size:
+                raise ValueError(f"{name} is {max(named)}; expected token ids of at most {logits.size - 1}.")
+        if firsts is not None and position == tokens.size - max_new_tokens:
+            allowed = sorted(firsts)
+            forbidden = np.full_like(logits, -np.inf)
+            forbidden[allowed] = logits[allowed]
+            logits = _checked_logits(forbidden, position)
         if temperature == 0:
             token = int(np.argmax(logits))
         else:
@@ -133,13 +144,13 @@ def _checked_logits(values: npt.ArrayLike, position: int) -> npt.NDArray[np.floa
     return logits
 
 
-def _stop_ids(stop: int | Collection[int] | None) -> frozenset[int]:
-    if stop is None:
+def _token_ids(name: str, ids: int | Collection[int] | None) -> frozenset[int]:
+    if ids is None:
         return frozenset()
-    if isinstance(stop, (str, bytes)):
-        raise TypeError(f"stop is {stop!r}; expected a token id, several, or None.")
-    several = stop if isinstance(stop, (Collection, np.ndarray)) else (stop,)
-    return frozenset(_integer("stop", value, 0) for value in several)
+    if isinstance(ids, (str, bytes)):
+        raise TypeError(f"{name} is {ids!r}; expected a token id, several, or None.")
+    several = ids if isinstance(ids, (Collection, np.ndarray)) else (ids,)
+    return frozenset(_integer(name, value, 0) for value in several)
 
 
 def _integer(name: str, value: SupportsIndex, least: int) -> int:

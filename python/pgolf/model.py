@@ -226,6 +226,7 @@ class GPT:
         top_p: float | None = None,
         stop: int | Collection[int] | None = None,
         seed: int = 0,
+        first: Collection[int] | None = None,
     ) -> npt.NDArray[np.int64]:
         """Continues a text by sampling, one token at a time; see `pgolf.generate.sample` for the arguments.
 
@@ -258,7 +259,7 @@ class GPT:
                 decoder = _C.Decoder(self._native, min(len(context) + max_new_tokens - 1, _FIRST_ROOM))
             return decoder.read(np.ascontiguousarray(context[decoder.length :], dtype=np.int32))
 
-        return sample(last_logits, start[0], max_new_tokens, temperature, top_k, top_p, stop, seed)
+        return sample(last_logits, start[0], max_new_tokens, temperature, top_k, top_p, stop, seed, first)
 
     def _in_parts(self, shape: tuple[int, ...], call: Callable[[slice], FloatArray]) -> FloatArray:
         parts = self._parts(shape)

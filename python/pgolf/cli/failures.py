@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import typer
 
+from pgolf.cli.typed import print_any_name, signature_of
 from pgolf.errors import DeviceError, NonFiniteError
 
 FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 130
@@ -48,6 +49,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:
+        print_any_name()
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _show_warning
@@ -61,7 +63,13 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
                 typer.echo(sentence, err=True)
                 raise typer.Exit(code) from None
 
+    run.__signature__ = signature_of(command, _refuse)  # type: ignore[attr-defined]
     return run
+
+
+def _refuse(sentence: str) -> None:
+    typer.echo(f"Error: {sentence}", err=True)
+    raise typer.Exit(WRONG_REQUEST)
 
 
 @contextmanager

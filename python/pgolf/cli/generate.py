@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 from pgolf.cli.models import Source
@@ -59,11 +60,39 @@ def generate_command(
 
 
 def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str, **sampling: Any) -> tuple[str, list[int]]:
-    """A document that begins with ``prompt``: its whole text, and the ids of the new tokens.
+    """A document that begins with ``prompt``, as it was given, and the ids of the new tokens.
 
     sampling: as for `pgolf.GPT.generate`. The next document's BOS token ends the text; it is the last new token.
+
+    White space at the prompt's end is no token of its own in the text that models are trained on: a space is the
+    beginning of the next word's piece. So it is not given to the model; instead the first new token is a piece that
+    begins with a space, and that space is the prompt's.
+
+    Raises ValueError for a prompt that is not UTF-8.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt is not UTF-8: its character {error.start + 1} is {prompt[error.start]!a}, a byte or half of a "
+            "character. Give it in UTF-8."
+        ) from None
     bos = model.config.bos_id
-    given = [bos, *tokenizer.encode(prompt)]
+    given, is_open = _given_tokens(tokenizer, prompt)
+    given = [bos, *given]
+    if is_open:
+        sampling["first"] = np.flatnonzero(tokenizer.byte_table.has_leading_space).tolist()
     new = model.generate(given, stop=bos, **sampling).tolist()
-    return tokenizer.decode([*given, *new]), new
+    continuation = tokenizer.decode([*given, *new])[len(tokenizer.decode(given)) :]
+    return prompt + (continuation.removeprefix(" ") if is_open else continuation), new
+
+
+def _given_tokens(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], bool]:
+    """A prompt's tokens, and whether the white space at its end is left to the next one."""
+    tokens, bare = tokenizer.encode(prompt), tokenizer.encode(prompt.rstrip())
+    if not bare or not prompt[-1].isspace():
+        return tokens, False
+    if tokens == bare:  # the tokenizer drops it
+        return bare, True
+    # The tokenizer keeps it; only a space, not a line's end, is the beginning of a piece.
+    return (tokenizer.encode(prompt[:-1]), True) if prompt.endswith(" ") else (tokens, False)

@@ -18,7 +18,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with naming(path):
+        with naming(path, partial):
             with partial.open("wb") as file:
                 yield file
                 file.flush()
@@ -31,12 +31,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Gives errors of writing, which the system reports without a name, the file's."""
+def naming(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Gives errors of writing, which the system reports without a name or with that of `partial`, the file's."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
+        unnamed = error.filename is None or (partial is not None and error.filename == os.fspath(partial))
+        if unnamed and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 

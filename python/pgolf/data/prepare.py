@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from pgolf.data.corpus import builtin_corpus
 from pgolf.data.documents import FIELD, CorpusReader, FileReader, RawDocument, Reader
 from pgolf.data.encode import CHUNK_BYTES, EncodedChunk, chunks, encode
+from pgolf.data.files import atomic_write
 from pgolf.data.manifest import Manifest, SplitEntry, TokenizerEntry
 from pgolf.data.progress import Progress, ProgressCallback, progress_bar
 from pgolf.data.publish import check_out_dir, partial_folder, publish
@@ -109,7 +109,8 @@ def prepare(
             report(Progress("training the tokenizer", 1, 1, 0))
         elif given is not None:
             model = partial / given.path.name
-            shutil.copyfile(given.path, model)
+            with atomic_write(model) as file:
+                file.write(given.path.read_bytes())
         splits = _encode_splits(reader, val_docs, model, partial, shard_tokens, workers or usable_cores(), report)
         made = _manifest(reader, Tokenizer(model), splits)
         publish(partial, out, made)

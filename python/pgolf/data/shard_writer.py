@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pgolf.data.files import file_sha256
+from pgolf.data.files import file_sha256, naming
 from pgolf.data.manifest import ShardEntry
 from pgolf.data.shard_file import HEADER_BYTES, shard_header
 
@@ -35,7 +36,8 @@ class ShardWriter:
         while data.size:
             file = self._file or self._open()
             part = data[: self._shard_tokens - self._counts[-1]]
-            file.write(part.tobytes())
+            with naming(self._paths[-1]):
+                file.write(part.tobytes())
             self._counts[-1] += part.size
             data = data[part.size :]
             if self._counts[-1] == self._shard_tokens:
@@ -50,7 +52,8 @@ class ShardWriter:
         if self._file is not None and kind is None:
             self._finish(self._file)
         elif self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of what a full disk still has not taken; `error` says it
+                self._file.close()
 
     def entries(self) -> tuple[ShardEntry, ...]:
         """The finished shards, for the manifest."""
@@ -63,13 +66,15 @@ class ShardWriter:
         self._paths.append(self._folder / f"pgolf_{self._split}_{len(self._paths):06d}.bin")
         self._counts.append(0)
         self._file = self._paths[-1].open("wb")
-        self._file.write(bytes(HEADER_BYTES))
+        with naming(self._paths[-1]):
+            self._file.write(bytes(HEADER_BYTES))
         return self._file
 
     def _finish(self, file: BinaryIO) -> None:
-        file.seek(0)
-        file.write(shard_header(self._counts[-1]))
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
+        with naming(self._paths[-1]):
+            file.seek(0)
+            file.write(shard_header(self._counts[-1]))
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
         self._file = None
