@@ -224,3 +224,27 @@ def test_a_path_that_toml_cannot_hold_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=rf"train\.{key} = .*: must be UTF-8"):
         Config.from_recipe("tiny", {f"train.{key}": BAD})
     assert pgolf.Config.from_recipe("tiny", {f"train.{key}": "日本 𝔘"})
+
+
+def test_a_tokenizer_that_no_manifest_can_name_is_refused(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("\n\n".join(prose(60, i) for i in range(40)))
+    model = tmp_path / f"{BAD}.model"
+    model.write_bytes(tokenizers["identity"].path.read_bytes())
+    refused(
+        pgolf_("data", "prepare", source, "--out", tmp_path / "out", "--tokenizer", model),
+        r"manifest\.json holds only names of printable UTF-8",
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_submission_says_only_utf_8(small_corpus: Path, tmp_path: Path) -> None:
+    script = tmp_path / "train_gpt.py"
+    script.write_text("pass\n")
+    words = ("submit", tmp_path, "--out", tmp_path / "out", "--code", script)
+    refused(pgolf_(*words, "--name", BAD), r"The submission's name is 'caf\\udce9', which is not UTF-8")
+    refused(pgolf_(*words, "--author", "me", "--blurb", BAD), r"The submission's blurb is 'caf\\udce9'")
+    readme = tmp_path / "readme.md"
+    readme.write_bytes(b"caf\xe9")
+    refused(pgolf_(*words, "--readme", readme), r"readme\.md: the README's beginning is not UTF-8")
+    assert not (tmp_path / "out").exists()

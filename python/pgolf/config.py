@@ -23,6 +23,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pgolf.encoding import ENCODINGS, Encoding
 from pgolf.errors import FormatError
+from pgolf.text import has_utf8
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -107,7 +108,7 @@ _flag = _only("must be true or false", lambda value: isinstance(value, bool))
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("must be a string (in quotes where it looks like a number)")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+    if not has_utf8(value):
         raise ValueError(
             "must be UTF-8, for a run's config.toml can hold nothing else; rename it, or link to it by such a name"
         )

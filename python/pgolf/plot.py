@@ -220,7 +220,8 @@ def _draw_runs(figure: Any, runs: Mapping[str, Curves]) -> None:
     for index, (name, curves) in enumerate(runs.items()):
         repeat, color = divmod(index, len(_RUNS))
         dashes = _DASHES[repeat % len(_DASHES)]
-        label = f"{name}: {curves.verdict}"
+        shown = name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")  # $ would begin a formula
+        label = f"{shown}: {curves.verdict}"
         if curves.steps.size:
             axes.plot(
                 curves.steps, _smooth(curves.losses), color=_RUNS[color], linestyle=dashes, linewidth=1.5, label=label

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -16,6 +17,7 @@ import typer
 from pgolf.cli.typed import print_any_name, signature_of
 from pgolf.errors import DeviceError, NonFiniteError
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 130
 
 # What a request, its files included, can be wrong in.
@@ -116,7 +118,10 @@ def _verdict(error: BaseException) -> tuple[int, str]:
 def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:  # the system's: "[Errno 28] No space left on device: 'x'"
         sentence = error.strerror.removesuffix(".") + "."
-        return f"{error.filename}: {sentence}" if error.filename else sentence
+        if error.filename:
+            return f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {sentence}"
+        # Whatever writes a file names it (pgolf.data.files.naming); what a command prints has no name.
+        return f"standard output: {sentence}" if error.errno in _NO_SPACE else sentence
     if isinstance(error, MemoryError):
         return f"The memory is not enough{f': {error}' if str(error) else '.'}"
     return str(error) or f"{type(error).__name__}."

@@ -11,6 +11,7 @@ import typer
 from pgolf.cli.check import DataOption, LimitBytesOption, TimeLimitOption, show_findings
 from pgolf.cli.options import DeviceOption, JsonOption, ThreadsOption, TokenizerOption, use_threads
 from pgolf.cli.output import console_for, print_json
+from pgolf.errors import FormatError
 
 
 def submit_command(
@@ -60,7 +61,10 @@ def submit_command(
     from pgolf.submission.write import describe_test
 
     use_threads(threads)
-    text = "" if readme is None else readme.read_text(encoding="utf-8")
+    try:
+        text = "" if readme is None else readme.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{readme}: the README's beginning is not UTF-8 ({error}).") from None
     about = About(name or out.resolve().name, author or getpass.getuser(), github_id, blurb, text)
     console = console_for(as_json)
     try:

@@ -174,6 +174,8 @@ def _training_settings(vocab_size: int | None, normalization: str | None) -> _Tr
 
 def _given_tokenizer(path: Path, vocab_size: int | None, normalization: str | None) -> Tokenizer:
     tokenizer = Tokenizer(path)
+    if not path.name.isprintable():
+        raise ValueError(f"{path}: manifest.json holds only names of printable UTF-8; give the tokenizer such a name.")
     if tokenizer.bos_id < 0:
         raise ValueError(f"{path}: the tokenizer has no BOS token, with which every document starts.")
     if tokenizer.vocab_size > MAX_TOKEN + 1:

@@ -49,11 +49,15 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None and kind is None:
-            self._finish(self._file)
-        elif self._file is not None:
-            with contextlib.suppress(OSError):  # of what a full disk still has not taken; `error` says it
-                self._file.close()
+        if self._file is None:
+            return
+        try:
+            if kind is None:
+                self._finish(self._file)
+        finally:
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # of what a full disk did not take, which has been said
+                    self._file.close()
 
     def entries(self) -> tuple[ShardEntry, ...]:
         """The finished shards, for the manifest."""

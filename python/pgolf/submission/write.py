@@ -22,6 +22,7 @@ from pgolf.submission.evidence import RUN_FILES, Evidence, Settings, StrPath
 from pgolf.submission.folder import README, SUBMISSION, Folder
 from pgolf.submission.rules import FOLDER_RULES, RUN_RULES
 from pgolf.submission.verdict import CheckReport, Finding, Refused, grouped
+from pgolf.text import has_utf8
 from pgolf.ttest import TTest, below
 
 MARGIN_NATS = 0.005
@@ -85,6 +86,9 @@ def submit(
     settings = _with_code(settings or Settings())
     target = Path(out)
     _check_target(target, force)
+    for what, text in {**asdict(about), "script": str(settings.code)}.items():
+        if not has_utf8(text):
+            raise ValueError(f"The submission's {what} is {text!a}, which is not UTF-8, as its README must be.")
     if not runs:
         raise ValueError("A submission needs at least one run folder.")
     if against is not None and baseline:
