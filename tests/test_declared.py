@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 import pgolf
 from pgolf.artifact import read_artifact
+from pgolf.cli.generate import continue_text
 from pgolf.data.declared import Record
 from pgolf.data.manifest import Manifest
 from pgolf.data.prepare import prepare
@@ -526,6 +528,43 @@ def test_a_tokenizer_without_bos_leaves_documents_unknown(tmp_path: Path) -> Non
     tokens = np.array(other.encode("the quick brown fox jumps over the lazy dog"))
     data = ValidationData.load(tokens, other, vocab_size=other.vocab_size, bos_id=1)
     assert data.bos_id == -1 and data.starts.tolist() == [0] and data.duplicates is None
+
+
+def test_generation_begins_with_the_tokenizers_bos(other_bos: Path, tmp_path: Path) -> None:
+    trainer = Trainer(small(model__vocab_size=340), other_bos, run_dir=tmp_path / "run")
+    list(trainer)
+    trainer.finish()
+    with patched_generate() as calls:
+        assert pgolf_("generate", tmp_path / "run", "--prompt", "The", "--max-new-tokens", "2").exit_code == 0
+    assert calls[0]["ids"][0] == calls[0]["stop"] == 2
+    nothing = Tokenizer(train(tmp_path / "other.model", bos_id=-1))
+    model = GPT(small(model__vocab_size=nothing.vocab_size).model)
+    with patched_generate() as calls:
+        continue_text(model, nothing, "The", max_new_tokens=2)
+        assert calls[0]["stop"] is None and calls[0]["ids"] == nothing.encode("The")
+        with pytest.raises(ValueError, match="the prompt is empty, and the tokenizer .* has no BOS token"):
+            continue_text(model, nothing, "", max_new_tokens=2)
+
+
+def test_generation_takes_no_other_tokenizer(run: Path, data: Path, tmp_path: Path) -> None:
+    (own,) = data.glob("*.model")
+    other = saved_again(own, tmp_path / "other.model", lambda piece: "é!" if piece == "é" else piece)
+    result = pgolf_("generate", run, "--tokenizer", other, "--max-new-tokens", "2")
+    assert result.exit_code == 2 and f"{other} is not the one that" in result.stderr
+
+
+@contextmanager
+def patched_generate() -> Iterator[list[dict[str, Any]]]:
+    calls: list[dict[str, Any]] = []
+    generate = GPT.generate
+
+    def recorded(self: GPT, ids: Any, **options: Any) -> Any:
+        calls.append({"ids": list(ids), **options})
+        return generate(self, ids, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, "generate", recorded)
+        yield calls
 
 
 def test_a_gate_that_resets_at_bos_needs_to_know_it() -> None:

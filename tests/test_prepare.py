@@ -407,12 +407,13 @@ def test_a_stopped_run_leaves_what_was_there(jsonl: Path, model: Path, tmp_path:
 def test_a_stop_while_publishing_leaves_nothing_that_looks_whole(
     jsonl: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
 ) -> None:
-    really = os.replace
-    for moves in range(5):
+    really, seen = os.replace, set()
+    for moves in range(7):
         out = tmp_path / f"out_{moves}"
         if earlier:
             prepare(jsonl, out, vocab_size=330, val_docs=9)
         left = iter(range(moves))
+        before = contents(out) if earlier else {}
 
         def replace(source: Path, target: Path, left: Any = left) -> None:
             if next(left, None) is None:
@@ -423,12 +424,18 @@ def test_a_stop_while_publishing_leaves_nothing_that_looks_whole(
             patch.setattr(os, "replace", replace)
             with contextlib.suppress(Stop):
                 prepare(jsonl, out, tokenizer=model, val_docs=2)
-        if moves < 3:
+        if earlier and contents(out) == before:
+            seen.add("before")
+            find_data(out)
+        elif not any(out.glob("*_val_*.bin")):
+            seen.add("between")
             with pytest.raises(FileNotFoundError):
                 find_data(out)
-        else:  # only the manifest is missing
+        else:  # at most the manifest is missing
+            seen.add("after")
             assert len(tokens(out, "val")) == len(encoded(model, TEXTS[:2]))
             assert len(tokens(out, "train")) == len(encoded(model, TEXTS[2:]))
+    assert seen == {"between", "after"} | ({"before"} if earlier else set())
 
 
 def test_a_script_needs_no_main_guard(jsonl: Path, model: Path, tmp_path: Path) -> None:

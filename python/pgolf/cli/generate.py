@@ -62,13 +62,14 @@ def generate_command(
 def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str, **sampling: Any) -> tuple[str, list[int]]:
     """A document that begins with ``prompt``, as it was given, and the ids of the new tokens.
 
-    sampling: as for `pgolf.GPT.generate`. The next document's BOS token ends the text; it is the last new token.
+    sampling: as for `pgolf.GPT.generate`. The tokenizer's BOS token begins the document, and the next one ends the
+    text; it is the last new token.
 
     White space at the prompt's end is no token of its own in the text that models are trained on: a space is the
     beginning of the next word's piece. So it is not given to the model; instead the first new token is a piece that
     begins with a space, and that space is the prompt's.
 
-    Raises ValueError for a prompt that is not UTF-8.
+    Raises ValueError for a prompt that is not UTF-8, and for none where the tokenizer has no BOS token.
     """
     try:
         prompt.encode()
@@ -77,12 +78,17 @@ def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str, **sampling: Any
             f"the prompt is not UTF-8: its character {error.start + 1} is {prompt[error.start]!a}, a byte or half of a "
             "character. Give it in UTF-8."
         ) from None
-    bos = model.config.bos_id
     given, is_open = _given_tokens(tokenizer, prompt)
-    given = [bos, *given]
+    stop = None
+    if tokenizer.bos_id >= 0:
+        stop, given = tokenizer.bos_id, [tokenizer.bos_id, *given]
+    if not given:
+        raise ValueError(
+            f"the prompt is empty, and the tokenizer {tokenizer.path} has no BOS token to begin with; give a prompt."
+        )
     if is_open:
         sampling["first"] = np.flatnonzero(tokenizer.byte_table.has_leading_space).tolist()
-    new = model.generate(given, stop=bos, **sampling).tolist()
+    new = model.generate(given, stop=stop, **sampling).tolist()
     continuation = tokenizer.decode([*given, *new])[len(tokenizer.decode(given)) :]
     return prompt + (continuation.removeprefix(" ") if is_open else continuation), new
 

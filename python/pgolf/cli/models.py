@@ -84,7 +84,8 @@ class Source:
     def open_tokenizer(self, given: Path | None, model: GPT) -> Tokenizer:
         """The tokenizer, of the model's vocabulary.
 
-        Raises ValueError where none is known or its vocabulary is another one, and the errors of reading it.
+        Raises ValueError where none is known, where its vocabulary is another one or its pieces are not those that the
+        artifact or the run names, and the errors of reading it.
         """
         from pgolf.data.shards import find_data
         from pgolf.tokenizer import Tokenizer
@@ -98,6 +99,13 @@ class Source:
         if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError(
                 f"The tokenizer {path} has {tokenizer.vocab_size:,} tokens; the model has {model.config.vocab_size:,}."
+            )
+        record = self.record(model)
+        declared = None if record is None else record.declared_tokenizer()
+        if record is not None and declared is not None and declared.describes(tokenizer) is False:
+            raise ValueError(
+                f"The tokenizer {path} is not the one that {record.source} names, {declared.name()}: its tokens spell "
+                "other text. Give the right one with --tokenizer."
             )
         return tokenizer
 
