@@ -70,7 +70,7 @@ def test_a_copied_tokenizer_is_named_and_not_its_source(source: Path, tmp_path: 
     model = tmp_path / "mine" / "given.model"
     model.parent.mkdir()
     train_tokenizer([source.read_text()], model, 300, "identity")
-    with full_disk("*.given.model.*"):
+    with full_disk("*/.partial/given.model"):
         result = pgolf_("data", "prepare", source, "--out", tmp_path / "out", "--tokenizer", model)
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (
         1,

@@ -177,6 +177,9 @@ def test_a_run_in_a_folder_that_is_not_utf_8(config_file: Path, small_corpus: Pa
         result = pgolf_(*words)
         assert result.exit_code == 0, (words, result.output, result.exception)
     last_json(pgolf_("plot", run, "--out", tmp_path / f"{BAD}.png", "--json"))
+    spaced = last_json(pgolf_("generate", run, "--prompt", "The ", "--max-new-tokens", 3, "--json"))
+    assert spaced["text"].startswith("The ") and len(spaced["new_tokens"]) >= 1
+    refused(pgolf_("generate", run, "--prompt", BAD), "the prompt is not UTF-8: its character 4")
     refused(pgolf_("train", "--config", config_file, "--data", small_corpus, "--run-dir", run), "already holds a run")
 
 

@@ -120,8 +120,9 @@ def _sentence(error: BaseException) -> str:
         sentence = error.strerror.removesuffix(".") + "."
         if error.filename:
             return f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {sentence}"
-        # Whatever writes a file names it (pgolf.data.files.naming); what a command prints has no name.
-        return f"standard output: {sentence}" if error.errno in _NO_SPACE else sentence
+        # Whatever writes a file names it (pgolf.data.files.naming), or has a sentence of its own; what prints does not.
+        printing = error.errno in _NO_SPACE and error.strerror == os.strerror(error.errno)
+        return f"standard output: {sentence}" if printing else sentence
     if isinstance(error, MemoryError):
         return f"The memory is not enough{f': {error}' if str(error) else '.'}"
     return str(error) or f"{type(error).__name__}."

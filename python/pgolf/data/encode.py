@@ -115,7 +115,7 @@ class _Processes:
     def __init__(self, tokenizer: Path, most: int) -> None:
         self._threads = ThreadPoolExecutor(most, "pgolf encode")  # each waits for one process
         self._command = _COMMAND.format(
-            path=[entry or os.getcwd() for entry in sys.path], tokenizer=os.fspath(tokenizer)
+            path=[os.fspath(entry) or os.getcwd() for entry in sys.path], tokenizer=os.fspath(tokenizer)
         )
         self._lock = threading.Lock()
         self._all: list[subprocess.Popen[bytes]] = []

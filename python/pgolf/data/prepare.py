@@ -13,7 +13,7 @@ from pathlib import Path
 from pgolf.data.corpus import builtin_corpus
 from pgolf.data.documents import FIELD, CorpusReader, FileReader, RawDocument, Reader
 from pgolf.data.encode import CHUNK_BYTES, EncodedChunk, chunks, encode
-from pgolf.data.files import atomic_write
+from pgolf.data.files import naming
 from pgolf.data.manifest import Manifest, SplitEntry, TokenizerEntry
 from pgolf.data.progress import Progress, ProgressCallback, progress_bar
 from pgolf.data.publish import check_out_dir, partial_folder, publish
@@ -109,7 +109,7 @@ def prepare(
             report(Progress("training the tokenizer", 1, 1, 0))
         elif given is not None:
             model = partial / given.path.name
-            with atomic_write(model) as file:
+            with naming(model), model.open("wb") as file:
                 file.write(given.path.read_bytes())
         splits = _encode_splits(reader, val_docs, model, partial, shard_tokens, workers or usable_cores(), report)
         made = _manifest(reader, Tokenizer(model), splits)
