@@ -56,7 +56,8 @@ def check_command(
     """Judge a run or a submission by the competition's rules, as far as its files allow.
 
     Every rule is passed, failed or unchecked, with a sentence that says why. Nothing in the folder is executed. The
-    exit code is 2 where a rule is broken.
+    last line is the verdict: passed, if every rule was checked and holds; failed, if one is broken, which exits with
+    2; incomplete otherwise. The JSON's verdict is the same.
 
     Example: pgolf check runs/demo --code train_gpt.py
     """
@@ -79,7 +80,7 @@ def check_command(
 
 
 def show_findings(report: CheckReport, console: Console) -> None:
-    """Print a table of findings; runs of which a rule says the same share a row."""
+    """Print a table of findings, in which runs of which a rule says the same share a row, the counts and the verdict."""
     from rich.text import Text
 
     from pgolf.submission.verdict import grouped
@@ -89,5 +90,5 @@ def show_findings(report: CheckReport, console: Console) -> None:
         outcome = Text(finding.outcome, _STYLES[finding.outcome])
         table.add_row(outcome, finding.rule, ", ".join(places), finding.sentence)
     console.print(table)
-    passed = len(report.findings) - len(report.failed) - len(report.unchecked)
-    console.print(f"{passed} passed, {len(report.failed)} failed, {len(report.unchecked)} unchecked.", soft_wrap=True)
+    counts = f"{len(report.passed)} passed, {len(report.failed)} failed, {len(report.unchecked)} unchecked."
+    console.print(f"{counts} Verdict: {report.verdict}.", soft_wrap=True)

@@ -1,8 +1,8 @@
-"""Judging a folder: every rule is asked, and whatever it raises becomes a finding."""
+"""Judging a folder: every rule is asked, and what it looked at or raises becomes a finding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +50,19 @@ def judge_folder(folder: Folder, rules: list[Rule]) -> Iterator[Finding]:
 
 
 def _finding(rule: Rule, subject: Any, where: str) -> Finding:
-    outcome, sentence = _outcome(rule.judge, subject)
-    return Finding(rule.name, where, outcome, sentence)
+    """A missing file or device leaves a rule unchecked; what is there and cannot be right breaks it.
 
-
-def _outcome(judge: Callable[[Any], str], subject: Any) -> tuple[str, str]:
-    """A missing file or device leaves a rule unchecked; what is there and cannot be right breaks it."""
+    A rule that looked at nothing is unchecked, whatever it says.
+    """
     try:
-        return PASSED, judge(subject)
+        looked = rule.judge(subject)
     except Broken as broken:
-        return FAILED, str(broken)
-    except (Unchecked, DeviceError) as unchecked:
-        return UNCHECKED, str(unchecked)
-    except OSError as missing:
-        return UNCHECKED, str(missing)
+        return Finding(rule.name, where, FAILED, str(broken))
+    except (Unchecked, DeviceError, OSError) as missing:
+        return Finding(rule.name, where, UNCHECKED, str(missing))
     except (ValueError, ArithmeticError) as impossible:
-        return FAILED, str(impossible)
+        return Finding(rule.name, where, FAILED, str(impossible))
+    if looked.count > 0:
+        return Finding(rule.name, where, PASSED, looked.sentence, looked.count, looked.what)
+    nothing = f"There was nothing to look at: {looked.count} {looked.what}."
+    return Finding(rule.name, where, UNCHECKED, nothing, 0, looked.what)

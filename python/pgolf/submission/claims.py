@@ -1,4 +1,4 @@
-"""Other people's words for things: submission.json and the training scripts' text logs.
+"""Other people's words for things: what submission.json claims, and a run of which there is only that and a text log.
 
 The public folders of openai/parameter-golf have no schema. What is read here are the names that most of them use; a
 name that is not found makes a rule unchecked, never passed.
@@ -7,42 +7,41 @@ name that is not found makes a rule unchecked, never passed.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from pgolf.errors import FormatError
 from pgolf.submission.evidence import GPU_STEPS_IN_FLIGHT, Claim, Evidence, Library, Settings, Timeline, kept
+from pgolf.submission.logs import TextLog, printed_precision
 from pgolf.submission.verdict import Unchecked
 
 _LOSS, _BPB = ("val_loss", "mean_val_loss", "val_loss_mean"), ("val_bpb", "mean_val_bpb", "val_bpb_mean")
 _CODE = ("bytes_code", "code_bytes")
 _TOTAL = ("bytes_total", "total_bytes", "artifact_bytes_max", "artifact_bytes", "artifact_size_bytes")
+_STEPS = ("steps", "step_stop", "train_steps")
+SCORE_NAMES = _BPB
+"""What submission.json may call its bits per byte."""
 
-_CLAIMED = ("val_loss", "val_bpb", "code_bytes", "total_bytes", "score_seconds")
+_CLAIMED = ("val_loss", "val_bpb", "code_bytes", "total_bytes", "score_seconds", "steps")
 
-# Some scripts give a step's time in tenths of minutes, and in milliseconds only where they stop. No run prints numbers
-# of more digits than are looked for.
-_STEP = re.compile(
-    r"^(?:step:\s*(?P<step>\d{1,15})/\d+\b.*?|stopping_early:.*?)\btrain_time:\s*(?P<time>\d{1,15}(?:\.\d+)?)ms"
-    r"(?: step:\s*(?P<last>\d{1,15})/)?",
-    re.M,
-)
-_FINAL = re.compile(r"\bval_loss:\s*(\d+\.\d+)\s+val_bpb:\s*(\d+\.\d+)")
-_SCORING = re.compile(r"\beval_time:\s*(\d{1,15})ms")
-_TOTAL_LINE = re.compile(r"^Total submission size[^:\n]*:\s*(\d{1,15}) bytes", re.M)
-_CODE_LINE = re.compile(r"^Code size[^:\n]*:\s*(\d{1,15}) bytes", re.M)
-_SEED_LINE, _SEED_NAME = re.compile(r"^seed:\s*(\d+)", re.M), re.compile(r"seed[_-]?(\d+)")
+
+class Printed(float):
+    """A number of a JSON file, with half a unit of its last printed decimal as ``precision``."""
+
+    precision: float
+
+    def __new__(cls, digits: str) -> Printed:
+        number = super().__new__(cls, digits)
+        number.precision = printed_precision(digits)
+        return number
 
 
 def read_submission(path: Path) -> dict[str, Any]:
-    """submission.json; raises FormatError where it is no JSON object."""
+    """submission.json, its decimal fractions as `Printed`; raises FormatError where it is no JSON object."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), parse_float=Printed)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: this is not JSON ({error}).") from None
     if not isinstance(value, dict):
@@ -53,88 +52,77 @@ def read_submission(path: Path) -> dict[str, Any]:
 def claim_of(values: Mapping[str, Any]) -> Claim:
     """What submission.json, or one of its seed_results, claims."""
     loss, bpb = _first(values, _LOSS), _first(values, _BPB)
-    sizes = {name: _first(values, names) for name, names in (("total_bytes", _TOTAL), ("code_bytes", _CODE))}
+    sizes = {
+        "total_bytes": _first(values, _TOTAL),
+        "code_bytes": _first(values, _CODE),
+        "steps": _first(values, _STEPS),
+    }
     return Claim(
-        val_loss=loss,
-        val_bpb=bpb,
+        val_loss=None if loss is None else float(loss),
+        val_bpb=None if bpb is None else float(bpb),
         loss_precision=_precision(loss),
         bpb_precision=_precision(bpb),
         **{name: None if value is None else int(value) for name, value in sizes.items()},
     )
 
 
-def seed_claims(values: Mapping[str, Any]) -> dict[str, Claim]:
-    """The claims in submission.json's seed_results, by seed."""
-    seeds = values.get("seed_results")
-    if not isinstance(seeds, dict):
-        return {}
-    return {str(seed): claim_of(result) for seed, result in seeds.items() if isinstance(result, dict)}
+def impossible(values: Mapping[str, Any]) -> str | None:
+    """A sentence on the first score or size here that no run can have: no finite number above 0; None if there is none.
 
-
-def _first(values: Mapping[str, Any], names: Sequence[str]) -> float | None:
-    """The first of these that is a finite number."""
-    for name in names:
+    What is null, absent or no number at all claims nothing.
+    """
+    for name in (*_LOSS, *_BPB, *_TOTAL, *_CODE):
         value = values.get(name)
-        # abs is exact for an integer of any size, which a float need not hold.
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
-            return float(value)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        if not (_is_finite(value) and value > 0):
+            told = f"{value:g}" if isinstance(value, float) else str(value)[:20]
+            return f"{name} is {told}; a finite number above 0 is expected."
     return None
 
 
-def _precision(value: float | None) -> float:
+def seed_results(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What submission.json has of each seed, by seed: its seed_results, or its seeds where these are an object."""
+    for name in ("seed_results", "seeds"):
+        seeds = values.get(name)
+        if isinstance(seeds, dict):
+            return {str(seed): result for seed, result in seeds.items() if isinstance(result, dict)}
+    return {}
+
+
+def seed_claims(values: Mapping[str, Any]) -> dict[str, Claim]:
+    """The claims in submission.json's seed_results, by seed."""
+    return {seed: claim_of(result) for seed, result in seed_results(values).items()}
+
+
+def named_seeds(values: Mapping[str, Any]) -> list[str]:
+    """Every seed that submission.json names: in its seed_results, in its list of seeds, or as its one seed."""
+    listed, one = values.get("seeds"), values.get("seed")
+    named = [*seed_results(values), *(listed if isinstance(listed, list) else []), one]
+    return list(
+        dict.fromkeys(str(seed) for seed in named if isinstance(seed, (int, str)) and not isinstance(seed, bool))
+    )
+
+
+def _first(values: Mapping[str, Any], names: Sequence[str]) -> int | float | None:
+    """The first of these that is a finite number."""
+    for name in names:
+        value = values.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value):
+            return value
+    return None
+
+
+def _is_finite(value: int | float) -> bool:
+    # abs is exact for an integer of any size, which a float need not hold; NaN is not below anything.
+    return abs(value) <= sys.float_info.max
+
+
+def _precision(value: int | float | None) -> float:
     """Half a unit of a number's last printed decimal; 0 where there is none."""
     if value is None:
         return 0.0
-    exponent = Decimal(repr(value)).as_tuple().exponent
-    assert isinstance(exponent, int)  # no infinity and no NaN
-    return 0.5 * 10.0**exponent
-
-
-@dataclass(frozen=True)
-class TextLog:
-    """What a training script printed: the ends of steps as (step, seconds), the last claim, and every val_bpb."""
-
-    path: Path
-    seed: str | None
-    ends: tuple[tuple[int, float], ...]
-    claim: Claim
-    scores: tuple[float, ...]
-
-    @classmethod
-    def read(cls, path: Path) -> TextLog:
-        text = path.read_text(encoding="utf-8", errors="replace")
-        ends = [(0, 0.0)]
-        for line in _STEP.finditer(text):
-            step, seconds = int(line["step"] or line["last"] or 0), float(line["time"]) / 1000
-            if step < ends[-1][0]:  # another run goes on in the same file: the last one counts
-                ends = [(0, 0.0)]
-            if step > ends[-1][0]:  # a step that is validated has two lines
-                ends.append((step, seconds))
-        finals = list(_FINAL.finditer(text))
-        last = finals[-1] if finals else None
-        claim = Claim() if last is None else claim_of({"val_loss": float(last[1]), "val_bpb": float(last[2])})
-        totals, codes, scoring = (line.findall(text) for line in (_TOTAL_LINE, _CODE_LINE, _SCORING))
-        seed = _SEED_NAME.search(path.name) or _SEED_LINE.search(text)
-        return cls(
-            path,
-            None if seed is None else seed[1],
-            tuple(ends),
-            replace(
-                claim,
-                total_bytes=int(totals[-1]) if totals else None,
-                code_bytes=int(codes[-1]) if codes else None,
-                score_seconds=int(scoring[-1]) / 1000 if scoring else None,
-            ),
-            tuple(float(line[2]) for line in finals),
-        )
-
-
-def telling_log(logs: Sequence[TextLog], claimed: Claim) -> TextLog | None:
-    """Of several logs of a seed, one that shows the claimed score, else the last."""
-    if claimed.val_bpb is None or not any(log.scores for log in logs):
-        return logs[-1] if logs else None
-    bpb = claimed.val_bpb
-    return min((log for log in logs if log.scores), key=lambda log: min(abs(score - bpb) for score in log.scores))
+    return value.precision if isinstance(value, Printed) else printed_precision(repr(value))
 
 
 class PublicRun(Evidence):
@@ -150,7 +138,7 @@ class PublicRun(Evidence):
     def claim(self) -> Claim:
         """submission.json's where it has one, else the log's, value by value."""
         logged = self.log.claim if self.log is not None else Claim()
-        sources = {name: self.claimed if getattr(self.claimed, name) else logged for name in _CLAIMED}
+        sources = {name: logged if getattr(self.claimed, name) is None else self.claimed for name in _CLAIMED}
         values = {name: getattr(source, name) for name, source in sources.items()}
         return Claim(
             **values,
@@ -160,6 +148,13 @@ class PublicRun(Evidence):
 
     @kept
     def timeline(self) -> Timeline:
+        if self.log is not None and self.log.unreadable:
+            raise Unchecked(self.log.silence)
         if self.log is None or len(self.log.ends) < 2:
             raise Unchecked(f"No log in {self.path} has lines of the form step:N/M … train_time:Tms.")
-        return Timeline(self.log.ends, GPU_STEPS_IN_FLIGHT, self.log.path.name)
+        if not self.log.whole:
+            raise Unchecked(
+                f"{self.log.path.name} ends at step {self.log.ends[-1][0]:,} of {self.log.planned:,}, without a line "
+                "that says that the run stopped there."
+            )
+        return Timeline(self.log.ends, GPU_STEPS_IN_FLIGHT, self.log.path.name, self.claimed.steps)

@@ -110,7 +110,7 @@ class Claim:
     """What a folder says of its score; None where it says nothing.
 
     val_loss: nats per token; val_bpb: bits per byte. tokens, bytes: scored. Sizes in bytes. loss_precision,
-    bpb_precision: how far val_loss and val_bpb may be off by the digits that are given.
+    bpb_precision: how far val_loss and val_bpb may be off by the digits that are given. steps: of training.
     """
 
     val_loss: float | None = None
@@ -123,18 +123,21 @@ class Claim:
     score_seconds: float | None = None
     loss_precision: float = 0.0
     bpb_precision: float = 0.0
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
 class Timeline:
     """When training steps ended, validation excluded: rising (step, seconds), from (0, 0.0).
 
-    in_flight: steps that may start after the limit, as the host cannot know it yet. source: the file's name.
+    in_flight: steps that may start after the limit, as the host cannot know it yet. source: the file's name. claimed:
+    how many steps the run is said to have taken; None where nothing says it.
     """
 
     ends: tuple[tuple[int, float], ...]
     in_flight: int
     source: str
+    claimed: int | None = None
 
     def started_after(self, limit: float) -> int:
         """Steps that started at or after ``limit`` seconds; where not every step is logged, at their mean pace."""
@@ -249,7 +252,7 @@ class Evidence:
     @kept
     def times(self) -> npt.NDArray[np.int32]:
         """How often each validation target is scored, (N,): once, where no method says otherwise."""
-        return np.ones(self.validation.tokens.size - 1, dtype=np.int32)
+        return np.ones(max(self.validation.tokens.size - 1, 0), dtype=np.int32)
 
     @kept
     def score(self) -> Score:
@@ -321,13 +324,14 @@ class RunFolder(Evidence):
             report.code_bytes,
             report.total_bytes,
             report.score_seconds,
+            steps=report.steps,
         )
 
     @kept
     def timeline(self) -> Timeline:
         ends = [(record["step"], number(record, "seconds", self.path)) for record in self.records if record["step"] > 0]
         in_flight = 0 if self.report.device.startswith("cpu ") else GPU_STEPS_IN_FLIGHT
-        return Timeline(((0, 0.0), *ends), in_flight, "log.jsonl")
+        return Timeline(((0, 0.0), *ends), in_flight, "log.jsonl", self.report.steps)
 
     @kept
     def data(self) -> DataFolder:
@@ -347,7 +351,7 @@ class RunFolder(Evidence):
 
     @kept
     def times(self) -> npt.NDArray[np.int32]:
-        config, targets = self.config, self.validation.tokens.size - 1
+        config, targets = self.config, max(self.validation.tokens.size - 1, 0)
         if config.eval.method not in ("standard", "sliding"):  # documents: every target is one's
             return np.ones(targets, dtype=np.int32)
         ev = config.eval

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pgolf.submission.claims import PublicRun, TextLog, claim_of, read_submission, seed_claims, telling_log
+from pgolf.submission.claims import PublicRun, claim_of, named_seeds, read_submission, seed_claims
 from pgolf.submission.evidence import RUN_FILES, Claim, Evidence, Library, Progress, RunFolder, Settings
+from pgolf.submission.logs import TextLog, telling_log
 from pgolf.submission.verdict import Unchecked
 
 SUBMISSION, README = "submission.json", "README.md"
@@ -81,24 +82,27 @@ def _logs(path: Path) -> list[Path]:
 
 
 def _public_runs(path: Path, settings: Settings, library: Library, submission: dict[str, Any]) -> list[Evidence]:
-    """One for every seed that submission.json or a log names; where they name none, one for the folder."""
+    """One for every seed that submission.json or a log names; where they name none or one, one for the folder."""
     claimed = seed_claims(submission)
     logs: dict[str | None, list[TextLog]] = {}
     for log in map(TextLog.read, _logs(path)):
         logs.setdefault(log.seed, []).append(log)
-    named = [*claimed, *(seed for seed in logs if seed is not None and seed not in claimed)]
+    seeds = list(dict.fromkeys([*named_seeds(submission), *(seed for seed in logs if seed is not None)]))
     whole = claim_of(submission)
-    if len(named) < 2:
+    if len(seeds) < 2:
         every = [log for each in logs.values() for log in each]
         return [PublicRun(path, settings, library, path.name, telling_log(every, whole), whole)]
     sizes = Claim(code_bytes=whole.code_bytes, total_bytes=whole.total_bytes)
     runs: list[Evidence] = []
-    for seed in named:
+    for seed in seeds:
         claim = claimed.get(seed, sizes)
         claim = replace(
             claim,
-            code_bytes=claim.code_bytes or sizes.code_bytes,
-            total_bytes=claim.total_bytes or sizes.total_bytes,
+            code_bytes=sizes.code_bytes if claim.code_bytes is None else claim.code_bytes,
+            total_bytes=sizes.total_bytes if claim.total_bytes is None else claim.total_bytes,
         )
         runs.append(PublicRun(path, settings, library, f"seed {seed}", telling_log(logs.get(seed, []), claim), claim))
+    other = telling_log([log for log in logs.get(None, []) if log.scores], whole)
+    if other is not None and not named_seeds(submission):
+        runs.append(PublicRun(path, settings, library, other.path.name, other, sizes))
     return runs

@@ -1,7 +1,8 @@
 """The rules, each a small function: to add one, write it here under `run_rule` or `folder_rule`, and nowhere else.
 
-A rule returns the sentence that says what it saw, and so passes; it raises Broken with what is wrong, or Unchecked with
-what is missing. What it asks for may raise too: a missing file means unchecked, a damaged or impossible one broken.
+A rule returns what it looked at, counted, with the sentence that says what it saw: it passes if that was anything.
+It raises Broken with what is wrong, or Unchecked with what is missing. What it asks for may raise too: a missing file
+means unchecked, a damaged or impossible one broken.
 docs/submission.md has the table for readers.
 """
 
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,12 @@ import numpy as np
 from pgolf.config import Config
 from pgolf.data.files import file_sha256
 from pgolf.evaluate import plan_windows
-from pgolf.submission.claims import PublicRun, claim_of, seed_claims
+from pgolf.submission.agreement import submission_agrees
+from pgolf.submission.claims import SCORE_NAMES
 from pgolf.submission.evidence import Claim, Evidence, Model, RunFolder, number
 from pgolf.submission.folder import README, Folder
-from pgolf.submission.verdict import Broken, Unchecked
+from pgolf.submission.logs import TextLog
+from pgolf.submission.verdict import Broken, Looked, Unchecked
 
 SAME_SCORE = 1e-4
 """How far a score may be off when it is measured again, in nats per token and in bits per byte: kernels round."""
@@ -36,6 +38,7 @@ FREE_KEYS = {"train.seed", "train.data_path", "train.tokenizer_path", "train.tra
 _PROBE_LENGTH, _SUM_LENGTH = 256, 16  # tokens
 _SUM_ERROR = 1e-4  # of probabilities that are added in float64 and were computed in float32
 _BYTES_ERROR, _UNKNOWN_TAIL = 1e-6, 1e-4  # relative; where it is not known which targets a method left out
+_COARSEST_RATIO = 0.005  # relative: digits that leave more open than this cannot tell a wrong byte count
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Rule:
 
     name: str
     reason: str
-    judge: Callable[[Any], str]
+    judge: Callable[[Any], Looked]
 
 
 RUN_RULES: list[Rule] = []
@@ -53,16 +56,16 @@ FOLDER_RULES: list[Rule] = []
 """Judged once."""
 
 
-def run_rule(name: str, reason: str) -> Callable[[Callable[[Evidence], str]], Callable[[Evidence], str]]:
-    def add(judge: Callable[[Evidence], str]) -> Callable[[Evidence], str]:
+def run_rule(name: str, reason: str) -> Callable[[Callable[[Evidence], Looked]], Callable[[Evidence], Looked]]:
+    def add(judge: Callable[[Evidence], Looked]) -> Callable[[Evidence], Looked]:
         RUN_RULES.append(Rule(name, reason, judge))
         return judge
 
     return add
 
 
-def folder_rule(name: str, reason: str) -> Callable[[Callable[[Folder], str]], Callable[[Folder], str]]:
-    def add(judge: Callable[[Folder], str]) -> Callable[[Folder], str]:
+def folder_rule(name: str, reason: str) -> Callable[[Callable[[Folder], Looked]], Callable[[Folder], Looked]]:
+    def add(judge: Callable[[Folder], Looked]) -> Callable[[Folder], Looked]:
         FOLDER_RULES.append(Rule(name, reason, judge))
         return judge
 
@@ -73,8 +76,10 @@ def folder_rule(name: str, reason: str) -> Callable[[Callable[[Folder], str]], C
 
 
 @run_rule("bytes", "The code and the artifact together may have 16,000,000 bytes.")
-def code_and_artifact_fit(run: Evidence) -> str:
+def code_and_artifact_fit(run: Evidence) -> Looked:
     limit, claimed = run.settings.limit_bytes, _claim(run).total_bytes
+    if claimed is not None and claimed < 1:
+        raise Broken(f"Code and artifact are said to have {claimed:,} bytes; they have at least 1.")
     if claimed is not None and claimed > limit:
         raise Broken(f"Code and artifact are said to have {claimed:,} bytes; the limit is {limit:,}.")
     try:
@@ -85,14 +90,17 @@ def code_and_artifact_fit(run: Evidence) -> str:
     if artifact > limit:
         raise Broken(f"The artifact alone has {artifact:,} bytes; the limit is {limit:,}, code included.")
     code = run.code.stat().st_size
+    for what, path, bytes_ in (("artifact", run.artifact, artifact), ("script", run.code, code)):
+        if bytes_ == 0:
+            raise Unchecked(f"{path} is empty: there is no {what} whose bytes could be counted.")
     size = f"Artifact ({artifact:,} bytes) and code ({code:,}) have {artifact + code:,} bytes"
     if artifact + code > limit:
         raise Broken(f"{size}, {artifact + code - limit:,} more than the limit of {limit:,}.")
-    return f"{size} of {limit:,}."
+    return Looked(artifact + code, "bytes of artifact and code", f"{size} of {limit:,}.")
 
 
 @run_rule("time", "No training step may start after the time limit; a GPU may finish the two it has been given.")
-def steps_start_in_time(run: Evidence) -> str:
+def steps_start_in_time(run: Evidence) -> Looked:
     limit, timeline = run.settings.limit_seconds, run.timeline
     for (step, seconds), (later_step, later) in pairwise(timeline.ends):
         if later < seconds:
@@ -101,28 +109,42 @@ def steps_start_in_time(run: Evidence) -> str:
                 f"{seconds:,.1f} s: what the run took in all is not known."
             )
     steps, seconds = timeline.ends[-1]
+    if timeline.claimed is not None and steps < timeline.claimed:
+        raise Unchecked(
+            f"{timeline.source} ends at step {steps:,} of the {timeline.claimed:,} that the run is said to have taken: "
+            "when the others ended is not known."
+        )
+    if steps and seconds <= 0:
+        raise Broken(f"By {timeline.source}, {steps:,} steps took {seconds:,.1f} s, which no step can.")
     took = f"{steps:,} steps in {seconds:,.1f} s by {timeline.source}"
     if limit <= 0:
-        return f"{took}; there is no limit."
+        return Looked(steps, "training steps", f"{took}; there is no limit.")
     late = timeline.started_after(limit)
     if late > timeline.in_flight:
         allowed = f"only {timeline.in_flight} can be in flight then" if timeline.in_flight else "none may"
         raise Broken(f"{took}: {late:,} of them started after the limit of {limit:,.0f} s, and {allowed}.")
-    return f"{took}, of {limit:,.0f} s."
+    return Looked(steps, "training steps", f"{took}, of {limit:,.0f} s.")
 
 
 @run_rule("scoring-time", "Scoring may take as long as training.")
-def scoring_ends_in_time(run: Evidence) -> str:
+def scoring_ends_in_time(run: Evidence) -> Looked:
     limit, seconds = run.settings.limit_seconds, run.claim.score_seconds
     if seconds is None:
         raise Unchecked("Nothing says how long scoring took.")
+    if not 0 <= seconds < math.inf:
+        raise Broken(f"Scoring is said to have taken {seconds} s; a finite number above 0 is expected.")
+    if seconds == 0:
+        raise Unchecked("Scoring is said to have taken 0 s: it was not timed, or nothing was scored.")
     if 0 < limit < seconds:
         raise Broken(f"Scoring took {seconds:,.1f} s; the limit is {limit:,.0f} s.")
-    return f"Scoring took {seconds:,.1f} s."
+    scored = run.claim.tokens
+    if scored is None:
+        return Looked(1, "scoring times", f"Scoring took {seconds:,.1f} s.")
+    return Looked(scored, "scored tokens", f"Scoring took {seconds:,.1f} s.")
 
 
 @run_rule("log", "The log is whole, and agrees with the report, the configuration and the artifact.")
-def log_is_whole(run: Evidence) -> str:
+def log_is_whole(run: Evidence) -> Looked:
     records, report, config, header = run.records, run.report, run.config, run.header
     steps = [record for record in records if record["step"] > 0]
     if [record["step"] for record in steps] != list(range(1, len(steps) + 1)) or not steps:
@@ -140,9 +162,9 @@ def log_is_whole(run: Evidence) -> str:
             raise Broken(f"Step {record['step']:,} has {record['tokens']} tokens; expected {record['step'] * batch:,}.")
         before = seconds
     told = {
-        "steps": (report.steps, len(steps), header["steps"]),
-        "tokens": (report.tokens, len(steps) * config.train.train_batch_tokens, header["tokens"]),
-        "seed": (report.seed, config.train.seed, header["seed"]),
+        "steps": (report.steps, len(steps), header.get("steps")),
+        "tokens": (report.tokens, len(steps) * config.train.train_batch_tokens, header.get("tokens")),
+        "seed": (report.seed, config.train.seed, header.get("seed")),
         "seconds": (report.seconds, before, before),
         "model": (header["model"], config.model.to_dict(), header["model"]),
         "artifact's bytes": (report.artifact_bytes, run.artifact.stat().st_size, report.artifact_bytes),
@@ -150,14 +172,15 @@ def log_is_whole(run: Evidence) -> str:
     for what, values in told.items():
         if values[0] != values[1] or values[1] != values[2]:
             raise Broken(f"Report, log, configuration and artifact disagree about the {what}: {values}.")
-    return f"Every one of {len(steps):,} steps is there; report, configuration and artifact agree."
+    told_of = f"Every one of {len(steps):,} steps is there; report, configuration and artifact agree."
+    return Looked(len(steps), "training steps", told_of)
 
 
 # ---- What was trained on, and what was scored
 
 
 @run_rule("order", "No token may be scored after it has been trained on.")
-def nothing_scored_after_training(run: Evidence) -> str:
+def nothing_scored_after_training(run: Evidence) -> Looked:
     config, data = run.config, run.data
     if not data.train:
         raise Unchecked(f"{data.path} holds no training shards that could be compared with the validation shards.")
@@ -174,19 +197,23 @@ def nothing_scored_after_training(run: Evidence) -> str:
     cut = max(length + length // 2 - 1, 1)
     text = np.random.default_rng(2).integers(0, config.model.vocab_size - 1, 3 * length + 1)
     other = np.where(np.arange(text.size) < cut, text, (text + 1) % (config.model.vocab_size - 1))
-    before, after = (scorer(run.model, _document(ids, config), config, length) for ids in (text, other))
+    before, after = (np.asarray(scorer(run.model, _document(ids, config), config, length)) for ids in (text, other))
+    if not before.shape == after.shape == text.shape:
+        raise Broken(f"By the method {method}, {text.size:,} targets have scores of the shape {before.shape}.")
     for target in _changes(before[:cut], after[:cut]):
         raise Broken(f"By the method {method}, the score of target {target} knows of the targets from {cut} on.")
     batch, spans, count = config.train.train_batch_tokens, config.train.grad_accum_steps, len(data.train)
-    return (
+    return Looked(
+        cut if run.report.steps else 0,
+        "scores with a changed text behind them, after training steps",
         f"By the method {method}, no score knows of a later target, and the {run.report.steps:,} training steps read "
         f"{run.report.steps * (batch + spans):,} tokens from the beginning of {count:,} training "
-        f"shard{'s' * (count != 1)}, none of which is a validation shard."
+        f"shard{'s' * (count != 1)}, none of which is a validation shard.",
     )
 
 
 @run_rule("coverage", "Every validation token is scored, as often as the method says.")
-def every_token_scored(run: Evidence) -> str:
+def every_token_scored(run: Evidence) -> Looked:
     data, times = run.data, run.times
     tokens = run.validation.tokens.size
     if data.manifest is not None and data.manifest.val.tokens != tokens:
@@ -203,31 +230,41 @@ def every_token_scored(run: Evidence) -> str:
     if left > UNSCORED_SHARE * times.size:
         raise Broken(f"{left:,} of {times.size:,} validation targets are never scored, more than a dropped tail.")
     rest = f"all but the last {left:,}, which the method drops" if left else "each of them"
-    return f"{scored:,} scores of {times.size:,} validation targets: {rest}."
+    return Looked(scored, "scores", f"{scored:,} scores of {times.size:,} validation targets: {rest}.")
 
 
 @run_rule("text-bytes", "Bits per byte are counted over the bytes of the text that the tokens decode to.")
-def bytes_are_the_texts(run: Evidence) -> str:
+def bytes_are_the_texts(run: Evidence) -> Looked:
     validation, claim = run.validation, run.claim
     if validation.target_bytes is None:
         raise Unchecked("There is no tokenizer to decode the validation tokens; give --tokenizer.")
     if claim.val_loss is None or claim.val_bpb is None:
         raise Unchecked("Without both a loss and bits per byte, there is nothing to compare the text's bytes with.")
-    counted = int((run.times * validation.target_bytes).sum(dtype=np.int64))
-    per_token = counted / int(run.times.sum(dtype=np.int64))
+    if not (0 < claim.val_loss < math.inf and 0 < claim.val_bpb < math.inf):
+        raise Broken(f"{claim.val_loss} nats per token and {claim.val_bpb} bits per byte: both must be above 0.")
+    counted, scored = (int(each.sum(dtype=np.int64)) for each in (run.times * validation.target_bytes, run.times))
+    if not counted:
+        return Looked(0, "bytes of validation text", "")
+    per_token = counted / scored
     implied = claim.val_loss / math.log(2) / claim.val_bpb
     slack = claim.loss_precision / claim.val_loss + claim.bpb_precision / claim.val_bpb
     slack += _BYTES_ERROR if claim.tokens is not None else _UNKNOWN_TAIL
+    if slack > _COARSEST_RATIO:
+        raise Unchecked(
+            f"{claim.val_loss} nats per token and {claim.val_bpb} bits per byte have too few digits to be compared "
+            "with the text's bytes."
+        )
     if claim.bytes not in (None, counted) or abs(implied / per_token - 1) > slack:
         raise Broken(
             f"{claim.val_loss:.6f} nats per token and {claim.val_bpb:.6f} bits per byte mean {implied:.6f} bytes per "
             f"token; the decoded text has {per_token:.6f} ({counted:,} bytes)."
         )
-    return f"Every document's bytes are its text's: {counted:,} of them, {per_token:.4f} per token."
+    seen = f"Every document's bytes are its text's: {counted:,} of them, {per_token:.4f} per token."
+    return Looked(counted, "bytes of validation text", seen)
 
 
 @run_rule("documents", "No validation document may stand among the training documents.")
-def no_document_trained_on(run: Evidence) -> str:
+def no_document_trained_on(run: Evidence) -> Looked:
     duplicates = run.validation.duplicates
     if duplicates is None:
         raise Unchecked(f"{run.data.path} holds no training shards to look validation documents up in.")
@@ -238,19 +275,23 @@ def no_document_trained_on(run: Evidence) -> str:
     looked = f"{duplicates.looked_up:,} validation documents were looked up among {duplicates.training_documents:,}"
     if not duplicates.complete:
         raise Unchecked(f"Only a sample, {looked} training documents, none found; the full audit looks all of them up.")
-    return f"All {looked} training documents; none stands there."
+    if not duplicates.training_documents:
+        return Looked(0, "training documents", "")
+    seen = f"All {looked} training documents; none stands there."
+    return Looked(duplicates.looked_up, "validation documents", seen)
 
 
 # ---- What the artifact is
 
 
 @run_rule("causality", "The prediction of a token may depend on no token behind it.")
-def logits_are_causal(run: Evidence) -> str:
+def logits_are_causal(run: Evidence) -> Looked:
     model, vocab = run.model, run.model.config.vocab_size
     length = min(model.train_seq_len or _PROBE_LENGTH, _PROBE_LENGTH)
     rng = np.random.default_rng(0)
     stream = rng.integers(0, vocab, length + 1)
     logits, losses = _predictions(model, stream)
+    compared = 0
     cuts = sorted({max(cut, 1) for cut in (length // 4, length // 2, length - 1)})
     for cut in cuts:  # tokens from here on are others
         other = stream.copy()
@@ -258,62 +299,74 @@ def logits_are_causal(run: Evidence) -> str:
         other_logits, other_losses = _predictions(model, other)
         # Position p reads the tokens up to p and predicts the one behind it.
         for what, one, two, end in (("logits", logits, other_logits, cut), ("loss", losses, other_losses, cut - 1)):
+            compared += one[:end].size
             for position in _changes(one[:end], two[:end]):
                 raise Broken(f"The {what} at position {position} changed when only tokens from {cut} on did.")
-    return f"Logits and losses stayed, bit for bit, when later tokens changed (at {_listed(cuts)} of {length:,})."
+    seen = f"Logits and losses stayed, bit for bit, when later tokens changed (at {_listed(cuts)} of {length:,})."
+    return Looked(compared, "logits and losses", seen)
 
 
 @run_rule("normalisation", "The probabilities that are scored sum to one over the vocabulary.")
-def probabilities_sum_to_one(run: Evidence) -> str:
+def probabilities_sum_to_one(run: Evidence) -> Looked:
     model, vocab = run.model, run.model.config.vocab_size
     length = min(model.train_seq_len or _SUM_LENGTH, _SUM_LENGTH)
     ids = np.random.default_rng(1).integers(0, vocab, length)
     targets = np.repeat(np.arange(vocab, dtype=np.int32)[:, None], length, axis=1)  # each token, at every position
     losses = np.asarray(model.window_losses(np.tile(ids.astype(np.int32), (vocab, 1)), targets, 0), dtype=np.float64)
+    if losses.shape != targets.shape:
+        raise Broken(f"{vocab:,} sequences of {length} targets have losses of the shape {losses.shape}.")
     sums = np.exp(-losses).sum(axis=0)
     worst = int(np.argmax(np.abs(sums - 1)))
     if not abs(sums[worst] - 1) <= _SUM_ERROR:  # NaN is none
         raise Broken(f"The probabilities of all {vocab:,} tokens at position {worst} sum to {sums[worst]:.6f}.")
-    return f"At {length} positions the probabilities of {vocab:,} tokens sum to 1 within {abs(sums[worst] - 1):.1e}."
+    seen = f"At {length} positions the probabilities of {vocab:,} tokens sum to 1 within {abs(sums[worst] - 1):.1e}."
+    return Looked(losses.size, "probabilities", seen)
 
 
 @run_rule("reload", "The artifact, loaded anew, scores what is claimed.")
-def artifact_scores_again(run: Evidence) -> str:
+def artifact_scores_again(run: Evidence) -> Looked:
     claim, score = run.claim, run.score
     for what, claimed, found in (("loss", claim.val_loss, score.loss), ("bits per byte", claim.val_bpb, score.bpb)):
         if claimed is None or found is None:
             raise Unchecked(f"The {what} cannot be compared: {claimed} is claimed, {found} was measured.")
         if not abs(found - claimed) <= SAME_SCORE:
             raise Broken(f"The artifact scores {found:.6f} {what}; {claimed:.6f} is claimed.")
-    return f"The artifact scores {score.bpb:.6f} bits per byte again, {claim.val_bpb:.6f} is claimed."
+    seen = f"The artifact scores {score.bpb:.6f} bits per byte again, {claim.val_bpb:.6f} is claimed."
+    return Looked(score.tokens, "scored tokens", seen)
 
 
 # ---- The folder
 
 
 @folder_rule("files", "A submission has a README, submission.json, a training log and a script that can run.")
-def files_are_there(folder: Folder) -> str:
+def files_are_there(folder: Folder) -> Looked:
     values = _submission(folder)
     readme = folder.path / README
     if not readme.is_file() or not readme.read_text(encoding="utf-8", errors="replace").strip():
         raise Broken(f"There is no {README}, or it is empty.")
-    for names in (("name", "run_name"), ("author", "github_id"), ("val_bpb", "mean_val_bpb", "val_bpb_mean")):
-        if not any(values.get(name) not in (None, "") for name in names):
+    for names in (("name", "run_name"), ("author", "github_id"), SCORE_NAMES):
+        if all(values.get(name) is None or not str(values[name]).strip() for name in names):
             raise Broken(f"submission.json has no {' or '.join(names)}.")
     if not folder.logs:
         raise Broken("There is no training log (*.log, train*.txt).")
+    for log in map(TextLog.read, folder.logs):
+        if not log.characters:
+            raise Broken(f"{log.path.name} is empty; a training log is expected.")
     try:
         script = folder.script
-        ast.parse(script.read_bytes(), filename=script.name)
+        statements = ast.parse(script.read_bytes(), filename=script.name).body
     except Unchecked as missing:
         raise Broken(str(missing)) from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two of parentheses without end
         raise Broken(f"{script.name} is not a Python script: {error or type(error).__name__}.") from None
-    return f"{_listed([README, 'submission.json', *(log.name for log in folder.logs), script.name])} are there."
+    if not statements:
+        raise Broken(f"{script.name} holds no statement: there is nothing in it that can run.")
+    there = [README, "submission.json", *(log.name for log in folder.logs), script.name]
+    return Looked(len(there), "files", f"{_listed(there)} are there.")
 
 
 @folder_rule("seeds", "The runs differ in their seeds, in nothing else, and no run stands there twice.")
-def runs_differ_in_seed_alone(folder: Folder) -> str:
+def runs_differ_in_seed_alone(folder: Folder) -> Looked:
     runs = [run for run in folder.runs if isinstance(run, RunFolder)]
     if not runs:
         raise Unchecked("Without pgolf's run folders, it cannot be seen in what the runs differ.")
@@ -329,56 +382,15 @@ def runs_differ_in_seed_alone(folder: Folder) -> str:
         for key, value in values.items():
             if key not in FREE_KEYS and value != first[1][key]:
                 raise Broken(f"{first[0]} has {key} = {first[1][key]!r} and {name} {value!r}.")
-    return f"Seeds {_listed([run.report.seed for run in runs])}, one configuration."
+    if not others:
+        alone = f"One run, with seed {runs[0].report.seed}: there is no other that it could be the same as."
+        return Looked(1, "runs", alone)
+    return Looked(len(runs), "runs", f"Seeds {_listed([run.report.seed for run in runs])}, one configuration.")
 
 
 @folder_rule("claims", "submission.json says what the logs and the runs say.")
-def submission_says_what_runs_say(folder: Folder) -> str:
-    values = _submission(folder)
-    claimed, by_seed = claim_of(values), seed_claims(values)
-    if claimed.val_bpb is None:
-        raise Broken("submission.json gives no val_bpb.")
-    public = [run for run in folder.runs if isinstance(run, PublicRun)]
-    if public:
-        scores = [each.claimed.val_bpb for each in public if each.claimed.val_bpb is not None]
-        for each in public:
-            _check_log(each)
-        if not any(each.log is not None for each in public) and len(scores) < 2:
-            raise Unchecked("There are no logs and no seeds to compare submission.json with.")
-    else:
-        scores = []
-        for run in folder.runs:
-            found, said = run.claim, by_seed.get(str(run.report.seed))
-            if found.val_bpb is None or said is None or said.val_bpb is None:
-                raise Broken(f"{run.name} is not in submission.json's seed_results, or has no bits per byte.")
-            if abs(said.val_bpb - found.val_bpb) > said.bpb_precision + 1e-12:
-                raise Broken(f"{run.name} scored {found.val_bpb:.8f}; submission.json says {said.val_bpb:.8f}.")
-            scores.append(found.val_bpb)
-        largest = max(run.artifact.stat().st_size + run.code.stat().st_size for run in folder.runs)
-        if claimed.total_bytes != largest:
-            raise Broken(f"bytes_total is {claimed.total_bytes}; the largest artifact and the code have {largest:,}.")
-    mean = fmean(scores) if scores else claimed.val_bpb
-    if claimed.val_bpb < mean - claimed.bpb_precision - 1e-12:
-        raise Broken(f"val_bpb is {claimed.val_bpb:.8f}; the mean of the {len(scores)} seeds is {mean:.8f}.")
-    return f"val_bpb {claimed.val_bpb:.6f} is what {len(scores) or 1} run{'s' * (len(scores) > 1)} came to."
-
-
-def _check_log(run: PublicRun) -> None:
-    log, claimed = run.log, run.claimed
-    if log is None or claimed.val_bpb is None or len(log.scores) == 0:
-        return
-    slack = max(claimed.bpb_precision, log.claim.bpb_precision) * 1.001
-    nearest = min(log.scores, key=lambda score: abs(score - claimed.val_bpb))  # type: ignore[operator]
-    if abs(nearest - claimed.val_bpb) > slack:
-        raise Broken(f"No line of {log.path.name} has val_bpb {claimed.val_bpb:.8f}; the nearest is {nearest:.8f}.")
-    if (
-        log.claim.total_bytes is not None
-        and claimed.total_bytes is not None
-        and log.claim.total_bytes > claimed.total_bytes
-    ):
-        raise Broken(
-            f"{log.path.name} says {log.claim.total_bytes:,} bytes in total; submission.json {claimed.total_bytes:,}."
-        )
+def submission_says_what_runs_say(folder: Folder) -> Looked:
+    return submission_agrees(_submission(folder), folder.runs)
 
 
 # ---- What several rules need
@@ -435,9 +447,14 @@ def _submission(folder: Folder) -> dict[str, Any]:
 
 
 def _predictions(model: Model, stream: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Logits (T, V) and losses (T,) of T + 1 tokens."""
+    """Logits (T, V) and losses (T,) of T + 1 tokens; raises ValueError where the model gives others."""
     ids, targets = stream[None, :-1].astype(np.int32), stream[None, 1:].astype(np.int32)
-    return np.asarray(model.logits(ids))[0], np.asarray(model.window_losses(ids, targets, 0))[0]
+    logits, losses = np.asarray(model.logits(ids)), np.asarray(model.window_losses(ids, targets, 0))
+    if logits.shape != (*ids.shape, model.config.vocab_size) or losses.shape != ids.shape:
+        raise ValueError(
+            f"A sequence of {ids.size:,} tokens has logits of the shape {logits.shape}, losses {losses.shape}."
+        )
+    return logits[0], losses[0]
 
 
 def _changes(one: np.ndarray[Any, Any], two: np.ndarray[Any, Any]) -> list[int]:

@@ -1,12 +1,14 @@
-"""What a check comes to: findings, and the two ways in which a rule does not pass."""
+"""What a rule comes to: what it looked at, or one of the two ways in which it does not pass; and a check as a whole."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 PASSED, FAILED, UNCHECKED = "passed", "failed", "unchecked"
+INCOMPLETE = "incomplete"
+"""Of a whole check: no rule is broken, and not every rule could be checked."""
 
 
 class Broken(Exception):
@@ -18,17 +20,33 @@ class Unchecked(Exception):
 
 
 @dataclass(frozen=True)
+class Looked:
+    """What a rule looked at and found to hold.
+
+    count: how many things it looked at; at 0 the rule does not pass, as there was nothing that could have broken it.
+    what: their kind, in the plural ("training steps"). sentence: what was seen.
+    """
+
+    count: int
+    what: str
+    sentence: str
+
+
+@dataclass(frozen=True)
 class Finding:
     """What one rule says of one run, or of the folder as a whole.
 
     rule: its name. where: the run's name, or "" for the folder. outcome: "passed", "failed" or "unchecked".
-    sentence: what was seen, what is wrong, or what is missing.
+    sentence: what was seen, what is wrong, or what is missing. count, what: how many things the rule looked at, and
+    their kind; 0 and "" where it came to nothing that it could count. A rule that passed has looked at one at least.
     """
 
     rule: str
     where: str
     outcome: str
     sentence: str
+    count: int = 0
+    what: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,11 @@ class CheckReport:
     findings: tuple[Finding, ...]
 
     @property
+    def passed(self) -> tuple[Finding, ...]:
+        """Findings of rules that were checked, and hold."""
+        return self._having(PASSED)
+
+    @property
     def failed(self) -> tuple[Finding, ...]:
         """Findings of broken rules."""
         return self._having(FAILED)
@@ -52,24 +75,38 @@ class CheckReport:
         return self._having(UNCHECKED)
 
     @property
+    def verdict(self) -> str:
+        """failed: a rule is broken; incomplete: none is, but one could not be checked, or none was; passed: all hold."""
+        if self.failed:
+            return FAILED
+        return INCOMPLETE if self.unchecked or not self.passed else PASSED
+
+    @property
     def ok(self) -> bool:
-        """Whether every rule was checked, and holds."""
-        return not self.failed and not self.unchecked
+        """Whether every rule was checked, and holds: the verdict is "passed"."""
+        return self.verdict == PASSED
 
     def _having(self, outcome: str) -> tuple[Finding, ...]:
         return tuple(finding for finding in self.findings if finding.outcome == outcome)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field and the outcome, with JSON's types."""
-        counts = {"failed": len(self.failed), "unchecked": len(self.unchecked)}
-        return {"path": self.path, "ok": self.ok, **counts, "findings": [asdict(finding) for finding in self.findings]}
+        """Every field, the verdict and how many findings came to what, with JSON's types."""
+        return {
+            "path": self.path,
+            "verdict": self.verdict,
+            "ok": self.ok,
+            "passed": len(self.passed),
+            "failed": len(self.failed),
+            "unchecked": len(self.unchecked),
+            "findings": [asdict(finding) for finding in self.findings],
+        }
 
 
 def grouped(findings: Iterable[Finding]) -> list[tuple[Finding, list[str]]]:
     """Findings that say the same of several runs as one, with the places of all."""
-    groups: dict[tuple[str, str, str], tuple[Finding, list[str]]] = {}
+    groups: dict[Finding, tuple[Finding, list[str]]] = {}
     for finding in findings:
-        key = finding.rule, finding.outcome, finding.sentence
+        key = replace(finding, where="")
         groups.setdefault(key, (finding, []))[1].append(finding.where)
     return list(groups.values())
 
