@@ -80,7 +80,7 @@ def check_command(
 
 
 def show_findings(report: CheckReport, console: Console) -> None:
-    """Print a table of findings, in which runs of which a rule says the same share a row, the counts and the verdict."""
+    """Print findings as a table, where runs of which a rule says the same share a row; then counts and verdict."""
     from rich.text import Text
 
     from pgolf.submission.verdict import grouped

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from pgolf.submission.claims import PublicRun, claim_of, impossible, named_seeds, seed_claims, seed_results
 from pgolf.submission.evidence import Claim, Evidence
-from pgolf.submission.logs import LoggedScore
+from pgolf.submission.logs import LoggedScore, TextLog
 from pgolf.submission.verdict import Broken, Looked, Unchecked
 
 _COARSEST = 5e-4
@@ -21,7 +22,7 @@ _COARSEST = 5e-4
 _ROUNDING = 1e-9  # of sums in binary floating point, next to digits that are compared
 
 
-def submission_agrees(values: Mapping[str, Any], runs: Sequence[Evidence]) -> Looked:
+def submission_agrees(values: Mapping[str, Any], runs: Sequence[Evidence], logs: Sequence[Path]) -> Looked:
     """Every claimed score and size against its run; raises Broken where they differ, Unchecked where one is missing."""
     for where, each in (("", values), *((f" of seed {seed}", each) for seed, each in seed_results(values).items())):
         if wrong := impossible(each):
@@ -29,12 +30,17 @@ def submission_agrees(values: Mapping[str, Any], runs: Sequence[Evidence]) -> Lo
     claimed, by_seed = _fine(claim_of(values)), {seed: _fine(claim) for seed, claim in seed_claims(values).items()}
     if claimed.val_bpb is None:
         raise Broken("submission.json gives no val_bpb.")
+    if not runs:
+        raise Unchecked("There are no runs and no logs to compare submission.json with.")
     public = [run for run in runs if isinstance(run, PublicRun)]
     scores, compared = _of_logs(claimed, by_seed, values, public) if public else _of_runs(claimed, by_seed, runs)
     _means(claimed, scores)
-    unseen = [seed for seed in named_seeds(values) if not public and seed not in {str(r.report.seed) for r in runs}]
-    if unseen:
-        raise Unchecked(f"submission.json names the seed {unseen[0]}, of which there is no run folder.")
+    if not public:
+        seeds = {str(run.report.seed) for run in runs}
+        for seed in named_seeds(values):
+            if seed not in seeds:
+                raise Unchecked(f"submission.json names the seed {seed}, of which there is no run folder.")
+        compared += sum(_kept_log(run, logs) for run in runs)
     came = f"{len(scores)} run{'s' * (len(scores) != 1)} came to"
     return Looked(compared, "claimed scores and sizes", f"val_bpb {claimed.val_bpb:.6f} is what {came}.")
 
@@ -71,6 +77,27 @@ def _of_runs(claimed: Claim, by_seed: Mapping[str, Claim], runs: Sequence[Eviden
     if claimed.total_bytes != largest:
         raise Broken(f"bytes_total is {claimed.total_bytes}; the largest artifact and the code have {largest:,}.")
     return scores, compared + 1
+
+
+def _kept_log(run: Evidence, logs: Sequence[Path]) -> int:
+    """1 where the log that is kept beside a run agrees with it: its log.jsonl again, or what the script printed."""
+    own = (run.path / "log.jsonl").read_bytes()
+    kept = [TextLog.read(log) for log in logs]
+    kept = [log for log in kept if log.seed == str(run.report.seed)]
+    if not kept:
+        raise Unchecked(f"There is no log of {run.name} (train_seed{run.report.seed}.log) beside its folder.")
+    for log in kept:
+        if log.path.read_bytes() == own:
+            continue
+        if not log.scores and len(log.ends) < 2:
+            raise Unchecked(f"{log.silence[:-1]}, and it is not the run's log.jsonl.")
+        scored = replace(run.claim, bpb_precision=0.0)
+        if log.finals and not any(score.shows(scored) for score in log.finals):
+            raise Broken(
+                f"{run.name} scored {scored.val_bpb:.8f}; the artifact's last score in {log.path.name} is "
+                f"{log.finals[-1].bpb:.8f}."
+            )
+    return 1
 
 
 def _of_logs(
@@ -163,7 +190,7 @@ def _chosen(
     seeds (``several`` is false), the claim may be of one run, but not of one that is better than the mean.
     """
     logs = [run.log for run in runs if run.log is not None]
-    by_name = [{_kind(score): _as_claim(score) for score in log.finals} for log in logs]
+    by_name = [{score.evaluation: _as_claim(score) for score in log.finals} for log in logs]
     for name in reversed(by_name[-1]):
         alike = [found[name] for found in by_name if name in found]
         if len(alike) == len(runs) and _differs(claimed, alike) is None:
@@ -172,7 +199,7 @@ def _chosen(
         one = next((score for score in log.finals if score.shows(claimed)), None)
         if one is None or several:
             continue
-        mean = fmean(found[_kind(one)].val_bpb or 0.0 for found in by_name if _kind(one) in found)
+        mean = fmean(found[one.evaluation].val_bpb or 0.0 for found in by_name if one.evaluation in found)
         if one.bpb < mean - _ROUNDING:
             raise Broken(
                 f"val_bpb {claimed.val_bpb:.8f} is that of {log.path.name} alone; the mean of the {len(logs)} logs is "
@@ -180,10 +207,6 @@ def _chosen(
             )
         return [run], [_as_claim(one)]
     return runs, scores
-
-
-def _kind(score: LoggedScore) -> str:
-    return score.name.removesuffix("_exact")
 
 
 def _as_claim(score: LoggedScore) -> Claim:

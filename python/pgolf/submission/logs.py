@@ -70,6 +70,11 @@ class LoggedScore:
     loss_precision: float
     bpb_precision: float
 
+    @property
+    def evaluation(self) -> str:
+        """The name without the word by which scripts print the same score again, in all its digits."""
+        return self.name.replace("_exact", "")
+
     def shows(self, claim: Claim) -> bool:
         """Whether the claimed bits per byte are these, within the digits of the one that has fewer."""
         assert claim.val_bpb is not None
@@ -135,7 +140,8 @@ class TextLog:
             score
             for score in finals
             if not any(
-                other.bpb_precision < score.bpb_precision
+                other.evaluation == score.evaluation
+                and other.bpb_precision < score.bpb_precision
                 and abs(other.bpb - score.bpb) <= score.bpb_precision * _ROUNDING
                 for other in finals
             )

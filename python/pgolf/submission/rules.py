@@ -390,7 +390,7 @@ def runs_differ_in_seed_alone(folder: Folder) -> Looked:
 
 @folder_rule("claims", "submission.json says what the logs and the runs say.")
 def submission_says_what_runs_say(folder: Folder) -> Looked:
-    return submission_agrees(_submission(folder), folder.runs)
+    return submission_agrees(_submission(folder), folder.runs, folder.logs)
 
 
 # ---- What several rules need

@@ -76,7 +76,7 @@ class CheckReport:
 
     @property
     def verdict(self) -> str:
-        """failed: a rule is broken; incomplete: none is, but one could not be checked, or none was; passed: all hold."""
+        """failed: a rule is broken; incomplete: none is, but one, or all, could not be checked; passed: all hold."""
         if self.failed:
             return FAILED
         return INCOMPLETE if self.unchecked or not self.passed else PASSED
