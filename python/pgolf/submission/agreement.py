@@ -14,11 +14,9 @@ from typing import Any
 
 from pgolf.submission.claims import PublicRun, claim_of, impossible, named_seeds, seed_claims, seed_results
 from pgolf.submission.evidence import Claim, Evidence
-from pgolf.submission.logs import LoggedScore, TextLog
+from pgolf.submission.logs import COARSEST, LoggedScore, TextLog
 from pgolf.submission.verdict import Broken, Looked, Unchecked
 
-_COARSEST = 5e-4
-"""How far a claim may be off however few digits it has: a score without its third decimal says nothing of a record."""
 _ROUNDING = 1e-9  # of sums in binary floating point, next to digits that are compared
 
 
@@ -48,8 +46,8 @@ def submission_agrees(values: Mapping[str, Any], runs: Sequence[Evidence], logs:
 def _fine(claim: Claim) -> Claim:
     return replace(
         claim,
-        loss_precision=min(claim.loss_precision, _COARSEST),
-        bpb_precision=min(claim.bpb_precision, _COARSEST),
+        loss_precision=min(claim.loss_precision, COARSEST),
+        bpb_precision=min(claim.bpb_precision, COARSEST),
     )
 
 

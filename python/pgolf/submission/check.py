@@ -38,7 +38,7 @@ def judge(folder: Folder, submission: bool) -> Iterator[Finding]:
     """Findings in the order of the rules, then of the runs; without ``submission``, only what bare runs can show."""
     for index, rule in enumerate(RUN_RULES):
         for run in folder.runs:
-            yield _finding(rule, run, run.name)
+            yield finding_of(rule, run, run.name)
         folder.progress("check", index + 1, len(RUN_RULES))
     yield from judge_folder(folder, [rule for rule in FOLDER_RULES if submission or rule.name == "seeds"])
 
@@ -46,10 +46,10 @@ def judge(folder: Folder, submission: bool) -> Iterator[Finding]:
 def judge_folder(folder: Folder, rules: list[Rule]) -> Iterator[Finding]:
     """The findings of rules for the folder as a whole."""
     for rule in rules:
-        yield _finding(rule, folder, "")
+        yield finding_of(rule, folder, "")
 
 
-def _finding(rule: Rule, subject: Any, where: str) -> Finding:
+def finding_of(rule: Rule, subject: Any, where: str) -> Finding:
     """A missing file or device leaves a rule unchecked; what is there and cannot be right breaks it.
 
     A rule that looked at nothing is unchecked, whatever it says.

@@ -21,6 +21,9 @@ from typing import Literal
 
 from pgolf.submission.evidence import Claim
 
+COARSEST = 5e-4
+"""How far scores may differ however few digits they have: one without its third decimal says nothing of a record."""
+
 Moment = Literal["before quantisation", "artifact", "unknown"]
 
 # Some scripts give a step's time in tenths of minutes, and in milliseconds only where they stop. No run prints numbers
@@ -60,7 +63,7 @@ _MARKS = (
 class LoggedScore:
     """A line with a score: the name before it, nats per token, bits per byte, and which weights it is of.
 
-    loss_precision, bpb_precision: half a unit of the last printed decimal.
+    loss_precision, bpb_precision: half a unit of the last printed decimal, COARSEST at most.
     """
 
     name: str
@@ -187,10 +190,8 @@ def _read(log: TextLog, text: str, named: bool) -> TextLog:
         if found := _SCORE.search(line):
             name = line[: found.start()].strip()
             moment = moment_of(name)
-            loss, bpb = float(found[1]), float(found[2])
-            scores.append(
-                LoggedScore(name, loss, bpb, moment, printed_precision(found[1]), printed_precision(found[2]))
-            )
+            precisions = (min(printed_precision(digits), COARSEST) for digits in found.groups())
+            scores.append(LoggedScore(name, float(found[1]), float(found[2]), moment, *precisions))
             if moment == "artifact" and (took := _SCORING.search(line)):
                 scoring = int(took[1]) / 1000
         elif size := _TOTAL.match(line):
