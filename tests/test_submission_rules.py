@@ -304,6 +304,15 @@ def test_a_method_that_scores_nothing_is_not_in_order(run: Path, code: Path, mon
     assert outcomes(report)["order"] == "failed" and "have scores of the shape (0,)" in sentence(report, "order")
 
 
+def test_without_training_nothing_can_be_scored_after_it(run: Path, code: Path) -> None:
+    edit(run / "report.json", steps=0)
+    outcome, said = rule_of(run, Settings(code=code), "order")
+    assert (outcome, said) == (
+        "unchecked",
+        "There was nothing to look at: 0 scores with a changed text behind them, after training steps.",
+    )
+
+
 # Files
 
 

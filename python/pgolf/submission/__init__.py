@@ -1,7 +1,7 @@
 """Submissions: check a run or a submission folder against the competition's rules, and write one that keeps them.
 
 >>> report = pgolf.submission.check("runs/a")
->>> for finding in report.findings: print(finding.outcome, finding.rule, finding.sentence)
+>>> for finding in report.findings: print(finding.outcome, finding.rule, finding.count, finding.what, finding.sentence)
 >>> pgolf.submission.submit(["runs/a", "runs/b"], "records/mine", code="train_gpt.py", name="Mine", author="me")
 
 rules.py holds the rules, one small function each; docs/submission.md says what each of them reads.
