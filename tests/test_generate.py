@@ -16,7 +16,7 @@ import pgolf
 import pgolf.generate
 from pgolf import _C
 from pgolf.config import ModelConfig
-from pgolf.errors import NonFiniteError
+from pgolf.errors import DeviceError, NonFiniteError
 from pgolf.generate import _draw, distribution, sample
 from pgolf.model import GPT
 from tests.reference.model import perturb
@@ -335,7 +335,7 @@ def test_a_stop_token_may_come_before_room_for_the_whole_text_is_made(monkeypatc
     for limit in (30, 10**7):
         stopped = model.generate([1, 2], limit, temperature=0, stop=range(37))
         assert stopped.size == 1
-    assert rooms == [31, 1024]
+    assert rooms == [31, 1026]
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -404,5 +404,8 @@ def test_what_is_refused_is_not_read() -> None:
     with pytest.raises(ValueError, match="is 37"):
         decoder.read(np.array([37], np.int32))
     assert decoder.length == 4 and np.array_equal(decoder.read(text[4:5]), expected[1])
+    shortage = r" The keys and values of 1000000000000 tokens take \d+ MiB; a shorter text needs less\.$"
+    with pytest.raises(DeviceError, match=shortage):  # more than addresses reach
+        _C.Decoder(model._native, 10**12)
     with pytest.raises(ValueError, match="room for at least one token, not for 0"):
         _C.Decoder(model._native, 0)

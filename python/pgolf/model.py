@@ -27,7 +27,7 @@ IntArray = npt.NDArray[np.int32]
 _CALL_TOKENS = 16_384
 _GPU_CALL_TOKENS = 65_536
 _READ_BYTES = 2**20  # of losses that can be read while the GPU goes on
-_FIRST_ROOM = 1024  # tokens whose keys and values a generation has room for at first: a stop token may end it early
+_FIRST_ROOM = 1024  # new tokens whose keys and values a generation has room for at first: it may be stopped early
 
 
 class GPT:
@@ -256,7 +256,7 @@ class GPT:
         def last_logits(context: npt.NDArray[Any]) -> FloatArray:
             nonlocal decoder
             if decoder is None:  # now that sample has checked max_new_tokens; the last new token is not read
-                decoder = _C.Decoder(self._native, min(len(context) + max_new_tokens - 1, _FIRST_ROOM))
+                decoder = _C.Decoder(self._native, len(context) + min(max_new_tokens - 1, _FIRST_ROOM))
             return decoder.read(np.ascontiguousarray(context[decoder.length :], dtype=np.int32))
 
         return sample(last_logits, start[0], max_new_tokens, temperature, top_k, top_p, stop, seed, first)
