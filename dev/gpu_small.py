@@ -1,5 +1,5 @@
 """Runs every kernel of a GPU on small shapes, for compute-sanitizer: two steps, QAT, averaging, validation,
-test-time training, quantising.
+generation, test-time training, quantising.
 
 compute-sanitizer --tool memcheck python3 dev/gpu_small.py, or with dtypes as arguments: racecheck is slow.
 "own" before the dtypes runs what needs no library, "steps" leaves test-time training out.
@@ -60,6 +60,7 @@ def train(dtype: str, changes: dict[str, object], adapts: bool) -> None:
     ids = rng.integers(0, config.vocab_size, (2, 65))
     assert np.isfinite(model.logits(ids)).all()
     assert np.isfinite(model.window_losses(ids, ids, 40)).all()
+    assert model.generate(ids[0, :3], 40, temperature=0).shape == (40,)
 
 
 def own_kernels(dtype: str) -> None:
@@ -72,6 +73,7 @@ def own_kernels(dtype: str) -> None:
     with ops.on("cuda", dtype):
         for T, H, K, D in ((130, 4, 2, 64), (70, 2, 1, 40), (65, 2, 2, 128), (33, 3, 1, 96)):
             _, saved = ops.attention(draw(1, T, H, D), draw(1, T, K, D), draw(1, T, K, D), draw(H))
+            ops.attention(draw(1, 1, H, D), draw(1, T, K, D), draw(1, T, K, D), draw(H))
             ops.attention_backward(saved, draw(1, T, H, D))
         # The blocks that stay, on a GPU that has them: several tiles for each.
         heads = 300
