@@ -1,8 +1,8 @@
 // Attention of the last position alone, over the keys of all: what the next token of a text needs.
 //
-// A block owns a query head. Its lanes form teams, each of which holds one row of the head's width, eight numbers a lane,
-// and walks over every so-manieth key with a running maximum; at the end the teams' sums are put together in order.
-// Nothing is rounded but the output.
+// A block owns a query head. Its lanes form teams, each of which holds one row of the head's width, eight numbers a
+// lane. Team i walks over keys i, i + kTeams, … with a running maximum; at the end the teams' sums are put together in
+// order. Nothing is rounded but the output.
 #pragma once
 
 #include "cuda/attention.cuh"

@@ -23,9 +23,9 @@ class Decoder {
   Decoder(std::shared_ptr<GPT> model, std::int64_t positions);
   ~Decoder();
 
-  // Reads `count` ≥ 1 more tokens, every id in 0 … V−1 (checked), and writes the logits after the last of them: V numbers
-  // in host memory, float or double as the backend's master dtype. Throws where the model's weights are no longer those
-  // that the tokens before were read with; what is refused is not read.
+  // Reads `count` ≥ 1 more tokens, every id in 0 … V−1 (checked), and writes the logits after the last of them: V
+  // numbers in host memory, float or double as the backend's master dtype. Throws where the model's weights are no
+  // longer those that the tokens before were read with; what is refused is not read.
   void read(const std::int32_t* ids, std::int64_t count, void* logits);
 
   std::int64_t length() const { return length_; }  // tokens read

@@ -181,7 +181,9 @@ void GPT::Plan::lay_out(const ModelConfig& c, Backend& backend, bool place) {
   // ---- Who reads and writes what. Run once without data, so that operations can be asked for their sizes.
   const auto wire = [&] {
     const auto view = [&](int index) { return placer.view(index); };
-    const auto input = [&](const Layer& of) { return &of == &t[0] && before ? part_of(view(of.x), 1, before, T) : view(of.x); };
+    const auto input = [&](const Layer& of) {
+      return &of == &t[0] && before ? part_of(view(of.x), 1, before, T) : view(of.x);
+    };
     ids = embed.ids = view(id_tensor);
     targets = head.targets = view(target_tensor);
     embed.x0 = view(t[0].x);
