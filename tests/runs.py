@@ -10,8 +10,13 @@ from typing import Any
 import numpy as np
 from typer.testing import CliRunner, Result
 
+from pgolf.audit import check_bytes, document_starts
 from pgolf.cli.app import app
 from pgolf.config import Config
+from pgolf.data.files import file_sha256
+from pgolf.data.manifest import Manifest, ShardEntry, SplitEntry, TokenizerEntry
+from pgolf.data.shards import read_shard, shards_of
+from pgolf.tokenizer import Tokenizer
 from pgolf.trainer import MEASURED, StepRecord, Trainer
 from tests.conftest import CORPUS_VOCAB
 
@@ -107,3 +112,18 @@ def refused(result: Result, pattern: str) -> None:
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("Error: ") and "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) == 1 and re.search(pattern, result.stderr), result.stderr
+
+
+def declare(folder: Path) -> None:
+    """Gives a folder of shards and a tokenizer pgolf's manifest."""
+    (model,) = folder.glob("*.model")
+    tokenizer = Tokenizer(model)
+    splits = {}
+    for split in ("train", "val"):
+        paths = shards_of(folder, split)
+        tokens = np.concatenate([read_shard(path) for path in paths])
+        starts = document_starts(tokens, tokenizer.bos_id)
+        text = check_bytes(tokens, tokenizer.stream_bytes(tokens), starts, tokenizer)
+        entries = tuple(ShardEntry(path.name, read_shard(path).size, file_sha256(path)) for path in paths)
+        splits[split] = SplitEntry(starts.size, tokens.size, text.text_bytes, text.text_bytes, 0, entries)
+    Manifest("0", (), TokenizerEntry.of(tokenizer), **splits).write(folder / "manifest.json")

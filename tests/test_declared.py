@@ -16,6 +16,7 @@ import pytest
 import pgolf
 from pgolf.artifact import read_artifact
 from pgolf.cli.generate import continue_text
+from pgolf.container import pack, unpack
 from pgolf.data.declared import Record
 from pgolf.data.manifest import Manifest
 from pgolf.data.prepare import prepare
@@ -24,6 +25,7 @@ from pgolf.errors import FormatError
 from pgolf.evaluate import Score, ValidationData
 from pgolf.model import GPT
 from pgolf.run_folder import RunRecord
+from pgolf.submission import Settings, check
 from pgolf.tokenizer import Tokenizer, _fields
 from pgolf.trainer import Trainer
 from tests.runs import last_json, pgolf_, tiny
@@ -617,8 +619,6 @@ def test_exports_carry_the_record_on(run: Path, model: GPT, tmp_path: Path) -> N
 
 
 def test_unknown_header_keys_are_ignored_unless_they_are_required(model: GPT, tmp_path: Path) -> None:
-    from pgolf.container import pack, unpack
-
     pgolf.export(model, tmp_path / "a.pgolf", policy="tiny")
     header, tensors = unpack(tmp_path / "a.pgolf")
     (tmp_path / "b.pgolf").write_bytes(pack({**header, "novelty": {"a": [1]}}, tensors))
@@ -676,3 +676,45 @@ def test_records_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Record.of("run", "x.json", {}).split() is None
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+def findings(run: Path, data: Path, **settings: Any) -> dict[str, tuple[str, str]]:
+    report = check(run, Settings(data=data, **settings))
+    return {finding.rule: (finding.outcome, finding.sentence) for finding in report.findings}
+
+
+def test_a_check_fails_another_tokenizer(run: Path, data: Path, tmp_path: Path) -> None:
+    (own,) = data.glob("*.model")
+    other = saved_again(own, tmp_path / "other.model", lambda piece: "é!" if piece == "é" else piece)
+    assert findings(run, data)["text-bytes"][0] == findings(run, data)["reload"][0] == "passed"
+    found = findings(run, data, tokenizer=other)
+    for rule in ("coverage", "text-bytes", "reload"):
+        assert found[rule][0] == "failed" and f"{other} is not the one of" in found[rule][1]
+
+
+def test_a_check_leaves_open_what_nobody_declares(run: Path, data: Path) -> None:
+    old = Path(shutil.copytree(run, data.parent / "old"))
+    (old / "run.json").unlink()
+    report = json.loads((old / "report.json").read_text())
+    del report["data"]
+    (old / "report.json").write_text(json.dumps(report))
+    header, tensors = unpack(old / "model.pgolf")
+    for name in ("tokenizer", "validation", "byte_basis"):
+        del header[name]
+    (old / "model.pgolf").write_bytes(pack(header, tensors))
+    assert findings(old, data)["coverage"][0] == findings(old, data)["text-bytes"][0] == "passed"
+    (data / "manifest.json").unlink()
+    for rule in ("coverage", "text-bytes"):
+        outcome, sentence = findings(old, data)[rule]
+        assert outcome == "unchecked" and "Nobody declares what" in sentence
+    assert findings(run, data)["coverage"][0] == "passed"  # as the artifact declares
+
+
+def test_a_check_does_not_compare_two_byte_bases(run: Path, data: Path) -> None:
+    add_sidecar(data)
+    found = findings(run, data)
+    assert found["text-bytes"][0] == "failed" and "cannot be compared" in found["text-bytes"][1]
+    assert found["reload"][0] == "unchecked" and "cannot be compared" in found["reload"][1]

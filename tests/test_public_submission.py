@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import pgolf
 from pgolf.submission import Settings, check
 from pgolf.tokenizer import Tokenizer
+from tests.runs import declare
 from tests.test_submission import edit, outcomes, sentence
 
 LOG = """\
@@ -90,17 +91,23 @@ def test_a_public_folders_seeds_are_told_apart(public: Path) -> None:
     assert "the mean of the 3 seeds is 1.20287799" in sentence(check(public), "claims")
 
 
-def test_a_public_folders_text_is_compared_with_its_score(public: Path, small_corpus: Path) -> None:
-    tokenizer = Tokenizer(next(small_corpus.glob("*.model")))
-    tokens = pgolf.read_shard(next(small_corpus.glob("*_val_*.bin")))
+def test_a_public_folders_text_is_compared_with_its_score(public: Path, small_corpus: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(small_corpus, tmp_path / "data"))
+    declare(data)
+    tokenizer = Tokenizer(next(data.glob("*.model")))
+    tokens = pgolf.read_shard(next(data.glob("*_val_*.bin")))
     per_token = tokenizer.target_bytes(tokens[:-1], tokens[1:]).sum() / (tokens.size - 1)
     bpb = 2.06035852 / math.log(2) / per_token
     edit(public / "submission.json", val_bpb=round(bpb, 6))
     (public / "train.log").write_text(public_log(bpb=bpb))
-    found = check(public, Settings(data=small_corpus))
+    found = check(public, Settings(data=data))
     assert (outcomes(found)["text-bytes"], outcomes(found)["documents"]) == ("passed", "passed")
+    # Where nobody declares the data, nobody knows whether it is whole.
+    found = check(public, Settings(data=small_corpus))
+    assert (outcomes(found)["text-bytes"], outcomes(found)["documents"]) == ("unchecked", "passed")
+    assert "Nobody declares what" in sentence(found, "text-bytes")
     edit(public / "submission.json", val_bpb=round(bpb / 1.04, 6))  # a byte table that is 4 % too large
-    assert outcomes(check(public, Settings(data=small_corpus)))["text-bytes"] == "failed"
+    assert outcomes(check(public, Settings(data=data)))["text-bytes"] == "failed"
 
 
 def times(folder: Path) -> str:

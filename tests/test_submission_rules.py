@@ -34,6 +34,8 @@ from tests.test_submission import StandIn, edit, edit_log, outcomes, report_of, 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NO_PROGRESS = Settings().progress
+DECLARED = {"declared_by": "pgolf", "byte_basis": "decoded", "bos_id": 1}
+"""What validation data says that somebody declares."""
 
 
 @pytest.fixture(scope="session")
@@ -95,10 +97,10 @@ class Empty(RunFolder):
             model=NothingToPredict(),
             data=shards,
             validation=SimpleNamespace(
-                tokens=np.zeros(1, np.int32), target_bytes=nothing, duplicates=Duplicates(0, 0, 0, True)
+                tokens=np.zeros(1, np.int32), target_bytes=nothing, duplicates=Duplicates(0, 0, 0, True), **DECLARED
             ),
             times=nothing,
-            score=SimpleNamespace(tokens=0, loss=1.0, bpb=0.5, bytes=0),
+            score=SimpleNamespace(tokens=0, loss=1.0, bpb=0.5, bytes=0, byte_basis="decoded"),
         )
 
 
@@ -266,7 +268,7 @@ def test_impossible_scores_are_not_compared_with_text(loss: float, bpb: float, t
 
 def test_digits_that_fit_any_text_are_not_compared_with_it(tmp_path: Path) -> None:
     text = {
-        "validation": SimpleNamespace(tokens=np.zeros(11), target_bytes=np.full(10, 2)),
+        "validation": SimpleNamespace(tokens=np.zeros(11), target_bytes=np.full(10, 2), **DECLARED),
         "times": np.ones(10, np.int64),
     }
     for precision, outcome in ((0.05, "unchecked"), (0.00005, "passed")):

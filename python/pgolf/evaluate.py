@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pgolf.tokenizer import Tokenizer
 
 METHODS = ("standard", "sliding", "ttt")
-BASES = {"decoded": "the text that the tokens decode to", "sidecar": "the original text, as a byte sidecar says"}
+BASES = {"decoded": "the text that the tokens decode to", "sidecar": "the original text that a byte sidecar counts"}
 """Whose bytes a score can be counted over: `Score.byte_basis`, and what it means."""
 AUDITS = ("sample", "full")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf.errors import FormatError
+from pgolf.evaluate import BASES
 from pgolf.submission.evidence import GPU_STEPS_IN_FLIGHT, Claim, Evidence, Library, Settings, Timeline, kept
 from pgolf.submission.logs import TextLog, printed_precision
 from pgolf.submission.verdict import Unchecked
@@ -52,18 +53,21 @@ def read_submission(path: Path) -> dict[str, Any]:
 def claim_of(values: Mapping[str, Any]) -> Claim:
     """What submission.json, or one of its seed_results, claims."""
     loss, bpb = _first(values, _LOSS), _first(values, _BPB)
-    sizes = {
-        "total_bytes": _first(values, _TOTAL),
-        "code_bytes": _first(values, _CODE),
-        "steps": _first(values, _STEPS),
-    }
+    basis = values.get("byte_basis")
     return Claim(
         val_loss=None if loss is None else float(loss),
         val_bpb=None if bpb is None else float(bpb),
+        total_bytes=_count(_first(values, _TOTAL)),
+        code_bytes=_count(_first(values, _CODE)),
+        steps=_count(_first(values, _STEPS)),
         loss_precision=_precision(loss),
         bpb_precision=_precision(bpb),
-        **{name: None if value is None else int(value) for name, value in sizes.items()},
+        byte_basis=basis if basis in BASES else None,
     )
+
+
+def _count(value: float | None) -> int | None:
+    return None if value is None else int(value)
 
 
 def impossible(values: Mapping[str, Any]) -> str | None:

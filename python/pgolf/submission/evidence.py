@@ -6,6 +6,8 @@ answer raises Unchecked with the reason, so that a rule need not know where its 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,8 +19,10 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, Union
 import numpy as np
 import numpy.typing as npt
 
+from pgolf import run_folder
 from pgolf.audit import defined_scores
 from pgolf.config import Config, ExportConfig
+from pgolf.data.declared import Record
 from pgolf.data.shards import DataFolder, ShardSet, find_data
 from pgolf.errors import FormatError
 from pgolf.evaluate import AUDITS, Score, ValidationData
@@ -110,7 +114,8 @@ class Claim:
     """What a folder says of its score; None where it says nothing.
 
     val_loss: nats per token; val_bpb: bits per byte. tokens, bytes: scored. Sizes in bytes. loss_precision,
-    bpb_precision: how far val_loss and val_bpb may be off by the digits that are given. steps: of training.
+    bpb_precision: how far val_loss and val_bpb may be off by the digits that are given. steps: of training. byte_basis:
+    whose bytes val_bpb is over, as a Score's.
     """
 
     val_loss: float | None = None
@@ -124,6 +129,7 @@ class Claim:
     loss_precision: float = 0.0
     bpb_precision: float = 0.0
     steps: int | None = None
+    byte_basis: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,14 +161,15 @@ class Library:
         self._read: dict[tuple[Any, ...], ValidationData] = {}
 
     def validation(
-        self, data: Path, tokenizer: Path | None, vocab_size: int, bos_id: int, audit: str
+        self, data: Path, tokenizer: Path | None, vocab_size: int, bos_id: int, audit: str, record: Record | None
     ) -> ValidationData:
-        key = (data, tokenizer, vocab_size, bos_id, audit)
+        known = "" if record is None else json.dumps(record.to_dict(), sort_keys=True)
+        key = (data, tokenizer, vocab_size, bos_id, audit, known)
         if key not in self._read:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of duplicates, which are a rule's finding here
                 self._read[key] = ValidationData.load(
-                    data, tokenizer, vocab_size=vocab_size, bos_id=bos_id, audit=audit
+                    data, tokenizer, vocab_size=vocab_size, bos_id=bos_id, audit=audit, record=record
                 )
         return self._read[key]
 
@@ -232,6 +239,11 @@ class Evidence:
         return load(self.artifact, device=self.settings.device)
 
     @kept
+    def record(self) -> Record | None:
+        """What is recorded of the data and the tokenizer that the scores are of; None where nothing is."""
+        return None
+
+    @kept
     def data(self) -> DataFolder:
         """The data folder: where there is one, that of the settings."""
         if self.settings.data is None:
@@ -262,12 +274,14 @@ class Evidence:
         if not self.settings.rescore:
             raise Unchecked("The artifact was not scored again, as was asked for.")
         config, progress = self.config, self.settings.progress
-        return score_as_configured(
-            self.model,
-            self.validation,
-            config,
-            lambda what, done, total: progress(f"{what} {self.name}", done, total),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of another byte basis, which is a rule's finding here
+            return score_as_configured(
+                self.model,
+                self.validation,
+                config,
+                lambda what, done, total: progress(f"{what} {self.name}", done, total),
+            )
 
     def _tokenizer_path(self) -> Path | None:
         if self.settings.tokenizer is not None:
@@ -275,7 +289,8 @@ class Evidence:
         return self.data.tokenizer
 
     def _validation(self, vocab_size: int, bos_id: int) -> ValidationData:
-        return self.library.validation(self.data.path, self._tokenizer_path(), vocab_size, bos_id, self.settings.audit)
+        path, audit = self._tokenizer_path(), self.settings.audit
+        return self.library.validation(self.data.path, path, vocab_size, bos_id, audit, self.record)
 
     def _nothing(self, what: str) -> Unchecked:
         return Unchecked(f"Nothing in {self.path} {what}.")
@@ -325,6 +340,7 @@ class RunFolder(Evidence):
             report.total_bytes,
             report.score_seconds,
             steps=report.steps,
+            byte_basis=report.byte_basis,
         )
 
     @kept
@@ -336,9 +352,9 @@ class RunFolder(Evidence):
     @kept
     def data(self) -> DataFolder:
         """As for Evidence, else the run's own; refused where its shards are not those that the run has recorded."""
-        path = self.settings.data or self.config.train.data_path
+        path = self.settings.data or run_folder.data_path(self.path, self.config)
         if not path:
-            raise Unchecked("config.toml does not say where the data lies; give --data.")
+            raise Unchecked(f"Nothing in {self.path} says where the data lies; give --data.")
         folder = find_data(path, splits=("val",))
         for split, shards in (("val", folder.val), ("train", folder.train)):
             recorded = self.report.data.get(split)
@@ -347,7 +363,7 @@ class RunFolder(Evidence):
                     f"The {split} shards in {folder.path} are not those of the run, whose report.json has another "
                     "fingerprint; give the run's own data with --data."
                 )
-        return folder
+        return find_data(path, splits=("val",), record=self.record)
 
     @kept
     def times(self) -> npt.NDArray[np.int32]:
@@ -362,10 +378,20 @@ class RunFolder(Evidence):
         return self._validation(self.config.model.vocab_size, self.config.model.bos_id)
 
     def _tokenizer_path(self) -> Path | None:
-        named = self.config.train.tokenizer_path
-        if self.settings.tokenizer is None and named and Path(named).is_file():
-            return Path(named)
+        named = run_folder.tokenizer_path(self.path, self.config)
+        if self.settings.tokenizer is None and named is not None and named.is_file():
+            return named
         return super()._tokenizer_path()
+
+    @kept
+    def record(self) -> Record | None:
+        """The artifact's, else the run's."""
+        from pgolf.artifact import record_of
+
+        of_artifact = None
+        with contextlib.suppress(Unchecked, FormatError):  # of which other rules speak
+            of_artifact = record_of(self.artifact, self.header)
+        return of_artifact or run_folder.record_of(self.path)
 
 
 def number(record: Mapping[str, Any], name: str, path: Path) -> float:

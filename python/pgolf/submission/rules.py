@@ -20,7 +20,7 @@ import numpy as np
 
 from pgolf.config import Config
 from pgolf.data.files import file_sha256
-from pgolf.evaluate import plan_windows
+from pgolf.evaluate import BASES, ValidationData, plan_windows
 from pgolf.submission.agreement import submission_agrees
 from pgolf.submission.claims import SCORE_NAMES
 from pgolf.submission.evidence import Claim, Evidence, Model, RunFolder, number
@@ -214,12 +214,7 @@ def nothing_scored_after_training(run: Evidence) -> Looked:
 
 @run_rule("coverage", "Every validation token is scored, as often as the method says.")
 def every_token_scored(run: Evidence) -> Looked:
-    data, times = run.data, run.times
-    tokens = run.validation.tokens.size
-    if data.manifest is not None and data.manifest.val.tokens != tokens:
-        raise Broken(
-            f"The validation shards hold {tokens:,} tokens; {data.path}'s manifest says {data.manifest.val.tokens:,}."
-        )
+    validation, times = _declared(run), run.times
     expected = int(times.sum(dtype=np.int64))
     scored = run.claim.tokens
     if scored is None:
@@ -230,14 +225,21 @@ def every_token_scored(run: Evidence) -> Looked:
     if left > UNSCORED_SHARE * times.size:
         raise Broken(f"{left:,} of {times.size:,} validation targets are never scored, more than a dropped tail.")
     rest = f"all but the last {left:,}, which the method drops" if left else "each of them"
-    return Looked(scored, "scores", f"{scored:,} scores of {times.size:,} validation targets: {rest}.")
+    seen = f"{scored:,} scores of {times.size:,} validation targets: {rest}, as {validation.declared_by} declares them."
+    return Looked(scored, "scores", seen)
 
 
 @run_rule("text-bytes", "Bits per byte are counted over the bytes of the text that the tokens decode to.")
 def bytes_are_the_texts(run: Evidence) -> Looked:
-    validation, claim = run.validation, run.claim
-    if validation.target_bytes is None:
+    validation, claim = _declared(run), run.claim
+    if validation.target_bytes is None or validation.byte_basis is None:
         raise Unchecked("There is no tokenizer to decode the validation tokens; give --tokenizer.")
+    basis = BASES[validation.byte_basis]
+    if claim.byte_basis not in (None, validation.byte_basis):
+        raise Broken(
+            f"The claimed bits per byte are over {BASES.get(claim.byte_basis or '', claim.byte_basis)}; the data "
+            f"counts {basis}. The two cannot be compared."
+        )
     if claim.val_loss is None or claim.val_bpb is None:
         raise Unchecked("Without both a loss and bits per byte, there is nothing to compare the text's bytes with.")
     if not (0 < claim.val_loss < math.inf and 0 < claim.val_bpb < math.inf):
@@ -257,9 +259,9 @@ def bytes_are_the_texts(run: Evidence) -> Looked:
     if claim.bytes not in (None, counted) or abs(implied / per_token - 1) > slack:
         raise Broken(
             f"{claim.val_loss:.6f} nats per token and {claim.val_bpb:.6f} bits per byte mean {implied:.6f} bytes per "
-            f"token; the decoded text has {per_token:.6f} ({counted:,} bytes)."
+            f"token; {basis} has {per_token:.6f} ({counted:,} bytes)."
         )
-    seen = f"Every document's bytes are its text's: {counted:,} of them, {per_token:.4f} per token."
+    seen = f"Every document's bytes are its text's, {basis}: {counted:,} of them, {per_token:.4f} per token."
     return Looked(counted, "bytes of validation text", seen)
 
 
@@ -267,6 +269,8 @@ def bytes_are_the_texts(run: Evidence) -> Looked:
 def no_document_trained_on(run: Evidence) -> Looked:
     duplicates = run.validation.duplicates
     if duplicates is None:
+        if run.validation.bos_id < 0:
+            raise Unchecked("Where documents begin is not known, as no BOS token is; give --tokenizer.")
         raise Unchecked(f"{run.data.path} holds no training shards to look validation documents up in.")
     if duplicates.found:
         raise Broken(
@@ -326,6 +330,11 @@ def probabilities_sum_to_one(run: Evidence) -> Looked:
 @run_rule("reload", "The artifact, loaded anew, scores what is claimed.")
 def artifact_scores_again(run: Evidence) -> Looked:
     claim, score = run.claim, run.score
+    if None not in (claim.byte_basis, score.byte_basis) and claim.byte_basis != score.byte_basis:
+        raise Unchecked(
+            f"Bits per byte are claimed over {claim.byte_basis} bytes and measured over {score.byte_basis} bytes, "
+            "which cannot be compared."
+        )
     for what, claimed, found in (("loss", claim.val_loss, score.loss), ("bits per byte", claim.val_bpb, score.bpb)):
         if claimed is None or found is None:
             raise Unchecked(f"The {what} cannot be compared: {claimed} is claimed, {found} was measured.")
@@ -398,7 +407,7 @@ def submission_says_what_runs_say(folder: Folder) -> Looked:
 
 def _document(ids: np.ndarray[Any, Any], config: Config) -> np.ndarray[Any, Any]:
     """BOS and behind it these tokens, numbered 0 … V − 2 so that none of them is another BOS."""
-    bos = config.model.bos_id
+    bos = max(config.model.bos_id, 0)  # any token will do where the run knew none
     return np.concatenate([[bos], ids + (ids >= bos)])
 
 
@@ -418,7 +427,7 @@ def _by_training(model: Model, tokens: np.ndarray[Any, Any], config: Config, len
     from pgolf.audit import document_starts
     from pgolf.ttt import Documents, Settings, score
 
-    documents = Documents.of(document_starts(tokens, config.model.bos_id), tokens.size - 1)
+    documents = Documents.of(document_starts(tokens, max(config.model.bos_id, 0)), tokens.size - 1)
     settings = Settings(config.eval.ttt_lora_rank, config.eval.ttt_lora_lr, length, 2 * length, 1)
     return score(model, tokens, documents, settings)[0]  # type: ignore[arg-type]
 
@@ -430,6 +439,16 @@ SCORERS: dict[str, Callable[[Model, np.ndarray[Any, Any], Config, int], np.ndarr
 }
 """How a method scores a short stream token by token, (N + 1,) to (N,): the function of a model, the stream, the run's
 configuration, and a length that takes the place of its windows', or of its chunks'."""
+
+
+def _declared(run: Evidence) -> ValidationData:
+    """The validation data, where somebody declares what it holds."""
+    if run.validation.declared_by is None:
+        raise Unchecked(
+            f"Nobody declares what {run.data.path} holds: it has no manifest.json, and the run recorded other shards. "
+            "Whether the validation split is whole is not known."
+        )
+    return run.validation
 
 
 def _claim(run: Evidence) -> Claim:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
@@ -179,6 +180,13 @@ def _test(folder: Folder, against: float | None, others: list[Report], margin_na
     reports = _reports(folder)
     bpb, loss = _bpb(reports), [report.score_loss for report in reports]
     margin = margin_nats * fmean(bpb) / fmean(loss)
+    bases = {report.byte_basis for report in (*reports, *others) if report.byte_basis is not None}
+    if len(bases) > 1:
+        warnings.warn(
+            "Bits per byte of the runs and of the baseline are over the bytes of different texts "
+            f"({', '.join(sorted(bases))}); their difference says little.",
+            stacklevel=3,
+        )
     if others:
         mine = {report.seed: value for report, value in zip(reports, bpb, strict=True)}
         theirs = {report.seed: value for report, value in zip(others, _bpb(others), strict=True)}
@@ -221,6 +229,7 @@ def _submission(folder: Folder, about: About, settings: Settings, test: TTest | 
         },
         "bytes_total": max(report.artifact_bytes for report in reports) + code,
         "bytes_code": code,
+        "byte_basis": reports[0].byte_basis,
         "hardware": reports[0].device,
         "p_value": None if test is None else test.p_value,
         "t_test": None if test is None else {**asdict(test), "statistic": repr(test.statistic)},
