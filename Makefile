@@ -2,7 +2,7 @@
 #   PYTHON=python3.12   the interpreter to make the environment with
 #   VENV=.venv-3.12     where the environment lies
 #   PGOLF_WERROR=ON     compiler warnings are errors
-#   PGOLF_CUDA=off      no CUDA backend, which is built where nvcc is found (docs/gpu.md)
+#   PGOLF_CUDA=on       the CUDA backend too (docs/gpu.md); without it only where there is a GPU, and nvcc, as compiling takes minutes
 #   PGOLF_CUDA_ARCHITECTURES=86-real   the GPUs it is built for; this machine's, or the H100 alone where there is none;
 #                       for make wheel, all that pgolf supports
 #   PYTEST_ARGS="-k x"  passed on to pytest
@@ -11,10 +11,15 @@ VENV ?= .venv
 PYTHON ?=
 PGOLF_WERROR ?= OFF
 PYTEST_ARGS ?=
-PGOLF_CUDA ?= auto
+GPU := $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo yes)
+# A wheel is for other machines.
+WHEEL_CUDA := $(or $(PGOLF_CUDA),on)
 WHEEL_ARCHITECTURES := $(or $(PGOLF_CUDA_ARCHITECTURES),all)
+ifndef PGOLF_CUDA
+PGOLF_CUDA := $(if $(GPU),auto,off)
+endif
 ifndef PGOLF_CUDA_ARCHITECTURES
-PGOLF_CUDA_ARCHITECTURES := $(shell nvidia-smi --list-gpus >/dev/null 2>&1 && echo native || echo 90a-real)
+PGOLF_CUDA_ARCHITECTURES := $(if $(GPU),native,90a-real)
 endif
 export PGOLF_CUDA PGOLF_CUDA_ARCHITECTURES
 FUZZ_MINUTES ?= 10
@@ -77,7 +82,7 @@ test-isa: $(VENV)/.tested-with $(PGOLF)
 dev: $(VENV)/.tested-with $(VENV)/.dev
 
 wheel: $(VENV)/.packed-with
-	PGOLF_CUDA_ARCHITECTURES="$(WHEEL_ARCHITECTURES)" PGOLF_WERROR=$(PGOLF_WERROR) $(BIN)/python dev/wheel.py
+	PGOLF_CUDA="$(WHEEL_CUDA)" PGOLF_CUDA_ARCHITECTURES="$(WHEEL_ARCHITECTURES)" PGOLF_WERROR=$(PGOLF_WERROR) $(BIN)/python dev/wheel.py
 
 test-wheel: $(VENV)/.tested-with
 	$(BIN)/python dev/try_wheel.py $(WHEEL) --tests $(WHEEL_TESTS)
@@ -132,10 +137,14 @@ $(VENV)/.fuzzed-with: requirements/fuzz.txt $(VENV)/.tested-with
 	$(PIP) -r requirements/fuzz.txt
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.tools $(NATIVE) $(PACKAGE)
+# What was asked for last: another answer builds anew.
+$(VENV)/.cuda-$(PGOLF_CUDA): $(VENV)/.tools
+	@rm -f $(VENV)/.cuda-* && touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(VENV)/.cuda-$(PGOLF_CUDA) $(NATIVE) $(PACKAGE)
 	$(INSTALL) ".[plot]"
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.tools $(NATIVE)
+$(VENV)/.dev: $(VENV)/.tools $(VENV)/.cuda-$(PGOLF_CUDA) $(NATIVE)
 	$(INSTALL) --editable ".[plot]"
 	@touch $@

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Prints a Python that can build pgolf, or says which package is missing and how to install it.
-# Usage: find_python.sh [PYTHON]; without an argument, the first suitable one of those in PATH.
+# Usage: find_python.sh [PYTHON]; without an argument, the first suitable one of those in PATH. A name such as python3.12 that
+# PATH does not know, or of which it knows pyenv's shim alone, is looked for where pyenv and uv install their Pythons.
 
 fail() {
     echo "pgolf: $1" >&2
@@ -13,8 +14,16 @@ new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
 }
 
+elsewhere() {
+    for found in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin/"$1" "$HOME"/.local/share/uv/python/*/bin/"$1"; do
+        if new_enough "$found"; then echo "$found"; return; fi
+    done
+}
+
 python=$1
 if [ -n "$python" ]; then
+    new_enough "$python" || python=$(elsewhere "$python")
+    python=${python:-$1}
     command -v "$python" >/dev/null || fail "PYTHON is \"$python\", which is no command."
     new_enough "$python" || fail "PYTHON is \"$python\" ($("$python" --version 2>&1)); pgolf needs Python 3.10 or newer."
 else

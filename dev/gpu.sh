@@ -18,6 +18,7 @@ venv=.venv-gpu
 
 # configure FOLDER ARCHITECTURES [NVCC_FLAGS]
 configure() {
+  mkdir -p "$1"
   PATH="$PWD/$venv/bin:$PATH" cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DPGOLF_WERROR=ON -DPGOLF_CUDA=on \
     -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON -DPGOLF_CUDA_ARCHITECTURES="$2" -DCMAKE_CUDA_FLAGS="${3:-}" -DPython_EXECUTABLE="$PWD/$venv/bin/python" \
     -Dpybind11_DIR="$($venv/bin/python -m pybind11 --cmakedir)" >"$1.log" 2>&1 || { cat "$1.log"; exit 1; }
@@ -25,7 +26,7 @@ configure() {
 
 build() {
   local python packages
-  python=$(command -v "${PGOLF_GPU_PYTHON:-python3.12}") || { echo "There is no ${PGOLF_GPU_PYTHON:-python3.12}: set PGOLF_GPU_PYTHON."; exit 2; }
+  python=$(sh dev/find_python.sh "${PGOLF_GPU_PYTHON:-python3.12}") || { echo "PGOLF_GPU_PYTHON names another Python."; exit 2; }
   [ -x $venv/bin/python ] || "$python" -m venv $venv
   $venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/build.txt -r requirements/wheel.txt tomli-w zstandard
   configure build/gpu "${PGOLF_GPU_ARCHITECTURE:-90a-real}"

@@ -163,6 +163,18 @@ def test_the_artifact_names_its_tokenizer_where_the_data_does_not(
     assert result.exit_code == 2 and "is not the one of" in result.stderr
 
 
+def test_data_that_was_read_before_is_bound_to_the_model_too(model: GPT, data: Path, tmp_path: Path) -> None:
+    (own,) = data.glob("*.model")
+    other = saved_again(own, tmp_path / "other.model", lambda piece: "é!" if piece == "é" else piece)
+    tokens = read_shard(shard(data))
+    read = {path: ValidationData.load(tokens, path, vocab_size=VOCAB) for path in (own, other)}
+    assert read[own].tokenizer_bound is None
+    assert score(model, read[own]).audit.tokenizer_bound is True
+    with pytest.raises(ValueError, match=r"was read with a tokenizer of the identity .*model\.pgolf names"):
+        score(model, read[other])
+    assert score(model, read[other], any_tokenizer=True).bpb is not None
+
+
 def test_a_run_is_trained_with_the_datas_tokenizer_alone(data: Path, tmp_path: Path) -> None:
     (own,) = data.glob("*.model")
     other = saved_again(own, tmp_path / "other.model", lambda piece: "é!" if piece == "é" else piece)

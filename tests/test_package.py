@@ -210,17 +210,20 @@ def test_kernel_symbols_for_every_machine_fail(check: ModuleType, line: str) -> 
 # ---- What `make` says on a machine that lacks something.
 
 
+def command(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
 def find_python(tmp_path: Path, *arguments: str, python: str | None = None, compiler: bool = True) -> Any:
     """Runs dev/find_python.sh where PATH holds only a python3 script, if any, and a C++ compiler, if any."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
     for name, text in (("python3", python), ("c++", ":" if compiler else None)):
         if text is not None:
-            (commands / name).write_text(f"#!/bin/sh\n{text}\n")
-            (commands / name).chmod(0o755)
+            command(tmp_path / "bin" / name, text)
     return subprocess.run(
         ["/bin/sh", str(ROOT / "dev" / "find_python.sh"), *arguments],
-        env={"PATH": str(commands)},
+        env={"PATH": str(tmp_path / "bin"), "HOME": str(tmp_path), "PYENV_ROOT": str(tmp_path / "pyenv")},
         capture_output=True,
         text=True,
     )
@@ -252,6 +255,16 @@ def test_make_names_what_is_missing(
     assert result.stdout == ""
     assert missing in result.stderr
     assert package in result.stderr
+
+
+def test_a_version_is_found_where_pyenv_keeps_it(tmp_path: Path) -> None:
+    kept = tmp_path / "pyenv" / "versions" / "3.98.1" / "bin" / "python3.98"
+    command(kept, THIS_PYTHON)
+    for shim in (False, True):  # pyenv's shim of a version that is not chosen is there, and fails
+        if shim:
+            command(tmp_path / "bin" / "python3.98", "exit 127")
+        result = find_python(tmp_path, "python3.98", python=THIS_PYTHON)
+        assert (result.returncode, result.stdout, result.stderr) == (0, f"{kept}\n", "")
 
 
 def test_make_refuses_a_python_that_is_no_command(tmp_path: Path) -> None:

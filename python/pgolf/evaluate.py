@@ -9,7 +9,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Union
 
@@ -347,7 +347,7 @@ def evaluate(
                 f"The data was read for a vocabulary of {data.vocab_size} with BOS {data.bos_id}; the model has "
                 f"{vocab_size} with BOS {bos_id}."
             )
-        loaded = data
+        loaded = data if any_tokenizer else _bound_to(record, data)
     else:
         loaded = ValidationData.load(
             data,
@@ -408,6 +408,20 @@ def evaluate(
         byte_basis=loaded.byte_basis,
         source_bytes=loaded.source_bytes,
     )
+
+
+def _bound_to(record: Record | None, data: ValidationData) -> ValidationData:
+    """Data that was read before the model was known; raises ValueError where the model names another tokenizer."""
+    declared = None if record is None else record.declared_tokenizer()
+    named = None if declared is None else declared.identity
+    if record is not None and None not in (named, data.tokenizer) and data.tokenizer_bound is not False:
+        if named != data.tokenizer:
+            raise ValueError(
+                f"The data was read with a tokenizer of the identity {data.tokenizer}; {record.source} names {named}. "
+                "Read it with that one, or score all the same, which the score says (any_tokenizer=True)."
+            )
+        return replace(data, tokenizer_bound=True)
+    return data
 
 
 def _warn_of_basis(record: Record | None, found: str | None) -> None:
