@@ -6,7 +6,7 @@
 >>> for step in trainer: ...
 >>> report = trainer.finish()
 
-Nothing heavy is imported before it is used.
+Nothing heavy is imported before it is used: modules are when they are first named, as in `pgolf.ops.attention`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,40 @@ from pgolf.evaluate import evaluate as evaluate  # not lazy: the module of that 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from pgolf import artifact as artifact
+    from pgolf import audit as audit
+    from pgolf import budget as budget
+    from pgolf import bundle as bundle
+    from pgolf import checkpoint as checkpoint
+    from pgolf import config as config
+    from pgolf import container as container
+    from pgolf import data as data
+    from pgolf import demo as demo
+    from pgolf import doctor as doctor
+    from pgolf import encoding as encoding
+    from pgolf import environment as environment
+    from pgolf import errors as errors
+    from pgolf import finish as finish
+    from pgolf import generate as generate
+    from pgolf import inspect as inspect
+    from pgolf import interchange as interchange
+    from pgolf import machine as machine
+    from pgolf import model as model
+    from pgolf import ops as ops
+    from pgolf import plot as plot
+    from pgolf import progress as progress
+    from pgolf import quantize as quantize
+    from pgolf import replay as replay
+    from pgolf import schedule as schedule
+    from pgolf import speed as speed
+    from pgolf import submission as submission
+    from pgolf import threads as threads
+    from pgolf import tokenizer as tokenizer
+    from pgolf import torch_file as torch_file
+    from pgolf import trainer as trainer
+    from pgolf import ttest as ttest
+    from pgolf import ttt as ttt
+    from pgolf import windows as windows
     from pgolf.artifact import export as export
     from pgolf.budget import fit as fit
     from pgolf.config import Config as Config
@@ -65,10 +99,52 @@ _HOME = {  # public name -> module
     "write_shard": "pgolf.data.shards",
 }
 
+_MODULES = frozenset(
+    (
+        "artifact",
+        "audit",
+        "budget",
+        "bundle",
+        "checkpoint",
+        "config",
+        "container",
+        "data",
+        "demo",
+        "doctor",
+        "encoding",
+        "environment",
+        "errors",
+        "finish",
+        "generate",
+        "inspect",
+        "interchange",
+        "machine",
+        "model",
+        "ops",
+        "plot",
+        "progress",
+        "quantize",
+        "replay",
+        "schedule",
+        "speed",
+        "submission",
+        "threads",
+        "tokenizer",
+        "torch_file",
+        "trainer",
+        "ttest",
+        "ttt",
+        "windows",
+    )
+)
+"""Those that need no import of their own; `evaluate` is the function, and its module `from pgolf.evaluate import …`."""
+
 __all__ = [*sorted(_HOME), "__version__", "evaluate"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"pgolf.{name}")  # which makes it an attribute of the package
     if name not in _HOME:
         raise AttributeError(f"module 'pgolf' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -77,4 +153,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*__all__, *_MODULES})
