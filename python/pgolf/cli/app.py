@@ -15,25 +15,31 @@ from pgolf.cli.export import export_command
 from pgolf.cli.failures import reported
 from pgolf.cli.generate import generate_command
 from pgolf.cli.inspect import inspect_command
+from pgolf.cli.pages import use_pages
 from pgolf.cli.plot import plot_command
 from pgolf.cli.recipes import recipes_command
 from pgolf.cli.submit import submit_command
 from pgolf.cli.train import train_command
 
 _FIRST_RUN = """
-A first run, from text to a scored model:\n
-    pgolf data prepare --builtin --out data/demo\n
-    pgolf train --recipe tiny --data data/demo --run-dir runs/demo\n
-    pgolf generate runs/demo --prompt "Return the"\n
-`pgolf VERB --help` explains a verb's options; `pgolf --install-completion` completes them in the shell.\n
-`pgolf doctor` says what this machine can run.\n
-Exit codes: 0 done, 1 failed while working, 2 the request was wrong, 130 interrupted.
+A first run, from text to a scored model:
+
+    pgolf data prepare --builtin --out data/demo
+    pgolf train --recipe tiny --data data/demo --run-dir runs/demo
+    pgolf generate runs/demo --prompt "Return the"
+
+`pgolf VERB --help` explains a verb's options; `pgolf --install-completion` completes them in the shell.
+`pgolf doctor` says what this machine can run.
+
+Exit codes: 0 done, 1 failed while working, 2 the request was wrong, 129 the terminal was closed, 130 interrupted,
+143 terminated.
 """
 
 app = typer.Typer(
     help="Train, squeeze and score a language model that fits in 16 MB.",
     epilog=_FIRST_RUN,
     no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -65,3 +71,4 @@ app.command("submit")(reported(submit_command))
 app.command("check")(reported(check_command))
 app.command("recipes")(reported(recipes_command))
 app.command("doctor")(reported(doctor_command))
+use_pages(app)

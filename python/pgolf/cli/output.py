@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ def console_for(as_json: bool) -> Console:
     """Where people read: standard output, or standard error where standard output is for a program."""
     from rich.console import Console
 
-    console = Console(stderr=as_json, highlight=False, markup=False)
+    console = Console(stderr=as_json, highlight=False, markup=False, soft_wrap=True)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _FILE_WIDTH
     return console
@@ -33,29 +34,36 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def data_table(texts: Iterable[str], numbers: Iterable[str], title: str | None = None) -> Table:
-    """An empty table: columns of text, which is folded where the terminal is narrow, then numbers, which are not."""
-    from rich import box
-    from rich.table import Table
+    """An empty table: columns of text, then columns of numbers, which are aligned right."""
+    from pgolf.cli.tables import WordTable
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table = WordTable(title, headings=True)
     for heading in texts:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading)
     for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     return table
 
 
 def key_value_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """A table of names and values; the values are aligned right."""
-    from rich import box
-    from rich.table import Table
+    from pgolf.cli.tables import WordTable
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    table = WordTable(title, headings=False)
     table.add_column()
     table.add_column(justify="right")
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def wrapped(text: str, width: int, first: str = "", following: str = "") -> list[str]:
+    """Lines of a text, broken between words and nowhere else: a file name can be copied.
+
+    A word longer than ``width`` has a line that is too long. first, following: what the lines begin with.
+    """
+    wrapper = textwrap.TextWrapper(width, first, following, break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(text) or [first.rstrip()]
 
 
 def bits(bpb: float | None) -> str:
