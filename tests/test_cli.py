@@ -98,6 +98,7 @@ def test_train_leaves_a_whole_run_folder(run: Path, small_corpus: Path) -> None:
         "log.jsonl",
         "checkpoint/step-00000024.npz",
         "model.pgolf",
+        "run.json",
         "loss.png",
         "report.json",
     }
@@ -163,7 +164,8 @@ def test_train_says_what_a_picture_needs(
 
 def test_warnings_are_sentences(config_file: Path, small_corpus: Path) -> None:
     result = pgolf_(
-        "train", "--config", config_file, "--data", small_corpus, "--set", "train.warmdown_frac=1", "--set",
+        "train", "--config", config_file, "--data", small_corpus, "--no-run-dir",
+        "--set", "train.warmdown_frac=1", "--set",
         "train.iterations=2", "--set", "train.warmdown_iters=50", "--set", "train.warmdown_frac=0",
     )  # fmt: skip
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""Ctrl-C in `pgolf train`: once leaves a checkpoint, from which a run goes on to the same bits; twice ends at once."""
+"""Signals in `pgolf train`: one leaves a checkpoint, from which a run goes on to the same bits; two end it at once."""
 
 from __future__ import annotations
 
@@ -311,7 +311,7 @@ def test_without_a_run_folder_nothing_is_kept(
     config_file: Path, small_corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BatchStream, "next", interrupt_at(3, BatchStream.next))
-    result = pgolf_("train", "--config", config_file, "--data", small_corpus)
+    result = pgolf_("train", "--config", config_file, "--data", small_corpus, "--no-run-dir")
     assert result.exit_code == 130
     assert result.stderr == "Interrupted. Nothing of the run is kept, since it has no run folder (--run-dir).\n"
 

@@ -110,7 +110,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "untied": {"model.tie_embeddings": False, "embed_lr": 0.05, "head_lr": 0.02, "weight_decay": 0.5},
     "bigram as wide as the model": {"model.bigram_dim": 32},
     "no bigram": {"model.bigram_vocab_size": 0},
-    "one layer": {"model.num_layers": 1, "model.smear_reset_at_bos": True},
+    "one layer": {"model.num_layers": 1, "model.smear_reset_at_bos": True, "model.bos_id": 1},
 }
 
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pgolf import progress as progress
     from pgolf import quantize as quantize
     from pgolf import replay as replay
+    from pgolf import run_folder as run_folder
     from pgolf import schedule as schedule
     from pgolf import speed as speed
     from pgolf import submission as submission
@@ -125,6 +126,7 @@ _MODULES = frozenset(
         "progress",
         "quantize",
         "replay",
+        "run_folder",
         "schedule",
         "speed",
         "submission",

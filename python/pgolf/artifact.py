@@ -269,7 +269,8 @@ def finite_state(model: GPT) -> dict[str, Float32Array]:
 def header_of(model: GPT) -> dict[str, Any]:
     """An artifact's header, less its tensors."""
     provenance = model.provenance or dict.fromkeys(_PROVENANCE)
-    optional = {"scoring": model.scoring, **({} if model.record is None else model.record.to_dict())}
+    record: Record | None = getattr(model, "record", None)  # a stand-in for a GPT need not have one
+    optional = {"scoring": getattr(model, "scoring", None), **({} if record is None else record.to_dict())}
     return {
         "model": model.config.to_dict(),
         "train_seq_len": model.train_seq_len,

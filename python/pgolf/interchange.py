@@ -27,6 +27,7 @@ from pgolf.data.files import atomic_write
 from pgolf.errors import FormatError
 from pgolf.model import GPT, FloatArray, as_array
 from pgolf.quantize import Float32Array
+from pgolf.run_folder import weights_file
 from pgolf.torch_file import write_torch
 
 StrPath = Union[str, "os.PathLike[str]"]
@@ -48,14 +49,14 @@ _FLOATS: dict[str, np.dtype[np.floating[Any]]] = {
 
 
 def load(path: StrPath, device: str | None = None, dtype: str | None = None, config: Settings = None) -> GPT:
-    """The model in a file, ready to score.
+    """The model in a file or a run folder, ready to score.
 
     Artifacts, checkpoints and the .safetensors files of `save_state_dict` say everything about their model. Of any
     other file, a state dict (.pt, .safetensors) or a quantised bundle (.ptz) of the public scripts, the shapes tell
     the sizes; what no shape tells (softcap, RoPE, BOS) comes from ``config``.
 
     Args:
-        path: the file; its first bytes tell its format.
+        path: the file; its first bytes tell its format. Of a run folder, its artifact, else its newest checkpoint.
         device: as for GPT; None: the best there is.
         dtype: as for GPT; None: bfloat16 on GPUs, float32 on CPUs.
         config: a recipe's name, the path of a .toml file, a Config or a ModelConfig; None: base, which has the values
@@ -66,12 +67,13 @@ def load(path: StrPath, device: str | None = None, dtype: str | None = None, con
         its ``provenance`` an artifact's or a checkpoint's.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or the folder holds no weights.
         FormatError: the file is damaged or hostile, or its tensors are not those of a model of docs/spec.md §1.
         ValueError: an unknown recipe, device or dtype.
         DeviceError: the device cannot be used.
         ModuleNotFoundError: the format needs PyTorch or safetensors, which is not installed.
     """
+    path = weights_file(path)
     kind = kind_of_weights(path)
     if kind == "artifact":
         return artifact.load(path, device, dtype)
@@ -100,16 +102,18 @@ def load_state_dict(path: StrPath) -> dict[str, Float32Array]:
     """The weights in a file by their names: of any model, whether pgolf has such a one or not.
 
     Args:
-        path: an artifact, a checkpoint (averaged, where it holds an average), or a .pt, .safetensors or .ptz file.
+        path: an artifact, a checkpoint (averaged, where it holds an average), a .pt, .safetensors or .ptz file, or a
+            run folder, as for `load`.
 
     Returns:
         Owned float32 arrays; quantised ones are dequantised, 16-bit ones widened.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or the folder holds no weights.
         FormatError: the file is damaged or hostile; a tensor is no floating-point one or holds NaN or infinity.
         ModuleNotFoundError: the format needs PyTorch or safetensors, which is not installed.
     """
+    path = weights_file(path)
     kind = kind_of_weights(path)
     if kind == "artifact":
         return read_artifact(path)[1]
@@ -162,7 +166,7 @@ def convert(source: StrPath, target: StrPath, config: Settings = None, code: Str
     """Put a quantised model into the other container, every integer and scale as it is.
 
     Args:
-        source: an artifact or a .ptz bundle.
+        source: an artifact, a run folder with one, or a .ptz bundle.
         target: the file, replaced where it exists; a .ptz bundle where its name ends so, else an artifact.
         config: for a bundle, as for `load`.
         code: the script whose bytes count beside the file's.
@@ -172,6 +176,7 @@ def convert(source: StrPath, target: StrPath, config: Settings = None, code: Str
 
     Raises: as `load` and `pgolf.export`; ValueError where the source is not quantised.
     """
+    source = weights_file(source)
     kind = kind_of_weights(source)
     if kind == "artifact":
         stored = unpack(source)[1]

@@ -1,4 +1,4 @@
-"""run.json: what a run knows from its first step on of its data, its tokenizer and the processor that it runs on.
+"""A run's folder: the weights in it, and run.json, what a run knows from its first step on of its data and tokenizer.
 
 config.toml says what was asked for; this file says what was found: where the data lies, seen from any folder, and the
 validation split and the tokenizer that the run's scores are of.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pgolf import checkpoint
 from pgolf.config import Config
 from pgolf.data.declared import RUN, Record
 from pgolf.data.files import atomic_write
@@ -19,6 +20,8 @@ from pgolf.errors import FormatError
 
 NAME = "run.json"
 _FORMAT = "pgolf-run-1"
+_NAMED = 8  # of a folder's files, in a sentence that says what it holds
+_ENDINGS = (".pgolf", ".ptz", ".pt", ".safetensors", ".npz")
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,10 @@ class RunRecord:
         return cls(data, tokenizer, record, device if isinstance(device, str) else None)
 
 
-def place(path: str | os.PathLike[str], run: Path) -> dict[str, str]:
-    """A path as run.json keeps it."""
+def place(path: str | os.PathLike[str], run: Path, given: str) -> dict[str, str]:
+    """A path as run.json keeps it; `given`: as config.toml has it, which may be seen from another folder."""
     absolute = os.path.abspath(path)
-    return {"given": os.fspath(path), "absolute": absolute, "from_run": os.path.relpath(absolute, os.path.abspath(run))}
+    return {"given": given, "absolute": absolute, "from_run": os.path.relpath(absolute, os.path.abspath(run))}
 
 
 def _place(value: Any) -> dict[str, str] | None:
@@ -105,6 +108,8 @@ def _find(known: dict[str, str] | None, configured: str, run: Path) -> Path | No
             return None
         candidates = [Path(configured), run / configured, run.parent / configured]
     else:
+        if configured and configured != known["given"]:  # somebody says another one
+            return Path(configured)
         candidates = [Path(known["absolute"]), run / known["from_run"], Path(known["given"])]
     return next((path for path in candidates if path.exists()), candidates[-1] if known else candidates[0])
 
@@ -122,3 +127,51 @@ def record_of(run: Path) -> Record | None:
         return None
     known = {"tokens": split.get("tokens"), "files": split.get("shards"), "sha256": split.get("sha256")}
     return Record.of(RUN, str(run / "report.json"), {"validation": known})
+
+
+def weights_file(path: str | os.PathLike[str]) -> Path:
+    """The file with weights that a path means: itself, or of a run folder its artifact, else its newest checkpoint.
+
+    Raises FileNotFoundError where a folder has neither; it says what the folder holds and what to do. A path where
+    nothing is, is returned as it is.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder
+    artifact = folder / "model.pgolf"
+    found = artifact if artifact.is_file() else checkpoint.newest(folder / "checkpoint")
+    if found is None:
+        raise FileNotFoundError(f"{folder}: {_lacks_weights(folder)}")
+    return found
+
+
+def _lacks_weights(folder: Path) -> str:
+    """The rest of a sentence about a folder without model.pgolf and without a checkpoint."""
+    if (folder / "config.toml").is_file():
+        log = folder / "log.jsonl"
+        begun = log.is_file() and log.stat().st_size > 0
+        return (
+            f"the run folder holds no artifact (model.pgolf) and no checkpoint, only {_listed(folder)}; "
+            f"{'finish the run, or train again' if begun else 'train the run first'}."
+        )
+    if any(folder.glob("*_train_*.bin")) or any(folder.glob("*_val_*.bin")):
+        return "this is a data folder and holds no weights; give a run folder or a file with weights."
+    below = sorted(other.name for other in folder.iterdir() if (other / "config.toml").is_file())
+    if below:
+        return f"this folder is no run folder but holds some; give one of them: {_some(below)}."
+    files = sorted(other.name for other in folder.iterdir() if other.suffix in _ENDINGS)
+    if files:
+        return f"this folder is no run folder, as it holds no config.toml; give one of its files: {_some(files)}."
+    return (
+        f"this folder is no run folder, as it holds no config.toml; it holds {_listed(folder)}. "
+        "Give a run folder or a file with weights."
+    )
+
+
+def _listed(folder: Path) -> str:
+    return _some(sorted(other.name + "/" * other.is_dir() for other in folder.iterdir())) or "nothing"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

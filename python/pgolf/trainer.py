@@ -243,10 +243,11 @@ class Trainer:
 
     def _write_record(self, run_dir: Path, source: Path) -> None:
         assert self.model.record is not None
-        named = self.config.train.tokenizer_path
+        train, opened = self.config.train, self.tokenizer
+        named = opened is not None and bool(train.tokenizer_path)
         run_folder.RunRecord(
-            data=run_folder.place(source, run_dir),
-            tokenizer=run_folder.place(named, run_dir) if named else None,
+            data=run_folder.place(source, run_dir, train.data_path),
+            tokenizer=run_folder.place(opened.path, run_dir, train.tokenizer_path) if named and opened else None,
             record=self.model.record,
             device=self.model.device_name,
         ).write(run_dir)

@@ -88,7 +88,7 @@ def evaluate_command(
     loaded = source.load(device)
     method, settings = _settings(method, source.config, loaded)
     if method != "ttt" and not (seq_len or settings.get("seq_len") or loaded.train_seq_len):
-        raise ValueError(f"{source.artifact} does not say its training length; give --seq-len or --recipe.")
+        raise ValueError(f"{source.weights} does not say its training length; give --seq-len or --recipe.")
     console = console_for(as_json)
     with stages(console) as show:
         score = evaluate(
@@ -109,7 +109,7 @@ def evaluate_command(
             record=source.record(loaded),
             progress=lambda done, total, tokens: show("score", done, total),
         )
-    console.print(key_value_table(str(source.artifact), _rows(score)))
+    console.print(key_value_table(str(source.weights), _rows(score)))
     if as_json:
         print_json(_to_dict(score))
 

@@ -133,6 +133,7 @@ def export_command(
     if fit is not None:
         from pgolf.cli.fit import fit_command
 
+        source.check_length(loaded)
         folder, pieces = source.data(data), source.tokenizer_path(tokenizer)
         found = fit_command(loaded, out, folder, pieces, settings, fit, code, margin, tokens, plot, console)
         if as_json:

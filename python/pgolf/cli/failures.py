@@ -6,10 +6,11 @@ import errno
 import functools
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 import typer
@@ -19,6 +20,8 @@ from pgolf.errors import DeviceError, NonFiniteError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 130
+_SIGNALLED = 128
+"""Plus a signal's number: the exit code of a process that it ended, as shells have it; 130 is Ctrl-C's."""
 
 # What a request, its files included, can be wrong in.
 _WRONG_REQUEST = (
@@ -32,6 +35,18 @@ _WRONG_REQUEST = (
 )
 # What can fail in a right request: devices, disks, arithmetic, memory, a missing optional package.
 _FAILED = (OSError, DeviceError, NonFiniteError, MemoryError, ImportError)
+
+_SIGNALS: dict[int, str] = {signal.SIGTERM: "Terminated (SIGTERM)."}
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    _SIGNALS[signal.SIGHUP] = "The terminal was closed (SIGHUP)."
+
+
+class Signalled(KeyboardInterrupt):
+    """A signal asks the process to end: SIGINT, which is Ctrl-C, SIGTERM or SIGHUP."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(_SIGNALS.get(number, "Interrupted."))
+        self.code = _SIGNALLED + number
 
 
 class Stopped(Exception):
@@ -62,7 +77,8 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
                 if isinstance(error, (typer.Exit, BrokenPipeError)) or os.environ.get("PGOLF_TRACEBACK") == "1":
                     raise
                 code, sentence = _verdict(error)
-                typer.echo(sentence, err=True)
+                with suppress(OSError):  # a terminal that is gone changes no exit code
+                    typer.echo(sentence, err=True)
                 raise typer.Exit(code) from None
 
     run.__signature__ = signature_of(command, _refuse)  # type: ignore[attr-defined]
@@ -104,7 +120,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
         code, sentence = _verdict(error.cause)
         return code, f"{sentence} {error.advice}"
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, str(error) or "Interrupted."
+        return getattr(error, "code", INTERRUPTED), str(error) or "Interrupted."
     if isinstance(error, _WRONG_REQUEST):
         return WRONG_REQUEST, f"Error: {_sentence(error)}"
     if isinstance(error, _FAILED):

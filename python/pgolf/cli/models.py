@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING
 
 from pgolf.cli.failures import requested_device
 from pgolf.config import Config, parse_override
-from pgolf.run_folder import data_path, record_of, tokenizer_path
+from pgolf.run_folder import data_path, record_of, tokenizer_path, weights_file
 
 if TYPE_CHECKING:
     from pgolf.data.declared import Record
     from pgolf.model import GPT
     from pgolf.tokenizer import Tokenizer
 
+DEFAULT_RECIPE = "base"
+
 
 @dataclass(frozen=True)
 class Source:
     """Where a model lies, and a configuration: that of its run where MODEL is a run folder, else what options said."""
 
-    artifact: Path
+    weights: Path
     config: Config | None
     run: Path | None = None
 
@@ -33,27 +35,24 @@ class Source:
         config_file: Path | None = None,
         overrides: list[str] | None = None,
     ) -> Source:
-        """Raises FileNotFoundError where nothing is there, and the errors of the configuration."""
+        """Raises FileNotFoundError where nothing is there or a folder holds no weights; errors of the configuration."""
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder; an artifact or a run folder is expected.")
         given = recipe is not None or config_file is not None or bool(overrides)
-        if path.is_dir():
+        weights, own = weights_file(path), path / "config.toml"
+        if own.is_file():
             if given:
                 raise ValueError(f"{path} has a configuration; --recipe, --config and --set are for single files.")
-            return cls(path / "model.pgolf", Config.from_toml(run_config_path(path)), path)
+            return cls(weights, Config.from_toml(own), path)
         values = dict(parse_override(text) for text in overrides or [])
-        return cls(path, configuration(recipe, config_file, values) if given else None)
+        return cls(weights, configuration(recipe, config_file, values) if given else None)
 
     def load(self, device: str | None) -> GPT:
         """The file's model; the configuration says what the file does not."""
         from pgolf.interchange import load
 
-        if not self.artifact.is_file():
-            raise FileNotFoundError(
-                f"{self.artifact}: the run folder holds no artifact; finish the run, or export one from its checkpoint."
-            )
         with requested_device():
-            return load(self.artifact, device=device, config=self.config)
+            return load(self.weights, device=device, config=self.config)
 
     def data(self, given: Path | None) -> Path:
         """The data folder: the one that was given, else the run's."""
@@ -61,21 +60,27 @@ class Source:
             return given
         known = self._known_data()
         if known is None:
-            raise ValueError(f"{self.artifact} does not say on which data it was trained; give --data.")
-        return known
+            raise ValueError(f"{self.weights} does not say on which data it was trained; give --data.")
+        return there(known, "data folder", "--data")
 
     def _known_data(self) -> Path | None:
         if self.run is not None and self.config is not None:
             return data_path(self.run, self.config)
         return Path(self.config.train.data_path) if self.config is not None and self.config.train.data_path else None
 
+    def check_length(self, model: GPT) -> None:
+        """Raises ValueError where nothing says how long the model's sequences are, and no option may say it later."""
+        if not model.train_seq_len:
+            raise ValueError(f"{self.weights} does not say its training length; give --recipe or --config.")
+
     def tokenizer_path(self, given: Path | None) -> Path | None:
         """The tokenizer: the one that was given, else the one that the run names; None leaves it to the data folder."""
-        if given is not None or self.config is None:
+        if given is not None or self.config is None or not self.config.train.tokenizer_path:
             return given
+        known = Path(self.config.train.tokenizer_path)
         if self.run is not None:
-            return tokenizer_path(self.run, self.config)
-        return Path(self.config.train.tokenizer_path) if self.config.train.tokenizer_path else None
+            known = tokenizer_path(self.run, self.config) or known
+        return there(known, "tokenizer", "--tokenizer")
 
     def record(self, model: GPT) -> Record | None:
         """What is recorded of the data and the tokenizer that the scores are of: the artifact's, else the run's."""
@@ -92,9 +97,9 @@ class Source:
 
         path, data = self.tokenizer_path(given), self._known_data()
         if path is None and data is not None:
-            path = find_data(data, splits=()).tokenizer
+            path = find_data(there(data, "data folder", "--data or --tokenizer"), splits=()).tokenizer
         if path is None:
-            raise ValueError(f"No tokenizer is known for {self.artifact}; give --tokenizer.")
+            raise ValueError(f"No tokenizer is known for {self.weights}; give --tokenizer.")
         tokenizer = Tokenizer(path)
         if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError(
@@ -110,10 +115,18 @@ class Source:
         return tokenizer
 
 
+def there(path: Path, what: str, option: str) -> Path:
+    """A path that a run has recorded; raises FileNotFoundError where nothing is there any more."""
+    if path.exists():
+        return path
+    where = "" if path.is_absolute() else f" (looked for in {Path.cwd()})"
+    raise FileNotFoundError(f"The run's {what} {path} is not there any more{where}; give {option}.")
+
+
 def configuration(recipe: str | None, path: Path | None, overrides: dict[str, object]) -> Config:
-    """What --recipe, --config and --set say together; base where neither recipe nor file is given."""
+    """What --recipe, --config and --set say together; DEFAULT_RECIPE where neither recipe nor file is given."""
     if path is None:
-        return Config.from_recipe(recipe or "base", overrides)
+        return Config.from_recipe(recipe or DEFAULT_RECIPE, overrides)
     if recipe is not None:
         raise ValueError(f'--recipe and --config are both given; write extends = "{recipe}" in {path} instead.')
     return Config.from_toml(path, overrides)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pgolf.cli.failures import Stopped, requested_device
+from pgolf.cli.failures import Signalled, Stopped, requested_device
 from pgolf.cli.interrupts import watched_interrupts
-from pgolf.cli.models import configuration, resume_command, run_config_path
+from pgolf.cli.models import DEFAULT_RECIPE, configuration, resume_command, run_config_path
 from pgolf.cli.options import (
     ConfigOption,
     DeviceOption,
@@ -49,8 +55,15 @@ def train_command(
     tokenizer: TokenizerOption = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option("--run-dir", metavar="DIR", help="Where configuration, log, checkpoint, artifact and report go."),
+        typer.Option(
+            "--run-dir",
+            metavar="DIR",
+            help="Where configuration, log, checkpoint, artifact and report go; default: a new runs/RECIPE-TIME.",
+        ),
     ] = None,
+    no_run_dir: Annotated[
+        bool, typer.Option("--no-run-dir", help="Keep nothing of the run but what is printed.")
+    ] = False,
     device: DeviceOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint, with its configuration.")
@@ -68,7 +81,8 @@ def train_command(
 ) -> None:
     """Train a model by a recipe: train, average, export, reload, score.
 
-    Ctrl-C once writes a checkpoint and prints the command that goes on from it; twice ends at once.
+    Ctrl-C once writes a checkpoint and prints the command that goes on from it; twice ends at once. So do SIGTERM and
+    a terminal that is closed.
 
     Example: pgolf train --recipe tiny --data data/demo --run-dir runs/demo --set train.max_wallclock_seconds=60
     """
@@ -77,6 +91,8 @@ def train_command(
 
     if resume and run_dir is None:
         raise ValueError("--resume needs the --run-dir of the run to go on with.")
+    if no_run_dir and run_dir is not None:
+        raise ValueError(f"--run-dir {run_dir} and --no-run-dir are both given; give one of the two.")
     values = dict(parse_override(text) for text in overrides or [])
     given = {"data_path": data, "tokenizer_path": tokenizer, "replay": replay_schedule}
     values |= {f"train.{key}": str(path) for key, path in given.items() if path is not None}
@@ -84,25 +100,84 @@ def train_command(
     if code is not None and not code.is_file():
         raise FileNotFoundError(f"{code}: no such script, whose bytes could be counted.")
     use_threads(threads)
-    with requested_device():
-        trainer = Trainer(config, run_dir=run_dir, device=device, resume=resume)
     console = console_for(as_json)
-    console.print(f"{trainer.model!r}, data {trainer.data.path}", soft_wrap=True)
-    console.print(_memory_line(trainer), soft_wrap=True)
-    with watched_interrupts(console):
+    with watched_interrupts(console) as watch, _run_folder(run_dir, no_run_dir, recipe, config_file) as folder:
+        with requested_device():
+            trainer = Trainer(config, run_dir=folder.path, device=device, resume=resume)
         try:
+            console.print(f"{trainer.model!r}, data {trainer.data.path}")
+            console.print(_memory_line(trainer))
+            if folder.automatic:
+                console.print(f"No --run-dir was given: the run is kept in {folder.path}.")
             report = run_with_progress(trainer, console, code)
         except (KeyboardInterrupt, Exception) as error:
             if isinstance(error, BrokenPipeError):
                 raise
+            cause = Signalled(signal.SIGHUP) if watch.hung_up(error) else error
             options = _options({"--device": device, "--threads": threads, "--code": code}) + ["--json"] * as_json
-            raise Stopped(error, _keep(trainer, error, options)) from error
+            raise Stopped(cause, _keep(trainer, cause, options)) from error
+    run_dir = folder.path
     console.print(report_table(report))
     if run_dir is not None:
         console.print(_picture(run_dir), soft_wrap=True)
         console.print(f"The run is in {run_dir}.", soft_wrap=True)
     if as_json:
         print_json({"run_dir": None if run_dir is None else str(run_dir), **report.to_dict()})
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """Where a run is kept; None: nowhere. automatic: in a folder that the command has made itself."""
+
+    path: Path | None
+    automatic: bool = False
+
+
+@contextmanager
+def _run_folder(given: Path | None, none: bool, recipe: str | None, config_file: Path | None) -> Iterator[_Folder]:
+    """The run's folder; one that is made here vanishes again where a run ends before its first step and is not kept."""
+    if given is not None or none:
+        yield _Folder(given)
+        return
+    parent, name = Path("runs"), config_file.stem if config_file is not None else recipe or DEFAULT_RECIPE
+    made_parent = not parent.exists()
+    path = _new_folder(parent, f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    try:
+        yield _Folder(path, automatic=True)
+    except BaseException:
+        if not _begun(path):
+            for file in ("config.toml", "log.jsonl"):
+                (path / file).unlink(missing_ok=True)
+            with suppress(OSError):  # something else is in there
+                path.rmdir()
+                if made_parent:
+                    parent.rmdir()
+        raise
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """Makes parent/name, or where that is taken name-2, name-3 and so on."""
+    for number in count(1):
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            if isinstance(error, FileExistsError) and path.exists():
+                continue
+            raise OSError(
+                error.errno,
+                f"The run folder {path} cannot be made ({error.strerror}); --run-dir names another, --no-run-dir none.",
+            ) from error
+        return path
+    raise AssertionError("numbers do not end")
+
+
+def _begun(path: Path) -> bool:
+    """Whether a run folder holds a step or a checkpoint."""
+    from pgolf.plot import read_records
+
+    log = path / "log.jsonl"
+    return (path / "checkpoint").exists() or (log.is_file() and any(record["step"] for record in read_records(log)))
 
 
 def _memory_line(trainer: Trainer) -> str:
