@@ -452,7 +452,9 @@ def test_data_download(small_corpus: Path, tmp_path: Path, monkeypatch: pytest.M
         again = pgolf_("data", "download", "sp512", *options, "--revision", "main", "--out", "data/sp512")
         assert again.exit_code == 0 and "fetched: 0 files, 0 bytes" in again.stdout, again.output
         assert re.search(r"training +10 +20,000 ", again.stdout)
-        refused(pgolf_("data", "download", "sp512", "--repo", hub.REPO, "--out", "x"), "train_shards is 80; .* has 2 ")
+        refused(
+            pgolf_("data", "download", "sp512", "--repo", hub.REPO, "--out", "x"), "--train-shards is 80; .* has 2 "
+        )
         refused(
             pgolf_("data", "download", "sp9", "--repo", hub.REPO, "--out", "x"), "'sp9' is not there; there are: sp512"
         )
@@ -661,9 +663,9 @@ def test_damaged_artifacts(
         (["generate", "{run}", "--tokenizer", "{other}"], "has 300 tokens; the model has 512"),
         (["generate", "{run}", "--tokenizer", "{run}/log.jsonl"], r"log\.jsonl: this is no SentencePiece model"),
         (["generate", "{run}", "--temperature", "-1"], "temperature is -1"),
-        (["generate", "{run}", "--top-p", "2"], "top_p is 2"),
-        (["generate", "{run}", "--top-k", "0"], "top_k is 0"),
-        (["generate", "{run}", "--max-new-tokens", "-1"], "max_new_tokens is -1"),
+        (["generate", "{run}", "--top-p", "2"], "--top-p is 2"),
+        (["generate", "{run}", "--top-k", "0"], "--top-k is 0"),
+        (["generate", "{run}", "--max-new-tokens", "-1"], "--max-new-tokens is -1"),
         (["generate", "{run}", "--seed", "-1"], "seed is -1"),
         (["inspect", "{tmp}/nothing"], "no such file or folder"),
         (["plot", "{run}", "--out", "{tmp}/x.svg"], r"x\.svg: the picture is a PNG"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pgolf.cli.failures import in_shell_words, reported
+from pgolf.cli.failures import reported
 from pgolf.cli.options import JsonOption, TokenizerOption
 from pgolf.cli.output import console_for, data_table, key_value_table, print_json
 from pgolf.errors import FormatError
@@ -65,7 +65,7 @@ def prepare_command(
     from pgolf.progress import stages
 
     console = console_for(as_json)
-    with stages(console) as show, in_shell_words("field", "vocab_size", "normalization", "val_docs", "workers"):
+    with stages(console) as show:
         report = prepare(
             sources or [],
             out,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import re
 import signal
 import sys
 import warnings
@@ -16,6 +15,7 @@ from typing import Any, TextIO
 import typer
 
 from pgolf.cli.typed import print_any_name, signature_of
+from pgolf.cli.words import in_shell_words, options_of
 from pgolf.errors import DeviceError, NonFiniteError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -77,6 +77,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
                 if isinstance(error, (typer.Exit, BrokenPipeError)) or os.environ.get("PGOLF_TRACEBACK") == "1":
                     raise
                 code, sentence = _verdict(error)
+                sentence = in_shell_words(sentence, options_of(command))
                 with suppress(OSError):  # a terminal that is gone changes no exit code
                     typer.echo(sentence, err=True)
                 raise typer.Exit(code) from None
@@ -97,21 +98,6 @@ def requested_device() -> Iterator[None]:
         yield
     except DeviceError as error:
         raise ValueError(str(error)) from None
-
-
-@contextmanager
-def in_shell_words(*arguments: str) -> Iterator[None]:
-    """Around a call whose errors name its arguments, as in "val_docs is 0" or "val_docs=3": they name options."""
-    try:
-        yield
-    except Exception as error:
-
-        def option(found: re.Match[str]) -> str:
-            return f"--{found[1].replace('_', '-')}{' ' if found[2] == '=' else found[2]}"
-
-        if len(error.args) == 1 and isinstance(error.args[0], str):
-            error.args = (re.sub(rf"\b({'|'.join(arguments)})(=| is )", option, error.args[0]),)
-        raise
 
 
 def _verdict(error: BaseException) -> tuple[int, str]:

@@ -97,7 +97,8 @@ class Source:
 
         path, data = self.tokenizer_path(given), self._known_data()
         if path is None and data is not None:
-            path = find_data(there(data, "data folder", "--data or --tokenizer"), splits=()).tokenizer
+            data = there(data, "data folder", "--tokenizer", ", which would have its tokenizer,")
+            path = find_data(data, splits=()).tokenizer
         if path is None:
             raise ValueError(f"No tokenizer is known for {self.weights}; give --tokenizer.")
         tokenizer = Tokenizer(path)
@@ -115,12 +116,15 @@ class Source:
         return tokenizer
 
 
-def there(path: Path, what: str, option: str) -> Path:
-    """A path that a run has recorded; raises FileNotFoundError where nothing is there any more."""
+def there(path: Path, what: str, option: str, why: str = "") -> Path:
+    """A path that a run has recorded; raises FileNotFoundError where nothing is there any more.
+
+    what, why: it is, and is looked for, in the sentence. option: names another one.
+    """
     if path.exists():
         return path
     where = "" if path.is_absolute() else f" (looked for in {Path.cwd()})"
-    raise FileNotFoundError(f"The run's {what} {path} is not there any more{where}; give {option}.")
+    raise FileNotFoundError(f"The run's {what} {path}{why} is not there any more{where}; give {option}.")
 
 
 def configuration(recipe: str | None, path: Path | None, overrides: dict[str, object]) -> Config:

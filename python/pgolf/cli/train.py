@@ -15,7 +15,7 @@ import typer
 
 from pgolf.cli.failures import Signalled, Stopped, requested_device
 from pgolf.cli.interrupts import watched_interrupts
-from pgolf.cli.models import DEFAULT_RECIPE, configuration, resume_command, run_config_path
+from pgolf.cli.models import DEFAULT_RECIPE, configuration, resume_command, run_config_path, there
 from pgolf.cli.options import (
     ConfigOption,
     DeviceOption,
@@ -29,6 +29,7 @@ from pgolf.cli.options import (
 from pgolf.cli.output import bits, console_for, key_value_table, print_json
 from pgolf.config import Config, parse_override
 from pgolf.errors import FormatError
+from pgolf.run_folder import data_path
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,6 +100,9 @@ def train_command(
     config = _configuration(recipe, config_file, run_dir if resume else None, values)
     if code is not None and not code.is_file():
         raise FileNotFoundError(f"{code}: no such script, whose bytes could be counted.")
+    known = data_path(run_dir, config) if resume and run_dir is not None and "train.data_path" not in values else None
+    if known is not None:
+        there(known, "data folder", "--data")
     use_threads(threads)
     console = console_for(as_json)
     with watched_interrupts(console) as watch, _run_folder(run_dir, no_run_dir, recipe, config_file) as folder:
@@ -146,7 +150,7 @@ def _run_folder(given: Path | None, none: bool, recipe: str | None, config_file:
         yield _Folder(path, automatic=True)
     except BaseException:
         if not _begun(path):
-            for file in ("config.toml", "log.jsonl"):
+            for file in ("config.toml", "log.jsonl", "run.json"):
                 (path / file).unlink(missing_ok=True)
             with suppress(OSError):  # something else is in there
                 path.rmdir()
