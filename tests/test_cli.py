@@ -810,7 +810,7 @@ def terminal() -> Any:
 def test_a_terminal_shows_a_bar_and_every_validation() -> None:
     console = terminal()
     train = TrainConfig(iterations=100, max_wallclock_seconds=0.0)
-    with training_progress(train, console) as show:
+    with training_progress(train, console) as (show, _):
         show(record(0, 0.0, loss=None, lr_scale=None, val_loss=6.9, val_bpb=3.5))
         show(record(50, 5.0))
         show(record(100, 10.0, val_loss=2.0))
@@ -824,7 +824,7 @@ def test_under_the_bar_stands_what_the_machine_does() -> None:
     console = terminal()
     train = TrainConfig(iterations=100, max_wallclock_seconds=0.0)
     machine = {"tokens_per_second": 80.0, "share_of_limit": 0.32, "memory_mib": 9012.4, "device": "NVIDIA H200"}
-    with training_progress(train, console) as show:
+    with training_progress(train, console) as (show, _):
         show(record(50, 5.0, **machine))
     text = console.export_text()  # 100 tokens/s since the start, 80 in this step
     assert re.search(r"100 tokens/s · lr ×0\.50 · 5\.0 s left *\n40\.0% of the limit · 9,012 MiB · NVIDIA H200", text)
@@ -835,7 +835,7 @@ def test_lines_end_with_the_machine(tmp_path: Path) -> None:
 
     console = Console(file=io.StringIO(), width=40, color_system=None)
     train = TrainConfig(iterations=100, max_wallclock_seconds=0.0, train_log_every=50)
-    with training_progress(train, console) as show:
+    with training_progress(train, console) as (show, _):
         show(record(0, 0.0, loss=None, lr_scale=None, tokens_per_second=None, val_loss=6.9, device="cpu avx2"))
         show(record(50, 5.0, share_of_limit=0.4, memory_mib=90.0, device="cpu avx2"))
         show(record(100, 10.0))

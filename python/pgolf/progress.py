@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,28 +18,45 @@ if TYPE_CHECKING:
     from pgolf.finish import Report
     from pgolf.trainer import StepRecord, Trainer
 
+_SILENCE = 30.0  # seconds without a line, from which people wonder
+
 ShowStage = Callable[[str, int, int], None]
 """Called as show(what, done, total); another ``what`` begins another stage."""
 
 
 def run_with_progress(trainer: Trainer, console: Console, code: str | os.PathLike[str] | None = None) -> Report:
     """Train to the end of the run and finish it, with progress on ``console``; arguments as `Trainer.finish`."""
-    with training_progress(trainer.config.train, console) as show:
+    with training_progress(trainer.config.train, console) as (show, watch):
+        trainer.watch = watch
         for record in trainer:
             show(record)
+        trainer.watch = None
     with stages(console) as show_stage:
         return trainer.finish(show_stage, code)
 
 
 @contextmanager
-def training_progress(train: TrainConfig, console: Console) -> Iterator[Callable[[StepRecord], None]]:
-    """A function that shows step records.
+def training_progress(train: TrainConfig, console: Console) -> Iterator[tuple[Callable[[StepRecord], None], ShowStage]]:
+    """A function that shows step records, and one that shows what goes on before a step's record is there.
 
     On a terminal a bar follows the steps, and every validation leaves a line above it. Elsewhere there is a line every
-    ``train_log_every`` steps and for every validation.
+    ``train_log_every`` steps and for every validation, and what goes on leaves one every half minute.
     """
     if not console.is_terminal:
-        yield lambda record: _print_record(record, train, console)
+        spoke = time.monotonic()
+
+        def print_record(record: StepRecord) -> None:
+            nonlocal spoke
+            spoke = time.monotonic()
+            _print_record(record, train, console)
+
+        def print_stage(what: str, done: int, total: int) -> None:
+            nonlocal spoke
+            if time.monotonic() - spoke >= _SILENCE:
+                spoke = time.monotonic()
+                console.print(f"{what}: {done:,} of {total:,} sequences", soft_wrap=True)
+
+        yield print_record, print_stage
         return
     columns = (
         TextColumn("training"),
@@ -55,7 +73,10 @@ def training_progress(train: TrainConfig, console: Console) -> Iterator[Callable
             bar.machine = " · ".join(_machine(record))
             bar.update(task, completed=_share_done(record, train), status=status)
 
-        yield show
+        def show_stage(what: str, done: int, total: int) -> None:
+            bar.machine = "" if done == total else f"{what}: {done:,} of {total:,} sequences"
+
+        yield show, show_stage
 
 
 class _TrainingProgress(Progress):

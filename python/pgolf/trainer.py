@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from pgolf.data.shards import ShardSet, find_data
 from pgolf.errors import DeviceError, FormatError, NonFiniteError
 from pgolf.evaluate import ValidationData, evaluate, plan_windows
 from pgolf.finish import Progress, Report, finish_run
+from pgolf.forecast import Forecast, forecast
 from pgolf.model import GPT
 from pgolf.replay import Replay
 from pgolf.schedule import Schedule
@@ -174,6 +175,9 @@ class Trainer:
         self.limit = speed.known_limit(self.model.device)
         """What this machine reaches at most; None until it is measured, after the first step."""
         self._measures_limit, self._measured_limit = self.limit is None, False
+        self.watch: Callable[[str, int, int], object] | None = None
+        """Called as watch(what, done, total) within a step on a CPU and while validation is scored: either can take
+        minutes."""
         if train.ema_decay > 0:
             self._optimizer.start_ema()
         self._ahead = 0 if self.model.device == "cpu" else _GPU_STEPS_AHEAD
@@ -270,6 +274,15 @@ class Trainer:
         peak = self._native.peak_memory() or speed.peak_rss()
         return None if peak is None else peak / 2**20
 
+    def forecast(self) -> Forecast | None:
+        """What the run takes at least, in seconds; None on a GPU whose limit has not been measured yet.
+
+        On a CPU whose limit is not known it is measured now, which takes a third of a second.
+        """
+        if self.limit is None and self.model.device == "cpu":
+            self._measure_limit()
+        return None if self.limit is None else forecast(self.config, self.validation.tokens.size - 1, self.limit.flops)
+
     def share_of_limit(self, tokens_per_second: float) -> float | None:
         """What a training speed is of the limit; None where that is not known."""
         return None if self.limit is None else tokens_per_second * self._flop / self.limit.flops
@@ -349,6 +362,8 @@ class Trainer:
             for start in range(0, len(ids), self.micro_batch_seqs):
                 part = slice(start, start + self.micro_batch_seqs)
                 self._native.micro_step(ids[part], targets[part], 1.0 / ids.size)
+                if self.watch is not None and not self._ahead:
+                    self.watch(f"step {step + 1:,}", min(part.stop, len(ids)), len(ids))
             self._native.end_step()
         except BaseException:
             self._stream.position = position
@@ -446,13 +461,14 @@ class Trainer:
 
     def validation_loss(self, model: GPT | None = None) -> tuple[float, float | None]:
         """Mean loss in nats and bits per byte (None without a tokenizer) on the validation data, standard method."""
-        train = self.config.train
+        train, watch = self.config.train, self.watch
         score = evaluate(
             model or self.model,
             self.validation,
             method="standard",
             seq_len=train.train_seq_len,
             batch_seqs=max(1, train.val_batch_tokens // train.train_seq_len),
+            progress=None if watch is None else lambda done, total, tokens: watch("validation", done, total),
         )
         return score.loss, score.bpb
 

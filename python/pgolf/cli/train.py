@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ def train_command(
             console.print(_memory_line(trainer))
             if folder.automatic:
                 console.print(f"No --run-dir was given: the run is kept in {folder.path}.")
+            if (warning := slow_run(trainer)) is not None:
+                warnings.warn(warning, stacklevel=2)
             report = run_with_progress(trainer, console, code)
         except (KeyboardInterrupt, Exception) as error:
             if isinstance(error, BrokenPipeError):
@@ -182,6 +185,26 @@ def _begun(path: Path) -> bool:
 
     log = path / "log.jsonl"
     return (path / "checkpoint").exists() or (log.is_file() and any(record["step"] for record in read_records(log)))
+
+
+def slow_run(trainer: Trainer) -> str | None:
+    """The sentence that says what a run that is too large for this machine will take; None where it is not."""
+    from pgolf.progress import duration
+
+    expected = trainer.forecast()
+    if expected is None or not expected.is_slow:
+        return None
+    times = f"a step takes at least {duration(expected.step)}, training {_long(expected.training)}"
+    return (
+        f"This run is large for this machine: {times}, validation and scoring {_long(expected.scoring)}. "
+        "The recipe for two cores is tiny (--recipe tiny); fewer tokens a step are --set train.train_batch_tokens=N."
+    )
+
+
+def _long(seconds: float) -> str:
+    from pgolf.progress import duration
+
+    return f"{seconds / 86_400:,.1f} days" if seconds > 2 * 86_400 else duration(seconds)
 
 
 def _memory_line(trainer: Trainer) -> str:
