@@ -21,29 +21,33 @@ struct Adapters {
 
   // u [rows, width] = n·aᵀ
   void down(i64 sequence, i64 rows, const T* n, T* u) const {
-    gemm<T>(kPlain, kTransposed, rows, width(), in, T(1), n, in, a(sequence), in, T(0), u, width());
+    gemm<T>(kPlain, kTransposed, rows, width(), in, n, in, a(sequence), in, kFromZero, u, width());
   }
   // y [rows, out] += u·bᵀ
   void up(i64 sequence, int product, i64 rows, const T* u, T* y) const {
-    gemm<T>(kPlain, kTransposed, rows, out[product], rank, T(1), u + product * rank, width(), b(sequence, product),
-            rank, T(1), y, out[product]);
+    gemm<T>(kPlain, kTransposed, rows, out[product], rank, u + product * rank, width(), b(sequence, product), rank,
+            kFromC, y, out[product]);
   }
   // du [rows, width], the product's part = dy·b
   void up_backward(i64 sequence, int product, i64 rows, const T* dy, i64 dy_stride, T* du) const {
-    gemm<T>(kPlain, kPlain, rows, rank, out[product], T(1), dy, dy_stride, b(sequence, product), rank, T(0),
+    gemm<T>(kPlain, kPlain, rows, rank, out[product], dy, dy_stride, b(sequence, product), rank, kFromZero,
             du + product * rank, width());
   }
   // dn [rows, in] += du·a
   void down_backward(i64 sequence, i64 rows, const T* du, T* dn) const {
-    gemm<T>(kPlain, kPlain, rows, in, width(), T(1), du, width(), a(sequence), in, T(1), dn, in);
+    gemm<T>(kPlain, kPlain, rows, in, width(), du, width(), a(sequence), in, kFromC, dn, in);
   }
-  // On the gradients' tensor: the sequence's a ← beta·a + duᵀ·n, b ← beta·b + dyᵀ·u.
-  void a_gradient(i64 sequence, i64 rows, const T* du, const T* n, T beta) const {
-    gemm<T>(kTransposed, kPlain, width(), in, rows, T(1), du, width(), n, in, beta, a(sequence), in);
+  // On the gradients' tensor: the sequence's numbers ← 0; a += duᵀ·n; b += dyᵀ·u.
+  void clear(i64 sequence) const {
+    T* own = a(sequence);
+    for (i64 i = 0; i < size(); ++i) own[i] = 0;
   }
-  void b_gradient(i64 sequence, int product, i64 rows, const T* dy, i64 dy_stride, const T* u, T beta) const {
-    gemm<T>(kTransposed, kPlain, out[product], rank, rows, T(1), dy, dy_stride, u + product * rank, width(), beta,
-            b(sequence, product), rank);
+  void a_gradient(i64 sequence, i64 rows, const T* du, const T* n) const {
+    gemm_blocks<T>(kTransposed, kPlain, width(), in, rows, T(1), du, width(), n, in, a(sequence), in);
+  }
+  void b_gradient(i64 sequence, int product, i64 rows, const T* dy, i64 dy_stride, const T* u) const {
+    gemm_blocks<T>(kTransposed, kPlain, out[product], rank, rows, T(1), dy, dy_stride, u + product * rank, width(),
+                   b(sequence, product), rank);
   }
 
  private:

@@ -52,7 +52,7 @@ struct BackwardScratch {
 // scores[r][0 … keys) = q·kᵀ for `rows` queries, the last of which is that of position keys − 1
 template <class T>
 void raw_scores(const Dims<T>& s, const T* q, const T* k, i64 rows, i64 keys, T* scores) {
-  gemm<T>(kPlain, kTransposed, rows, keys, s.D, T(1), q, s.H * s.D, k, s.K * s.D, T(0), scores, keys);
+  gemm<T>(kPlain, kTransposed, rows, keys, s.D, q, s.H * s.D, k, s.K * s.D, kFromZero, scores, keys);
 }
 
 }  // namespace
@@ -110,7 +110,7 @@ void CpuBackend<T>::attention_forward(const Attention& op) {
       lse[(b * s.H + h) * s.queries() + q0 + r] = top + std::log(sum);
     }
     T* o = op.o.as<T>() + at;
-    gemm<T>(kPlain, kPlain, rows, s.D, keys, T(1), scores, keys, v, s.K * s.D, T(0), o, s.H * s.D);
+    gemm<T>(kPlain, kPlain, rows, s.D, keys, scores, keys, v, s.K * s.D, kFromZero, o, s.H * s.D);
     for (i64 r = 0; r < rows; ++r) {
       for (i64 j = 0; j < s.D; ++j) o[r * s.H * s.D + j] *= inverse_sum[r];
       round(o + r * s.H * s.D, s.D);
@@ -151,7 +151,7 @@ void CpuBackend<T>::attention_backward(const Attention& op, const AttentionGrads
         const T *q = op.q.as<T>() + at, *o = op.o.as<T>() + at, *d_o = grads.d_o.as<T>() + at;
         T* dq = of_sequence + q0 * stride + h * s.D;
         raw_scores(s, q, k, rows, keys, p);
-        gemm<T>(kPlain, kTransposed, rows, keys, s.D, T(1), d_o, q_stride, v, k_stride, T(0), dp, keys);
+        gemm<T>(kPlain, kTransposed, rows, keys, s.D, d_o, q_stride, v, k_stride, kFromZero, dp, keys);
         for (i64 r = 0; r < rows; ++r) {
           T *p_row = p + r * keys, *dp_row = dp + r * keys;
           const i64 visible = q0 + r + 1;
@@ -166,13 +166,13 @@ void CpuBackend<T>::attention_backward(const Attention& op, const AttentionGrads
           round(p_row, visible);
           round(dp_row, visible);
         }
-        gemm<T>(kTransposed, kPlain, keys, s.D, rows, T(1), p, keys, d_o, q_stride, T(1), dv, stride);
-        gemm<T>(kTransposed, kPlain, keys, s.D, rows, scale, dp, keys, q, q_stride, T(1), dk, stride);
-        gemm<T>(kPlain, kPlain, rows, s.D, keys, s.root, dp, keys, k, k_stride, T(0), dq, stride);
-        // dq is the gradient at gain·q so far.
+        gemm_blocks<T>(kTransposed, kPlain, keys, s.D, rows, T(1), p, keys, d_o, q_stride, dv, stride);
+        gemm_blocks<T>(kTransposed, kPlain, keys, s.D, rows, scale, dp, keys, q, q_stride, dk, stride);
+        gemm<T>(kPlain, kPlain, rows, s.D, keys, dp, keys, k, k_stride, kFromZero, dq, stride);
+        // dq is the gradient at scale·q so far.
         for (i64 r = 0; r < rows; ++r) {
-          dgain += dot(dq + r * stride, q + r * q_stride, s.D);
-          for (i64 j = 0; j < s.D; ++j) dq[r * stride + j] *= gain[h];
+          dgain += s.root * dot(dq + r * stride, q + r * q_stride, s.D);
+          for (i64 j = 0; j < s.D; ++j) dq[r * stride + j] *= scale;
         }
       }
       scratch.dgain[b * s.H + h] = dgain;

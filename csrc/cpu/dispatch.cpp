@@ -5,8 +5,6 @@
 #include "backend.h"
 #include "core/error.h"
 
-extern "C" void scipy_openblas_set_num_threads(int);
-
 namespace pgolf {
 
 namespace plain {
@@ -48,8 +46,6 @@ constexpr Isa kSets[] = {
 
 const Isa& chosen() {
   static const Isa& isa = []() -> const Isa& {
-    // OpenBLAS's own threads would compete with pgolf's pool, which cuts the products itself.
-    scipy_openblas_set_num_threads(1);
     const char* wanted = std::getenv("PGOLF_CPU_ISA");
     if (wanted && *wanted) {
       std::string names;

@@ -149,7 +149,7 @@ void CpuBackend<T>::embed_forward(const Embed& op) {
         for (i64 j = 0; j < s.d; ++j) sum[i * s.d + j] += scale * bigram[j];
     }
     if (s.project)
-      gemm<T>(kPlain, kTransposed, count, s.d, s.e, scale, gathered, s.e, op.bigram_proj.as<T>(), s.e, T(1), sum, s.d);
+      gemm_blocks<T>(kPlain, kTransposed, count, s.d, s.e, scale, gathered, s.e, op.bigram_proj.as<T>(), s.e, sum, s.d);
     for (i64 i = 0; i < count; ++i) saved.factor[first + i] = rms_row(sum + i * s.d, s.d, sum + i * s.d);
   });
 
@@ -217,7 +217,7 @@ void CpuBackend<T>::embed_backward(const Embed& op, const EmbedGrads& grads) {
   const T* dread = s.project ? scratch.dgathered : scratch.dsum;  // the gradient at scale·(bigram row)
   for_row_chunks(s.N, [&](i64 first, i64 count, int) {
     if (s.project)
-      gemm<T>(kPlain, kPlain, count, s.e, s.d, T(1), scratch.dsum + first * s.d, s.d, op.bigram_proj.as<T>(), s.e, T(0),
+      gemm<T>(kPlain, kPlain, count, s.e, s.d, scratch.dsum + first * s.d, s.d, op.bigram_proj.as<T>(), s.e, kFromZero,
               scratch.dgathered + first * s.e, s.e);
     T* dscale = scratch.dscale.start(first);
     for (i64 row = first; row < first + count; ++row) {
@@ -229,7 +229,7 @@ void CpuBackend<T>::embed_backward(const Embed& op, const EmbedGrads& grads) {
   });
   scratch.dscale.add_to(grads.bigram_scale.as<T>());
   if (s.project)
-    gemm_weight_gradients<T>(s.N, s.e, scale, scratch.gathered, {{scratch.dsum, s.d, s.d, grads.bigram_proj.as<T>()}});
+    gemm_weight_gradients<T>(s.N, s.e, scratch.gathered, {{scratch.dsum, s.d, s.d, grads.bigram_proj.as<T>()}}, scale);
   scratch.buckets.sort(s.N, [&](i64 t) { return bigram_bucket(ids, t, s.T_, s.n); });
   scratch.buckets.scatter(dread, scale, s.e, grads.bigram_emb.as<T>());
 }

@@ -65,7 +65,7 @@ void chunk_logits(const Head& op, const Dims& s, Rounding rounding, i64 first, i
     if (factors) factors[i] = f;
   }
   round_values(rounding, normed, count * s.d);
-  gemm<T>(kPlain, kTransposed, count, s.V, s.d, T(1), normed, s.d, op.w.as<T>(), s.d, T(0), logits, s.V);
+  gemm<T>(kPlain, kTransposed, count, s.V, s.d, normed, s.d, op.w.as<T>(), s.d, kFromZero, logits, s.V);
   if (const auto adapters = s.adapters<T>(op.adapters); adapters.numbers) {
     adapters.down(first / s.period(), count, normed, u);
     round_values(rounding, u, count * s.rank);
@@ -157,7 +157,7 @@ void CpuBackend<T>::head_loss_backward(const Head& op, const HeadGrads& grads) {
         row[target] -= scale * slope(at_target);
         round(row, s.V);
       }
-      gemm<T>(kPlain, kPlain, count, s.d, s.V, T(1), logits, s.V, op.w.as<T>(), s.d, T(0), dnormed, s.d);
+      gemm<T>(kPlain, kPlain, count, s.d, s.V, logits, s.V, op.w.as<T>(), s.d, kFromZero, dnormed, s.d);
       if (adapters.numbers) {
         adapters.up_backward(first / s.period(), 0, count, logits, s.V, du);
         round(du, count * s.rank);
@@ -173,13 +173,11 @@ void CpuBackend<T>::head_loss_backward(const Head& op, const HeadGrads& grads) {
     if (dadapters.numbers)
       parallel_for(rows / cut.period, [&](i64 part) {
         const i64 offset = part * cut.period, sequence = (start + offset) / s.period();
-        const T beta = (start + offset) % s.period() ? T(1) : T(0);  // of a sequence in several blocks
-        dadapters.a_gradient(sequence, cut.period, scratch.du + offset * s.rank, scratch.normed + offset * s.d, beta);
-        dadapters.b_gradient(sequence, 0, cut.period, scratch.logits + offset * s.V, s.V, scratch.u + offset * s.rank,
-                             beta);
+        if ((start + offset) % s.period() == 0) dadapters.clear(sequence);  // a long one lies in several blocks
+        dadapters.a_gradient(sequence, cut.period, scratch.du + offset * s.rank, scratch.normed + offset * s.d);
+        dadapters.b_gradient(sequence, 0, cut.period, scratch.logits + offset * s.V, s.V, scratch.u + offset * s.rank);
       });
-    if (grads.w)
-      gemm_weight_gradients<T>(rows, s.d, T(1), scratch.normed, {{scratch.logits, s.V, s.V, grads.w.as<T>()}});
+    if (grads.w) gemm_weight_gradients<T>(rows, s.d, scratch.normed, {{scratch.logits, s.V, s.V, grads.w.as<T>()}});
   }
 }
 

@@ -57,7 +57,7 @@ void CpuBackend<T>::mlp_up_forward(const MlpUp& op) {
     for (i64 i = 0; i < count; ++i)
       factor[first + i] = rms_row(op.x.as<T>() + (first + i) * s.d, s.d, normed + i * s.d);
     round(normed, count * s.d);
-    gemm<T>(kPlain, kTransposed, count, s.F, s.d, T(1), normed, s.d, op.w.as<T>(), s.d, T(0), h, s.F);
+    gemm<T>(kPlain, kTransposed, count, s.F, s.d, normed, s.d, op.w.as<T>(), s.d, kFromZero, h, s.F);
     PGOLF_SIMD
     for (i64 i = 0; i < count * s.F; ++i) {
       const T u = h[i] > 0 ? h[i] : T(0);
@@ -77,7 +77,7 @@ void CpuBackend<T>::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
   for_row_chunks(s.N, [&](i64 first, i64 count, int worker) {
     const T* du = grads.du.as<T>() + first * s.F;
     T* dnormed = scratch.dnormed.of(worker);
-    gemm<T>(kPlain, kPlain, count, s.d, s.F, T(1), du, s.F, op.w.as<T>(), s.d, T(0), dnormed, s.d);
+    gemm<T>(kPlain, kPlain, count, s.d, s.F, du, s.F, op.w.as<T>(), s.d, kFromZero, dnormed, s.d);
     round(dnormed, count * s.d);
     for (i64 i = 0; i < count; ++i) {
       const T* x = op.x.as<T>() + (first + i) * s.d;
@@ -90,8 +90,7 @@ void CpuBackend<T>::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
     }
     round(grads.dx.as<T>() + first * s.d, count * s.d);
   });
-  if (grads.w)
-    gemm_weight_gradients<T>(s.N, s.d, T(1), scratch.normed, {{grads.du.as<T>(), s.F, s.F, grads.w.as<T>()}});
+  if (grads.w) gemm_weight_gradients<T>(s.N, s.d, scratch.normed, {{grads.du.as<T>(), s.F, s.F, grads.w.as<T>()}});
 }
 
 #define PGOLF_INSTANTIATE(T)                                 \

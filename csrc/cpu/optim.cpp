@@ -67,13 +67,13 @@ struct NewtonSchulz {
     for (i64 i = 0; i < r * c; ++i) x[i] *= inverse;
     round_values(rounding, x, r * c);
     for (int step = 0; step < steps; ++step) {
-      gemm_symmetric<T>(r, c, T(1), x, c, gram);
+      gemm_symmetric<T>(r, c, x, c, gram);
       round_values(rounding, gram, r * r);
-      gemm_symmetric<T>(r, r, q, gram, r, poly);  // the Gram matrix is symmetric: its square is G·Gᵀ
-      for (i64 i = 0; i < r * r; ++i) poly[i] += b * gram[i];
+      gemm_symmetric<T>(r, r, gram, r, poly);  // the Gram matrix is symmetric: its square is G·Gᵀ
+      for (i64 i = 0; i < r * r; ++i) poly[i] = q * poly[i] + b * gram[i];
       round_values(rounding, poly, r * r);
       for (i64 i = 0; i < r * c; ++i) next[i] = a * x[i];
-      gemm<T>(kPlain, kPlain, r, c, r, T(1), poly, r, x, c, T(1), next, c);
+      gemm<T>(kPlain, kPlain, r, c, r, poly, r, x, c, kFromC, next, c);
       round_values(rounding, next, r * c);
       T* swap = x;
       x = next;

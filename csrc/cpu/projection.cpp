@@ -14,8 +14,8 @@ OpBytes CpuBackend<T>::bytes(const ProjectResidual& op) const {
 template <class T>
 void CpuBackend<T>::project_residual_forward(const ProjectResidual& op) {
   const i64 N = op.out.shape[0] * op.out.shape[1], d = op.w.shape[0], c = op.w.shape[1];
-  const auto product = [&](i64 first, i64 count, T beta) {
-    gemm<T>(kPlain, kTransposed, count, d, c, T(1), op.a.as<T>() + first * c, c, op.w.as<T>(), c, beta,
+  const auto product = [&](i64 first, i64 count, Start start) {
+    gemm<T>(kPlain, kTransposed, count, d, c, op.a.as<T>() + first * c, c, op.w.as<T>(), c, start,
             op.out.as<T>() + first * d, d);
   };
   if (op.mixed.x) {
@@ -24,7 +24,7 @@ void CpuBackend<T>::project_residual_forward(const ProjectResidual& op) {
     Layout layout(op.scratch.data);
     const PerWorker<T> row_of(layout, concurrency(), d);
     for_row_chunks(N, [&](i64 first, i64 count, int worker) {
-      product(first, count, T(0));
+      product(first, count, kFromZero);
       T *out = op.out.as<T>() + first * d, *row = row_of.of(worker);
       round(out, count * d);
       for (i64 i = 0; i < count; ++i) {
@@ -43,7 +43,7 @@ void CpuBackend<T>::project_residual_forward(const ProjectResidual& op) {
       PGOLF_SIMD
       for (i64 i = 0; i < count * d; ++i) out[i] = x[i];
     }
-    product(first, count, T(1));
+    product(first, count, kFromC);
     round(out, count * d);
   });
 }
@@ -55,7 +55,7 @@ void CpuBackend<T>::project_residual_backward(const ProjectResidual& op, const P
   const T slope = T(2 * std::sqrt(grads.h_scale));  // h_scale·2·relu(u) = 2·√h_scale·√h
   for_row_chunks(N, [&](i64 first, i64 count, int) {
     T* da = grads.da.as<T>() + first * c;
-    gemm<T>(kPlain, kPlain, count, c, d, T(1), dout + first * d, d, op.w.as<T>(), c, T(0), da, c);
+    gemm<T>(kPlain, kPlain, count, c, d, dout + first * d, d, op.w.as<T>(), c, kFromZero, da, c);
     if (grads.h_scale > 0) {
       const T* h = op.a.as<T>() + first * c;
       PGOLF_SIMD
@@ -63,7 +63,7 @@ void CpuBackend<T>::project_residual_backward(const ProjectResidual& op, const P
     }
     round(da, count * c);
   });
-  if (grads.w) gemm_weight_gradients<T>(N, c, T(1), op.a.as<T>(), {{dout, d, d, grads.w.as<T>()}});
+  if (grads.w) gemm_weight_gradients<T>(N, c, op.a.as<T>(), {{dout, d, d, grads.w.as<T>()}});
 }
 
 template <class T>
@@ -71,7 +71,7 @@ void CpuBackend<T>::product(const TensorView& a, const TensorView& b, const Tens
   const i64 n = b.shape[0], k = b.shape[1];
   for_row_chunks(a.shape[0], [&](i64 first, i64 count, int) {
     T* rows = out.as<T>() + first * n;
-    gemm<T>(kPlain, kTransposed, count, n, k, T(1), a.as<T>() + first * k, k, b.as<T>(), k, T(0), rows, n);
+    gemm<T>(kPlain, kTransposed, count, n, k, a.as<T>() + first * k, k, b.as<T>(), k, kFromZero, rows, n);
     round(rows, count * n);
   });
 }

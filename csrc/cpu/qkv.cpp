@@ -90,7 +90,7 @@ void CpuBackend<T>::qkv_forward(const Qkv& op) {
     round(normed, count * s.d);
     // out [rows, width] = the rows of normed from that of `token` on · wᵀ
     const auto project = [&](i64 token, i64 rows, const TensorView& w, T* out, i64 width) {
-      gemm<T>(kPlain, kTransposed, rows, width, s.d, T(1), normed + (token - first) * s.d, s.d, w.as<T>(), s.d, T(0),
+      gemm<T>(kPlain, kTransposed, rows, width, s.d, normed + (token - first) * s.d, s.d, w.as<T>(), s.d, kFromZero,
               out, width);
       round(out, rows * width);
     };
@@ -172,12 +172,12 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
       return;
     }
     T* dnormed = scratch.dnormed.of(worker);
-    const auto back = [&](i64 from, const TensorView& w, i64 heads, T beta) {
-      gemm<T>(kPlain, kPlain, count, d, heads * s.D, T(1), own + from, width, w.as<T>(), d, beta, dnormed, d);
+    const auto back = [&](i64 from, const TensorView& w, i64 heads, Start start) {
+      gemm<T>(kPlain, kPlain, count, d, heads * s.D, own + from, width, w.as<T>(), d, start, dnormed, d);
     };
-    back(0, op.wq, s.H, T(0));
-    back(from_k, op.wk, s.K, T(1));
-    back(from_v, op.wv, s.K, T(1));
+    back(0, op.wq, s.H, kFromZero);
+    back(from_k, op.wk, s.K, kFromC);
+    back(from_v, op.wv, s.K, kFromC);
     round(dnormed, count * d);
     if (adapters.numbers) adapters.down_backward(first / s.T, count, du, dnormed);
 
@@ -225,12 +225,13 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
     parallel_for(s.N / s.T, [&](i64 sequence) {
       const i64 row = sequence * s.T;
       const T* u = saved.u + row * adapters.width();
-      dadapters.a_gradient(sequence, s.T, scratch.du + row * adapters.width(), scratch.normed + row * d, T(0));
-      dadapters.b_gradient(sequence, 0, s.T, dqkv + row * width, width, u, T(0));
-      dadapters.b_gradient(sequence, 1, s.T, dqkv + row * width + from_v, width, u, T(0));
+      dadapters.clear(sequence);
+      dadapters.a_gradient(sequence, s.T, scratch.du + row * adapters.width(), scratch.normed + row * d);
+      dadapters.b_gradient(sequence, 0, s.T, dqkv + row * width, width, u);
+      dadapters.b_gradient(sequence, 1, s.T, dqkv + row * width + from_v, width, u);
     });
   if (!grads.wq) return;
-  gemm_weight_gradients<T>(s.N, d, T(1), scratch.normed,
+  gemm_weight_gradients<T>(s.N, d, scratch.normed,
                            {{dqkv, width, s.H * s.D, grads.wq.as<T>()},
                             {dqkv + from_k, width, s.K * s.D, grads.wk.as<T>()},
                             {dqkv + from_v, width, s.K * s.D, grads.wv.as<T>()}});

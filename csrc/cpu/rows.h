@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "backend.h"
+#include "core/parallel.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
@@ -99,6 +100,36 @@ struct ColumnSums {
       for (i64 j = 0; j < count; ++j) out[j] += partial[c * width + from + j];
   }
 };
+
+// w[rows, cols] += alpha·yᵀ[rows, m]·x[m, cols]
+template <class T>
+struct WeightGradient {
+  const T* y;
+  i64 stride, rows;  // of y
+  T* w;
+};
+
+// Weight gradients that share x, their outputs cut into tiles over the pool: of few rows where there are few, so that
+// several threads have one, and of several of a kernel's tiles in height, which share what is packed of x.
+template <class T, int kCount>
+void gemm_weight_gradients(i64 m, i64 cols, const T* x, const WeightGradient<T> (&parts)[kCount], T alpha = T(1)) {
+  constexpr i64 kMaxCols = 512;
+  const auto tile_rows = [](const WeightGradient<T>& part) { return part.rows >= 512 ? i64{128} : i64{64}; };
+  const auto row_tiles = [&](const WeightGradient<T>& part) { return chunks_of(part.rows, tile_rows(part)); };
+  const i64 col_tiles = chunks_of(cols, kMaxCols);
+  i64 all = 0;
+  for (const auto& part : parts) all += row_tiles(part) * col_tiles;
+  parallel_for(all, [&](i64 task) {
+    int index = 0;
+    while (task >= row_tiles(parts[index]) * col_tiles) task -= row_tiles(parts[index++]) * col_tiles;
+    const WeightGradient<T>& part = parts[index];
+    const i64 step = tile_rows(part), r = task / col_tiles * step, c = task % col_tiles * kMaxCols;
+    const i64 height = part.rows - r < step ? part.rows - r : step;
+    const i64 width = cols - c < kMaxCols ? cols - c : kMaxCols;
+    gemm_blocks<T>(kTransposed, kPlain, height, width, m, alpha, part.y + r, part.stride, x + c, cols,
+                   part.w + r * cols + c, cols);
+  });
+}
 
 // Reads a block's mixed input row by row.
 template <class T>
