@@ -12,6 +12,7 @@ void bind_device(pybind11::module_& m);
 void bind_model(pybind11::module_& m);
 void bind_ops(pybind11::module_& m);
 void bind_optim(pybind11::module_& m);
+void bind_products(pybind11::module_& m);
 void bind_quant(pybind11::module_& m);
 
 // Arrays as kernels want them; the package's Python side converts dtypes before it calls.

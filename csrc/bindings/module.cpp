@@ -23,5 +23,6 @@ PYBIND11_MODULE(_C, m) {
   pgolf::bind_model(m);
   pgolf::bind_ops(m);
   pgolf::bind_optim(m);
+  pgolf::bind_products(m);
   pgolf::bind_quant(m);
 }

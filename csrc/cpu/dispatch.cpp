@@ -4,19 +4,23 @@
 
 #include "backend.h"
 #include "core/error.h"
+#include "cpu/product.h"
 
 namespace pgolf {
 
 namespace plain {
 std::unique_ptr<Backend> make_backend(DType, DType);
-}
+void run_product(const CpuProduct&);
+}  // namespace plain
 #ifdef PGOLF_HAVE_X86_KERNELS
 namespace avx2 {
 std::unique_ptr<Backend> make_backend(DType, DType);
-}
+void run_product(const CpuProduct&);
+}  // namespace avx2
 namespace avx512 {
 std::unique_ptr<Backend> make_backend(DType, DType);
-}
+void run_product(const CpuProduct&);
+}  // namespace avx512
 #endif
 
 namespace {
@@ -25,6 +29,7 @@ struct Isa {
   const char* name;
   bool (*supported)();
   std::unique_ptr<Backend> (*make)(DType, DType);
+  void (*product)(const CpuProduct&);
 };
 
 #ifdef PGOLF_HAVE_X86_KERNELS
@@ -38,10 +43,10 @@ bool has_avx512() {
 // Widest first.
 constexpr Isa kSets[] = {
 #ifdef PGOLF_HAVE_X86_KERNELS
-    {"avx512", has_avx512, avx512::make_backend},
-    {"avx2", has_avx2, avx2::make_backend},
+    {"avx512", has_avx512, avx512::make_backend, avx512::run_product},
+    {"avx2", has_avx2, avx2::make_backend, avx2::run_product},
 #endif
-    {"plain", [] { return true; }, plain::make_backend},
+    {"plain", [] { return true; }, plain::make_backend, plain::run_product},
 };
 
 const Isa& chosen() {
@@ -68,6 +73,7 @@ const Isa& chosen() {
 }  // namespace
 
 std::unique_ptr<Backend> make_cpu_backend(DType master, DType rounding) { return chosen().make(master, rounding); }
+void cpu_product(const CpuProduct& product) { chosen().product(product); }
 std::string cpu_isa() { return chosen().name; }
 
 }  // namespace pgolf

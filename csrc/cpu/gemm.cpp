@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "cpu/product.h"
 #include "cpu/simd.h"
 
 PGOLF_CPU_BEGIN
@@ -167,8 +168,7 @@ void multiply(const Left<T>& a, Transpose tb, i64 m, i64 n, i64 k, const T* b, i
           {depth, nullptr, 0, direct ? from : panel, direct ? ldb : kWidth<T>, finish, alpha, c + j, ldc, columns});
     }
   };
-  if (k == 0) block(0, 0);
-  for (i64 l = 0; l < k; l += kBlock) block(l, least(k - l, kBlock));
+  for (i64 l = 0; l < k || l == 0; l += kBlock) block(l, least(k - l, kBlock));  // a product of depth 0 is 0
 }
 
 }  // namespace
@@ -188,7 +188,7 @@ void gemm_blocks(Transpose ta, Transpose tb, i64 m, i64 n, i64 k, T alpha, const
 template <class T>
 void gemm_symmetric(i64 n, i64 k, const T* a, i64 lda, T* c) {
   alignas(64) T panel[kDepth * kWidth<T>];
-  for (i64 l = 0; l < k; l += kDepth) {
+  for (i64 l = 0; l < k || l == 0; l += kDepth) {
     const i64 depth = least(k - l, kDepth);
     for (i64 j = 0; j < n; j += kWidth<T>) {  // the panel's rows from the diagonal on
       const i64 columns = least(n - j, kWidth<T>);
@@ -227,12 +227,33 @@ void pack_panel(Transpose tb, i64 n, i64 k, const T* b, i64 ldb, i64 index, T* p
 template <class T>
 void gemm_packed(i64 m, i64 n, i64 k, const T* a, i64 lda, const T* packed, Start start, T* c, i64 ldc) {
   const Left<T> left{a, lda, false};
-  for (i64 l = 0; l < k; l += kDepth)
+  for (i64 l = 0; l < k || l == 0; l += kDepth)
     for (i64 j = 0; j < n; j += kWidth<T>)
       tiles<T>(left, m, l,
                {least(k - l, kDepth), nullptr, 0, packed + j * k + l * kWidth<T>, kWidth<T>,
                 l > 0 || start == kFromC ? Finish::onward : Finish::store, T(1), c + j, ldc, least(n - j, kWidth<T>)});
 }
+
+namespace {
+
+template <class T>
+void product_of(const CpuProduct& p) {
+  const T *a = static_cast<const T*>(p.a), *b = static_cast<const T*>(p.b);
+  T* c = static_cast<T*>(p.c);
+  const Transpose ta = p.transpose_a ? kTransposed : kPlain, tb = p.transpose_b ? kTransposed : kPlain;
+  const Start start = p.from_c ? kFromC : kFromZero;
+  if (p.kind == CpuProduct::kChain) return gemm<T>(ta, tb, p.m, p.n, p.k, a, p.lda, b, p.ldb, start, c, p.ldc);
+  if (p.kind == CpuProduct::kBlocks)
+    return gemm_blocks<T>(ta, tb, p.m, p.n, p.k, T(p.alpha), a, p.lda, b, p.ldb, c, p.ldc);
+  if (p.kind == CpuProduct::kSymmetric) return gemm_symmetric<T>(p.n, p.k, a, p.lda, c);
+  T* packed = static_cast<T*>(p.packed);
+  for (i64 i = 0; i < panels_of<T>(p.n); ++i) pack_panel<T>(tb, p.n, p.k, b, p.ldb, i, packed);
+  gemm_packed<T>(p.m, p.n, p.k, a, p.lda, packed, start, c, p.ldc);
+}
+
+}  // namespace
+
+void run_product(const CpuProduct& p) { p.dtype == DType::f64 ? product_of<double>(p) : product_of<float>(p); }
 
 #define PGOLF_INSTANTIATE(T)                                                                                   \
   template void gemm<T>(Transpose, Transpose, i64, i64, i64, const T*, i64, const T*, i64, Start, T*, i64);    \

@@ -6,8 +6,6 @@
 PGOLF_CPU_BEGIN
 namespace {
 
-inline constexpr i64 kHeadChunk = 256;  // rows done by one task
-
 struct Dims {
   i64 B, T, d, V, first, rows, rank;  // rows: positions computed, B·(T − first)
   explicit Dims(const Head& op)
@@ -20,12 +18,11 @@ struct Dims {
         rank(op.adapters ? op.rank : 0) {}
   i64 token(i64 row) const { return row / (T - first) * T + first + row % (T - first); }
   i64 period() const { return rank ? T - first : rows; }
-  RowCut cut() const { return {rows, period(), kHeadChunk}; }
-  // Rows whose logits are kept for the weight gradient: at most 1,024, about 4 Mi numbers. With adapters either whole
-  // sequences or a part of one.
+  RowCut cut() const { return {rows, period(), kRowChunk}; }
+  // Rows whose logits are kept for the weight gradient: one of its blocks of sums, or two where those are at most 4 Mi
+  // numbers. With adapters either whole sequences or a part of one.
   RowCut blocks() const {
-    const i64 wanted = (i64{4} << 20) / V / kHeadChunk * kHeadChunk;
-    const i64 kept = wanted < kHeadChunk ? kHeadChunk : wanted > 1024 ? 1024 : wanted;
+    const i64 kept = V <= 4096 ? 2 * kSumBlock : kSumBlock;
     return period() < kept ? RowCut{rows, rows, kept / period() * period()} : RowCut{rows, period(), kept};
   }
   template <class U>
@@ -36,36 +33,41 @@ struct Dims {
 
 template <class T>
 struct ForwardScratch {
-  PerWorker<T> normed, logits, u;  // [kHeadChunk, d], [kHeadChunk, V], [kHeadChunk, rank]
+  PerWorker<T> normed, logits, u;  // [kRowChunk, d], [kRowChunk, V], [kRowChunk, rank]
+  SharedRight<T> w;
   ForwardScratch(Layout& layout, int workers, const Dims& s)
-      : normed(layout, workers, kHeadChunk * s.d),
-        logits(layout, workers, kHeadChunk * s.V),
-        u(layout, workers, kHeadChunk * s.rank) {}
+      : normed(layout, workers, kRowChunk * s.d),
+        logits(layout, workers, kRowChunk * s.V),
+        u(layout, workers, kRowChunk * s.rank),
+        w(layout, s.rows, kTransposed, s.V, s.d) {}
 };
 
 template <class T>
 struct BackwardScratch {
   T *normed, *logits;    // [block, d], [block, V]
   T *u, *du;             // [block, rank]
-  PerWorker<T> dnormed;  // [kHeadChunk, d]
+  PerWorker<T> dnormed;  // [kRowChunk, d]
+  SharedRight<T> w, w_back;
   BackwardScratch(Layout& layout, int workers, const Dims& s)
       : normed(layout.take<T>(s.blocks().chunk * s.d)),
         logits(layout.take<T>(s.blocks().chunk * s.V)),
         u(layout.take<T>(s.blocks().chunk * s.rank)),
         du(layout.take<T>(s.blocks().chunk * s.rank)),
-        dnormed(layout, workers, kHeadChunk * s.d) {}
+        dnormed(layout, workers, kRowChunk * s.d),
+        w(layout, s.rows, kTransposed, s.V, s.d),
+        w_back(layout, s.rows, kPlain, s.d, s.V) {}
 };
 
 // Logits of the computed rows [first, first + count); factors may be null.
 template <class T>
-void chunk_logits(const Head& op, const Dims& s, Rounding rounding, i64 first, i64 count, T* normed, T* factors, T* u,
-                  T* logits) {
+void chunk_logits(const Head& op, const Dims& s, const SharedRight<T>& w, Rounding rounding, i64 first, i64 count,
+                  T* normed, T* factors, T* u, T* logits) {
   for (i64 i = 0; i < count; ++i) {
     const T f = rms_row(op.x.as<T>() + s.token(first + i) * s.d, s.d, normed + i * s.d);
     if (factors) factors[i] = f;
   }
   round_values(rounding, normed, count * s.d);
-  gemm<T>(kPlain, kTransposed, count, s.V, s.d, normed, s.d, op.w.as<T>(), s.d, kFromZero, logits, s.V);
+  w.multiply(count, normed, s.d, kFromZero, logits, s.V);
   if (const auto adapters = s.adapters<T>(op.adapters); adapters.numbers) {
     adapters.down(first / s.period(), count, normed, u);
     round_values(rounding, u, count * s.rank);
@@ -102,9 +104,10 @@ template <class T>
 void CpuBackend<T>::head_logits(const Head& op) {
   const Dims s(op);
   Layout layout(op.scratch.data);
-  const ForwardScratch<T> scratch(layout, concurrency(), s);
+  ForwardScratch<T> scratch(layout, concurrency(), s);
+  prepare(scratch.w, op.w);
   for_row_chunks(s.cut(), [&](i64 first, i64 count, int worker) {
-    chunk_logits<T>(op, s, rounding_, first, count, scratch.normed.of(worker), nullptr, scratch.u.of(worker),
+    chunk_logits<T>(op, s, scratch.w, rounding_, first, count, scratch.normed.of(worker), nullptr, scratch.u.of(worker),
                     op.logits.as<T>() + first * s.V);
   });
 }
@@ -113,11 +116,13 @@ template <class T>
 void CpuBackend<T>::head_loss(const Head& op) {
   const Dims s(op);
   Layout layout(op.scratch.data);
-  const ForwardScratch<T> scratch(layout, concurrency(), s);
+  ForwardScratch<T> scratch(layout, concurrency(), s);
+  prepare(scratch.w, op.w);
   const auto* targets = op.targets.as<std::int32_t>();
   for_row_chunks(s.cut(), [&](i64 first, i64 count, int worker) {
     T* logits = scratch.logits.of(worker);
-    chunk_logits<T>(op, s, rounding_, first, count, scratch.normed.of(worker), nullptr, scratch.u.of(worker), logits);
+    chunk_logits<T>(op, s, scratch.w, rounding_, first, count, scratch.normed.of(worker), nullptr, scratch.u.of(worker),
+                    logits);
     for (i64 i = 0; i < count; ++i)
       op.losses.as<T>()[first + i] = log_sum_exp(logits + i * s.V, s.V) - logits[i * s.V + targets[s.token(first + i)]];
   });
@@ -127,7 +132,8 @@ template <class T>
 void CpuBackend<T>::head_loss_backward(const Head& op, const HeadGrads& grads) {
   const Dims s(op);
   Layout layout(grads.scratch.data);
-  const BackwardScratch<T> scratch(layout, concurrency(), s);
+  BackwardScratch<T> scratch(layout, concurrency(), s);
+  prepare<T, 2>({&scratch.w, &scratch.w_back}, {&op.w, &op.w});
   const auto* targets = op.targets.as<std::int32_t>();
   const T loss_scale = T(grads.loss_scale * (grads.multiplier ? *grads.multiplier : 1.0)),
           inverse_cap = T(1) / T(op.softcap);
@@ -138,13 +144,13 @@ void CpuBackend<T>::head_loss_backward(const Head& op, const HeadGrads& grads) {
   const RowCut blocks = s.blocks();
   for (i64 index = 0; index < blocks.chunks(); ++index) {
     const i64 start = blocks.first(index), rows = blocks.count(start);
-    const RowCut cut{rows, rows < s.period() ? rows : s.period(), kHeadChunk};
+    const RowCut cut{rows, rows < s.period() ? rows : s.period(), kRowChunk};
     for_row_chunks(cut, [&](i64 offset, i64 count, int worker) {
       const i64 first = start + offset;
       T *normed = scratch.normed + offset * s.d, *logits = scratch.logits + offset * s.V;
       T *u = scratch.u + offset * s.rank, *du = scratch.du + offset * s.rank;
-      T *dnormed = scratch.dnormed.of(worker), factors[kHeadChunk];
-      chunk_logits<T>(op, s, rounding_, first, count, normed, factors, u, logits);
+      T *dnormed = scratch.dnormed.of(worker), factors[kRowChunk];
+      chunk_logits<T>(op, s, scratch.w, rounding_, first, count, normed, factors, u, logits);
       for (i64 i = 0; i < count; ++i) {
         T* row = logits + i * s.V;  // becomes the gradient before the softcap
         const i64 target = targets[s.token(first + i)];
@@ -157,7 +163,7 @@ void CpuBackend<T>::head_loss_backward(const Head& op, const HeadGrads& grads) {
         row[target] -= scale * slope(at_target);
         round(row, s.V);
       }
-      gemm<T>(kPlain, kPlain, count, s.d, s.V, logits, s.V, op.w.as<T>(), s.d, kFromZero, dnormed, s.d);
+      scratch.w_back.multiply(count, logits, s.V, kFromZero, dnormed, s.d);
       if (adapters.numbers) {
         adapters.up_backward(first / s.period(), 0, count, logits, s.V, du);
         round(du, count * s.rank);

@@ -26,11 +26,22 @@ void saturate_f16(T* h, i64 count, std::int64_t* saturated) {
 }
 
 template <class T>
+struct ForwardScratch {
+  PerWorker<T> normed;  // [kRowChunk, d]
+  SharedRight<T> w;
+  ForwardScratch(Layout& layout, int workers, const Dims& s)
+      : normed(layout, workers, kRowChunk * s.d), w(layout, s.N, kTransposed, s.F, s.d) {}
+};
+
+template <class T>
 struct BackwardScratch {
   T* normed;             // [N, d]
   PerWorker<T> dnormed;  // [kRowChunk, d]
+  SharedRight<T> w;
   BackwardScratch(Layout& layout, int workers, const Dims& s)
-      : normed(layout.take<T>(s.N * s.d)), dnormed(layout, workers, kRowChunk * s.d) {}
+      : normed(layout.take<T>(s.N * s.d)),
+        dnormed(layout, workers, kRowChunk * s.d),
+        w(layout, s.N, kPlain, s.d, s.F) {}
 };
 
 }  // namespace
@@ -40,7 +51,7 @@ OpBytes CpuBackend<T>::bytes(const MlpUp& op) const {
   const Dims s(op);
   Layout saved, forward, backward;
   saved.take<T>(s.N);  // rms factors
-  PerWorker<T>(forward, concurrency(), kRowChunk * s.d);
+  ForwardScratch<T>(forward, concurrency(), s);
   BackwardScratch<T>(backward, concurrency(), s);
   return {saved.used(), forward.used(), backward.used()};
 }
@@ -49,15 +60,16 @@ template <class T>
 void CpuBackend<T>::mlp_up_forward(const MlpUp& op) {
   const Dims s(op);
   Layout scratch_layout(op.scratch.data);
-  const PerWorker<T> normed_of(scratch_layout, concurrency(), kRowChunk * s.d);
+  ForwardScratch<T> scratch(scratch_layout, concurrency(), s);
+  prepare(scratch.w, op.w);
   T* factor = op.saved.as<T>();
   const T h_scale = T(op.h_scale);
   for_row_chunks(s.N, [&](i64 first, i64 count, int worker) {
-    T *normed = normed_of.of(worker), *h = op.h.as<T>() + first * s.F;
+    T *normed = scratch.normed.of(worker), *h = op.h.as<T>() + first * s.F;
     for (i64 i = 0; i < count; ++i)
       factor[first + i] = rms_row(op.x.as<T>() + (first + i) * s.d, s.d, normed + i * s.d);
     round(normed, count * s.d);
-    gemm<T>(kPlain, kTransposed, count, s.F, s.d, normed, s.d, op.w.as<T>(), s.d, kFromZero, h, s.F);
+    scratch.w.multiply(count, normed, s.d, kFromZero, h, s.F);
     PGOLF_SIMD
     for (i64 i = 0; i < count * s.F; ++i) {
       const T u = h[i] > 0 ? h[i] : T(0);
@@ -72,12 +84,13 @@ template <class T>
 void CpuBackend<T>::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
   const Dims s(op);
   Layout scratch_layout(grads.scratch.data);
-  const BackwardScratch<T> scratch(scratch_layout, concurrency(), s);
+  BackwardScratch<T> scratch(scratch_layout, concurrency(), s);
+  prepare(scratch.w, op.w);
   const T* factor = op.saved.as<T>();
   for_row_chunks(s.N, [&](i64 first, i64 count, int worker) {
     const T* du = grads.du.as<T>() + first * s.F;
     T* dnormed = scratch.dnormed.of(worker);
-    gemm<T>(kPlain, kPlain, count, s.d, s.F, du, s.F, op.w.as<T>(), s.d, kFromZero, dnormed, s.d);
+    scratch.w.multiply(count, du, s.F, kFromZero, dnormed, s.d);
     round(dnormed, count * s.d);
     for (i64 i = 0; i < count; ++i) {
       const T* x = op.x.as<T>() + (first + i) * s.d;

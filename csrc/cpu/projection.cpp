@@ -3,29 +3,48 @@
 #include "cpu/rows.h"
 
 PGOLF_CPU_BEGIN
+namespace {
+
+struct Dims {
+  i64 N, d, c;
+  explicit Dims(const ProjectResidual& op) : N(op.out.shape[0] * op.out.shape[1]), d(op.w.shape[0]), c(op.w.shape[1]) {}
+};
+
+template <class T>
+struct ForwardScratch {
+  SharedRight<T> w;
+  PerWorker<T> row;  // [d] of the mixed input
+  ForwardScratch(Layout& layout, int workers, const Dims& s, bool mixed)
+      : w(layout, s.N, kTransposed, s.d, s.c), row(layout, workers, mixed ? s.d : 0) {}
+};
+
+}  // namespace
 
 template <class T>
 OpBytes CpuBackend<T>::bytes(const ProjectResidual& op) const {
-  Layout forward;
-  if (op.mixed.x) PerWorker<T>(forward, concurrency(), op.w.shape[0]);
-  return {0, forward.used(), 0};
+  const Dims s(op);
+  Layout forward, backward;
+  ForwardScratch<T>(forward, concurrency(), s, bool(op.mixed.x));
+  SharedRight<T>(backward, s.N, kPlain, s.c, s.d);
+  return {0, forward.used(), backward.used()};
 }
 
 template <class T>
 void CpuBackend<T>::project_residual_forward(const ProjectResidual& op) {
-  const i64 N = op.out.shape[0] * op.out.shape[1], d = op.w.shape[0], c = op.w.shape[1];
+  const Dims s(op);
+  const i64 N = s.N, d = s.d, c = s.c;
+  Layout layout(op.scratch.data);
+  ForwardScratch<T> scratch(layout, concurrency(), s, bool(op.mixed.x));
+  prepare(scratch.w, op.w);
   const auto product = [&](i64 first, i64 count, Start start) {
-    gemm<T>(kPlain, kTransposed, count, d, c, op.a.as<T>() + first * c, c, op.w.as<T>(), c, start,
-            op.out.as<T>() + first * d, d);
+    scratch.w.multiply(count, op.a.as<T>() + first * c, c, start, op.out.as<T>() + first * d, d);
   };
   if (op.mixed.x) {
     const MixedRows<T> residual(op.mixed);
     const i64 length = op.out.shape[1], before = op.mixed.x.shape[1] - length;  // positions that out has, and lacks
-    Layout layout(op.scratch.data);
-    const PerWorker<T> row_of(layout, concurrency(), d);
     for_row_chunks(N, [&](i64 first, i64 count, int worker) {
       product(first, count, kFromZero);
-      T *out = op.out.as<T>() + first * d, *row = row_of.of(worker);
+      T *out = op.out.as<T>() + first * d, *row = scratch.row.of(worker);
       round(out, count * d);
       for (i64 i = 0; i < count; ++i) {
         residual.read(first + i + ((first + i) / length + 1) * before, row);
@@ -50,12 +69,16 @@ void CpuBackend<T>::project_residual_forward(const ProjectResidual& op) {
 
 template <class T>
 void CpuBackend<T>::project_residual_backward(const ProjectResidual& op, const ProjectResidualGrads& grads) {
-  const i64 N = op.out.shape[0] * op.out.shape[1], d = op.w.shape[0], c = op.w.shape[1];
+  const Dims s(op);
+  const i64 N = s.N, d = s.d, c = s.c;
+  Layout layout(grads.scratch.data);
+  SharedRight<T> w(layout, N, kPlain, c, d);
+  prepare(w, op.w);
   const T* dout = grads.dout.as<T>();
   const T slope = T(2 * std::sqrt(grads.h_scale));  // h_scale·2·relu(u) = 2·√h_scale·√h
   for_row_chunks(N, [&](i64 first, i64 count, int) {
     T* da = grads.da.as<T>() + first * c;
-    gemm<T>(kPlain, kPlain, count, c, d, dout + first * d, d, op.w.as<T>(), c, kFromZero, da, c);
+    w.multiply(count, dout + first * d, d, kFromZero, da, c);
     if (grads.h_scale > 0) {
       const T* h = op.a.as<T>() + first * c;
       PGOLF_SIMD
@@ -66,14 +89,17 @@ void CpuBackend<T>::project_residual_backward(const ProjectResidual& op, const P
   if (grads.w) gemm_weight_gradients<T>(N, c, op.a.as<T>(), {{dout, d, d, grads.w.as<T>()}});
 }
 
+// No scratch is planned for it: every chunk of rows, taller than an operation's, packs b for itself.
 template <class T>
 void CpuBackend<T>::product(const TensorView& a, const TensorView& b, const TensorView& out) {
   const i64 n = b.shape[0], k = b.shape[1];
-  for_row_chunks(a.shape[0], [&](i64 first, i64 count, int) {
+  constexpr i64 kRows = 512;
+  const auto chunk = [&](i64 first, i64 count, int) {
     T* rows = out.as<T>() + first * n;
     gemm<T>(kPlain, kTransposed, count, n, k, a.as<T>() + first * k, k, b.as<T>(), k, kFromZero, rows, n);
     round(rows, count * n);
-  });
+  };
+  for_row_chunks(a.shape[0], chunk, kRows);
 }
 
 #define PGOLF_INSTANTIATE(T)                                                                                   \

@@ -35,16 +35,31 @@ struct Saved : HeadFactors<T> {
 };
 
 template <class T>
+struct ForwardScratch {
+  PerWorker<T> normed;  // [kRowChunk, d]
+  SharedRight<T> wq, wk, wv;
+  ForwardScratch(Layout& layout, int workers, const Dims& s)
+      : normed(layout, workers, kRowChunk * s.d),
+        wq(layout, s.N, kTransposed, s.H * s.D, s.d),
+        wk(layout, s.N, kTransposed, s.K * s.D, s.d),
+        wv(layout, s.N, kTransposed, s.K * s.D, s.d) {}
+};
+
+template <class T>
 struct BackwardScratch {
   T* normed;              // [N, d]
   T* du;                  // [N, 2·rank]
   PerWorker<T> dnormed;   // [kRowChunk, d]
   ColumnSums<T> vectors;  // mix row 0, mix row 1, skip weight
+  SharedRight<T> wq, wk, wv;
   BackwardScratch(Layout& layout, int workers, const Dims& s)
       : normed(layout.take<T>(s.N * s.d)),
         du(layout.take<T>(s.N * 2 * s.rank)),
         dnormed(layout, workers, kRowChunk * s.d),
-        vectors(layout, s.cut(), 3 * s.d) {}
+        vectors(layout, s.cut(), 3 * s.d),
+        wq(layout, s.N, kPlain, s.d, s.H * s.D),
+        wk(layout, s.N, kPlain, s.d, s.K * s.D),
+        wv(layout, s.N, kPlain, s.d, s.K * s.D) {}
 };
 
 // body(token, rows, to) for the runs of tokens in [first, first + count) that have queries, which are rows `to` … of q.
@@ -66,7 +81,7 @@ OpBytes CpuBackend<T>::bytes(const Qkv& op) const {
   const Dims s(op);
   Layout saved, forward, backward;
   Saved<T>(saved, s);
-  PerWorker<T>(forward, concurrency(), kRowChunk * s.d);
+  ForwardScratch<T>(forward, concurrency(), s);
   BackwardScratch<T>(backward, concurrency(), s);
   return {saved.used(), forward.used(), backward.used()};
 }
@@ -76,22 +91,22 @@ void CpuBackend<T>::qkv_forward(const Qkv& op) {
   const Dims s(op);
   Layout saved_layout(op.saved.data), scratch_layout(op.scratch.data);
   const Saved<T> saved(saved_layout, s);
-  const PerWorker<T> normed_of(scratch_layout, concurrency(), kRowChunk * s.d);
+  ForwardScratch<T> scratch(scratch_layout, concurrency(), s);
+  prepare<T, 3>({&scratch.wq, &scratch.wk, &scratch.wv}, {&op.wq, &op.wk, &op.wv});
   const MixedRows<T> input(op.in);
   const T *cos = op.cos.as<T>(), *sin = op.sin.as<T>();
   const auto adapters = s.adapters<T>(op.adapters);
 
   for_row_chunks(s.cut(), [&](i64 first, i64 count, int worker) {
-    T* normed = normed_of.of(worker);
+    T* normed = scratch.normed.of(worker);
     for (i64 i = 0; i < count; ++i) {
       input.read(first + i, normed + i * s.d);
       saved.input[first + i] = rms_row(normed + i * s.d, s.d, normed + i * s.d);
     }
     round(normed, count * s.d);
     // out [rows, width] = the rows of normed from that of `token` on · wᵀ
-    const auto project = [&](i64 token, i64 rows, const TensorView& w, T* out, i64 width) {
-      gemm<T>(kPlain, kTransposed, rows, width, s.d, normed + (token - first) * s.d, s.d, w.as<T>(), s.d, kFromZero,
-              out, width);
+    const auto project = [&](i64 token, i64 rows, const SharedRight<T>& w, T* out, i64 width) {
+      w.multiply(rows, normed + (token - first) * s.d, s.d, kFromZero, out, width);
       round(out, rows * width);
     };
     const auto rotate = [&](i64 token, i64 rows, T* x, i64 heads, T* factors) {
@@ -103,8 +118,8 @@ void CpuBackend<T>::qkv_forward(const Qkv& op) {
     };
     T *k = op.k.as<T>() + first * s.K * s.D, *v = op.v.as<T>() + first * s.K * s.D;
     T* u = saved.u + first * adapters.width();
-    project(first, count, op.wk, k, s.K * s.D);
-    project(first, count, op.wv, v, s.K * s.D);
+    project(first, count, scratch.wk, k, s.K * s.D);
+    project(first, count, scratch.wv, v, s.K * s.D);
     if (adapters.numbers) {
       adapters.down(first / s.T, count, normed, u);
       round(u, count * adapters.width());
@@ -114,7 +129,7 @@ void CpuBackend<T>::qkv_forward(const Qkv& op) {
     rotate(first, count, k, s.K, saved.k + first * s.K);
     for_query_runs(s, first, count, [&](i64 token, i64 rows, i64 to) {
       T* q = op.q.as<T>() + to * s.H * s.D;
-      project(token, rows, op.wq, q, s.H * s.D);
+      project(token, rows, scratch.wq, q, s.H * s.D);
       if (adapters.numbers) adapters.up(first / s.T, 0, rows, u + (token - first) * adapters.width(), q);
       rotate(token, rows, q, s.H, saved.q + to * s.H);
     });
@@ -144,7 +159,7 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
   const Dims s(op);
   Layout saved_layout(op.saved.data), scratch_layout(grads.scratch.data);
   const Saved<T> saved(saved_layout, s);
-  const BackwardScratch<T> scratch(scratch_layout, concurrency(), s);
+  BackwardScratch<T> scratch(scratch_layout, concurrency(), s);
   const MixedRows<T> input(op.in);
   const T* dqkv = grads.dqkv.as<T>();
   const i64 width = (s.H + 2 * s.K) * s.D, from_k = s.H * s.D, from_v = (s.H + s.K) * s.D;  // of a row of dqkv
@@ -159,6 +174,7 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
     return normed;
   };
 
+  if (dx) prepare<T, 3>({&scratch.wq, &scratch.wk, &scratch.wv}, {&op.wq, &op.wk, &op.wv});
   for_row_chunks(s.cut(), [&](i64 first, i64 count, int worker) {
     const T* own = dqkv + first * width;
     T* du = scratch.du + first * adapters.width();
@@ -172,12 +188,9 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
       return;
     }
     T* dnormed = scratch.dnormed.of(worker);
-    const auto back = [&](i64 from, const TensorView& w, i64 heads, Start start) {
-      gemm<T>(kPlain, kPlain, count, d, heads * s.D, own + from, width, w.as<T>(), d, start, dnormed, d);
-    };
-    back(0, op.wq, s.H, kFromZero);
-    back(from_k, op.wk, s.K, kFromC);
-    back(from_v, op.wv, s.K, kFromC);
+    scratch.wq.multiply(count, own, width, kFromZero, dnormed, d);
+    scratch.wk.multiply(count, own + from_k, width, kFromC, dnormed, d);
+    scratch.wv.multiply(count, own + from_v, width, kFromC, dnormed, d);
     round(dnormed, count * d);
     if (adapters.numbers) adapters.down_backward(first / s.T, count, du, dnormed);
 

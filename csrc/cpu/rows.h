@@ -12,9 +12,9 @@
 
 PGOLF_CPU_BEGIN
 
-// Rows done by one task: 512 rows of 512 floats are 1 MiB, which stays in a core's second-level cache between the norm,
-// the product and what follows it; OpenBLAS needs that height for its best rate (195 GFLOP/s; at 256 rows 168).
-inline constexpr i64 kRowChunk = 512;
+// Rows done by one task: the numbers of 128 rows of 512 and of 1,536 floats stay in a core's second-level cache between
+// the norm, the product and what follows it, and there are tasks for many threads.
+inline constexpr i64 kRowChunk = 128;
 
 PGOLF_INLINE i64 chunks_of(i64 rows, i64 chunk = kRowChunk) { return (rows + chunk - 1) / chunk; }
 
@@ -48,6 +48,52 @@ void for_row_chunks(const RowCut& cut, F&& body) {
 template <class F>
 void for_row_chunks(i64 rows, F&& body, i64 chunk = kRowChunk) {
   for_row_chunks(RowCut{rows, rows, chunk}, body);
+}
+
+// A right-hand side B [k,n] that chunks of rows share, most often weights: packed once an operation, over the pool,
+// which costs 1 % of the products of 4,096 rows where every chunk's own packing would cost a tenth. Where there is one
+// chunk there is nothing to share, and B is read where it stands.
+template <class T>
+struct SharedRight {
+  const T* numbers = nullptr;
+  Transpose transposed;  // B stands here as [n,k]
+  i64 n, k;
+  T* packed;
+
+  SharedRight(Layout& layout, i64 rows, Transpose how, i64 columns, i64 depth)
+      : transposed(how),
+        n(columns),
+        k(depth),
+        packed(rows > kRowChunk ? layout.take<T>(packed_size<T>(columns, depth)) : nullptr) {}
+
+  // c [m,n] = (c +) a [m,k]·B
+  void multiply(i64 m, const T* a, i64 lda, Start start, T* c, i64 ldc) const {
+    if (packed)
+      gemm_packed<T>(m, n, k, a, lda, packed, start, c, ldc);
+    else
+      gemm<T>(kPlain, transposed, m, n, k, a, lda, numbers, ld(), start, c, ldc);
+  }
+  i64 ld() const { return transposed ? k : n; }
+};
+
+// Says where each B stands, and packs them.
+template <class T, int kCount>
+void prepare(SharedRight<T>* const (&parts)[kCount], const TensorView* const (&tensors)[kCount]) {
+  i64 panels = 0;
+  for (int i = 0; i < kCount; ++i) {
+    parts[i]->numbers = tensors[i]->template as<T>();
+    if (parts[i]->packed) panels += panels_of<T>(parts[i]->n);
+  }
+  parallel_for(panels, [&](i64 task) {
+    int i = 0;
+    while (task >= panels_of<T>(parts[i]->n)) task -= panels_of<T>(parts[i++]->n);
+    const SharedRight<T>& part = *parts[i];
+    pack_panel<T>(part.transposed, part.n, part.k, part.numbers, part.ld(), task, part.packed);
+  });
+}
+template <class T>
+void prepare(SharedRight<T>& part, const TensorView& tensor) {
+  prepare<T, 1>({&part}, {&tensor});
 }
 
 template <class T>

@@ -257,6 +257,23 @@ def get_num_threads() -> int: ...
 def cpu_isa() -> str:
     """The instruction set that the CPU kernels use: avx512, avx2 or plain."""
 
+def cpu_product(
+    kind: str,
+    a: npt.NDArray[Any],
+    b: npt.NDArray[Any],
+    c: npt.NDArray[Any],
+    *,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    from_c: bool = False,
+    alpha: float = 1.0,
+) -> None:
+    """One product of the CPU's kernels on this thread, for tests and benchmarks: c = (c +) op(a)·op(b).
+
+    a, b, c: matrices of one dtype, float32 or float64, with contiguous rows. kind: "chain"; "packed", b packed before;
+    "blocks", c += alpha·op(a)·op(b) in blocks of 512 of the depth; "symmetric", a·aᵀ with b = a.
+    """
+
 def allocation_count() -> int:
     """Native allocations since the library was loaded."""
 
