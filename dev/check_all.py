@@ -205,7 +205,7 @@ def _add_pythons() -> None:
 
 _add_pythons()
 
-# ---- Other processors and systems: tests/native, which needs neither Python nor OpenBLAS
+# ---- Other processors and systems: tests/native, which needs no Python
 
 
 def build_native(log: Log, *options: str) -> Path:

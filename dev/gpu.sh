@@ -36,8 +36,7 @@ build() {
   cp -R python/pgolf "$site/" && find "$site" -name __pycache__ -prune -exec rm -rf {} +
   cp build/gpu/_C.*.so build/gpu/libpgolf_cuda.so "$site/pgolf/"
   packages=$($venv/bin/python -c "import sysconfig; print(sysconfig.get_paths()['platlib'])")
-  cp -R "$packages"/scipy_openblas32 "$packages"/zstandard "$packages"/tomli_w "$site/"
-  rm -rf "$site"/scipy_openblas32/include
+  cp -R "$packages"/zstandard "$packages"/tomli_w "$site/"
   strip "$site"/zstandard/*.so "$site"/pgolf/*.so
   git rev-parse --short HEAD >$pack/commit
   du -sh $pack

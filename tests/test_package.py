@@ -160,13 +160,11 @@ if sys.platform == "linux":
         names = [line.split()[-1] for line in output_of("nm", "-D", "--defined-only", _C.__file__).splitlines()]
         assert names == ["PyInit__C"]  # least of all operator new, which is the process's
 
-    def test_openblas_is_found_beside_the_package() -> None:
+    def test_the_module_needs_the_systems_libraries_alone() -> None:
         dynamic = output_of("readelf", "--dynamic", "--wide", _C.__file__)
-        paths = re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", dynamic)
-        assert paths == ["$ORIGIN/../scipy_openblas32/lib"]
+        assert not re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", dynamic)
         needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
-        assert any("openblas" in name for name in needed)
-        assert not any("/" in name for name in needed)
+        assert needed and not any("/" in name or "blas" in name for name in needed)
 
 
 # ---- The build's check of the kernels.

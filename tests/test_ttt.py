@@ -215,24 +215,21 @@ def test_a_document_alone_scores_as_in_any_batch(place: Place) -> None:
     together = scores(model, tokens, **SMALL)
     for document, start in enumerate(documents_of(tokens).start):
         found = alone(model, tokens, document, SMALL)
-        expected = together[start : start + found.size]
-        np.testing.assert_allclose(found, expected, rtol=TOLERANCE[place.dtype][1], err_msg=f"document {document}")
+        assert found.tobytes() == together[start : start + found.size].tobytes(), document
     assert scores(model, tokens, **SMALL).tobytes() == together.tobytes()
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 17])
-def test_on_the_cpu_threads_leave_no_trace_and_batches_no_more_than_rounding(model: GPT, batch: int) -> None:
+def test_on_the_cpu_batches_and_threads_leave_no_trace(model: GPT, batch: int) -> None:
     tokens = stream(130, 7, 101, 24, 25, 48, 1, 99, 130, 60)
+    expected = scores(model, tokens, **SMALL)
     before = pgolf.get_num_threads()
-    found = []
     try:
         for threads in (1, 2, 3):
             pgolf.set_num_threads(threads)
-            found.append(scores(model, tokens, **SMALL, batch=batch))
+            assert scores(model, tokens, **SMALL, batch=batch).tobytes() == expected.tobytes()
     finally:
         pgolf.set_num_threads(before)
-    assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
-    np.testing.assert_allclose(found[0], scores(model, tokens, **SMALL), rtol=TOLERANCE["float32"][1])
 
 
 @pytest.mark.parametrize("place", [PLACES[0], *GPU_PLACES], ids=str)
@@ -337,14 +334,14 @@ def test_evaluate_sums_documents_and_audits(model: GPT) -> None:
     calls: list[tuple[int, int, int]] = []
     found = pgolf.evaluate(model, tokens, method="ttt", **ways, progress=lambda *call: calls.append(call))
     losses = scores(model, tokens, **SMALL).astype(np.float64)
-    assert found.loss == pytest.approx(losses.mean(), rel=1e-6)  # of batches of 2 here, of all documents there
+    assert found.loss == pytest.approx(losses.mean(), rel=1e-12)
     assert (found.tokens, found.method, found.seq_len, found.stride, found.tail) == (238, "ttt", 100, None, None)
     assert found.windows == 6 + 1 + 5
     assert calls[-1] == (12, 12, 238) and calls[0] == (2, 12, 7 + 24)
     assert found.audit.scored_tokens == found.audit.expected_tokens == 238
     # A BOS token is the first target of the document that it begins.
     np.testing.assert_allclose(
-        found.documents.nll, [losses[:129].sum(), losses[129:136].sum(), losses[136:].sum()], rtol=1e-6
+        found.documents.nll, [losses[:129].sum(), losses[129:136].sum(), losses[136:].sum()], rtol=1e-12
     )
     assert pgolf.evaluate(model, tokens, method="ttt", **{**ways, "ttt_seed": 1}).loss != found.loss
 

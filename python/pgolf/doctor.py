@@ -26,7 +26,7 @@ _OPTIONAL = {
     "torch": (".pt and .ptz files, and the tests", "pip install 'pgolf[torch]'"),
     "safetensors": (".safetensors files", "pip install 'pgolf[safetensors]'"),
 }
-_NEEDED = ("numpy", "rich", "scipy-openblas32", "sentencepiece", "tomli-w", "typer", "zstandard")
+_NEEDED = ("numpy", "rich", "sentencepiece", "tomli-w", "typer", "zstandard")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _packages() -> Check:
 
 
 def _native() -> Iterator[Check]:
-    """The compiled core: the processor's instruction set, threads, OpenBLAS."""
+    """The compiled core: the processor's instruction set, threads."""
     try:
         from pgolf import _C
     except ImportError as error:
@@ -75,7 +75,6 @@ def _native() -> Iterator[Check]:
         return
     yield _instruction_set(_C.cpu_isa)
     yield _threads(_C.get_num_threads)
-    yield _openblas()
 
 
 def _instruction_set(cpu_isa: Callable[[], str]) -> Check:
@@ -103,17 +102,6 @@ def _threads(get_num_threads: Callable[[], int]) -> Check:
     if threads > cores:
         return Check("threads", "limited", f"{found}: they wait for each other", f"export PGOLF_NUM_THREADS={cores}")
     return Check("threads", "limited", f"{found}, as PGOLF_NUM_THREADS says", "unset PGOLF_NUM_THREADS")
-
-
-def _openblas() -> Check:
-    try:
-        library = importlib.import_module("scipy_openblas32")
-    except ImportError:
-        found = "one is in use, but not that of the package scipy-openblas32"
-        return Check("OpenBLAS", "limited", found, "pip install scipy-openblas32")
-    return Check(
-        "OpenBLAS", "ok", f"{library.get_openblas_config().removeprefix('OpenBLAS ')}, {library.get_lib_dir()}"
-    )
 
 
 def _memory() -> Check:

@@ -1,7 +1,7 @@
 """How fast steps are beside what the machine can do: the arithmetic of a token, and the rate of a matrix product.
 
 The limit is that of one large product of normal numbers: 8192×8192×8192 in the GPU's 16-bit dtype through cuBLASLt, or
-about 4096×512×512 float32 through OpenBLAS on the CPU's threads. It is measured once a machine (a third of a second, no
+about 4096×512×512 float32 on the CPU's threads. It is measured once a machine (a third of a second, no
 part of the training time) and kept in a folder of the user's; `pgolf doctor --measure` measures it again.
 """
 

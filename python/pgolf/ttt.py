@@ -6,7 +6,7 @@ forward pass does both: the native code writes a window's losses before it train
 numbers that have seen it.
 
 Documents are scored in batches. Windows are padded to shapes that depend on the chunk's place in its document alone,
-and batches to one number of rows, so that a document's scores do not depend on its batch beyond rounding.
+and batches to one number of rows, so that a document's scores have the same bits in every batch.
 """
 
 from __future__ import annotations
