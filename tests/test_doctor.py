@@ -60,7 +60,7 @@ def test_this_machine(tmp_path: Path) -> None:
     assert set(tmp_path.iterdir()) == before
     names = [check.name for check in checks]
     assert names == [
-        "pgolf", "packages", "processor", "threads", "OpenBLAS", "memory", "GPU", "limit", "matplotlib",
+        "pgolf", "packages", "processor", "threads", "memory", "GPU", "limit", "matplotlib",
         "huggingface-hub", "torch", "safetensors", "disk",
     ]  # fmt: skip
     assert not [check for check in checks if check.status == "broken"]
