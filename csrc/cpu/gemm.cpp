@@ -148,6 +148,37 @@ void pack(Transpose tb, i64 depth, i64 columns, const T* b, i64 ldb, T* out) {
   }
 }
 
+// Rows of a transposed A that are packed together: 256 KiB of the stack, less than the smallest that threads have.
+template <class T>
+inline constexpr i64 kPackedRows = 128 * 4 / static_cast<i64>(sizeof(T));
+
+// A transposed A as its tiles read it, step by step of k side by side: where it stands, every step is in another page.
+// `out` has the tiles of `rows` rows one behind the other, heights as `tiles` cuts them.
+template <class T>
+void pack_left(const Left<T>& a, i64 rows, i64 first, i64 l, i64 depth, T* out) {
+  const T* from = a.at(first, l);
+  for (i64 step = 0; step < depth; ++step, from += a.ld) {
+    i64 left = (rows + kTileRows - 1) / kTileRows;
+    for (i64 i = 0, height; left > 0; i += height, --left) {
+      height = (rows - i + left - 1) / left;
+      T* to = out + i * depth + step * height;
+      for (i64 r = 0; r < height; ++r) to[r] = from[i + r];
+    }
+  }
+}
+
+// All rows of a panel of columns, of what pack_left has packed.
+template <class T>
+void packed_tiles(const T* packed, i64 rows, Tile<T> t) {
+  i64 left = (rows + kTileRows - 1) / kTileRows;
+  for (i64 i = 0, height; left > 0; i += height, t.c += height * t.ldc, --left) {
+    height = (rows - i + left - 1) / left;
+    t.a = packed + i * t.depth;
+    t.a_step = height;
+    tile_of<T>(true, height, t.columns)(t);
+  }
+}
+
 // B is read where it stands, if it can be, by few rows; by more, from a packed panel that stays in the first-level
 // cache.
 inline constexpr i64 kDirectRows = 64;
@@ -156,6 +187,27 @@ template <class T, i64 kBlock>
 void multiply(const Left<T>& a, Transpose tb, i64 m, i64 n, i64 k, const T* b, i64 ldb, bool add, T alpha, Start start,
               T* c, i64 ldc) {
   alignas(64) T panel[kBlock * kWidth<T>];
+  if (a.transposed && m > kTileRows && n > kWidth<T>) {
+    alignas(64) T left[kBlock * kPackedRows<T>];
+    for (i64 first = 0; first < m; first += kPackedRows<T>) {
+      const i64 rows = least(m - first, kPackedRows<T>);
+      for (i64 l = 0; l < k || l == 0; l += kBlock) {
+        const i64 depth = least(k - l, kBlock);
+        pack_left(a, rows, first, l, depth, left);
+        const Finish finish = add ? Finish::add : l > 0 || start == kFromC ? Finish::onward : Finish::store;
+        for (i64 j = 0; j < n; j += kWidth<T>) {
+          const i64 columns = least(n - j, kWidth<T>);
+          const T* from = tb ? b + j * ldb + l : b + l * ldb + j;
+          const bool direct = tb == kPlain && columns == kWidth<T>;
+          if (!direct) pack(tb, depth, columns, from, ldb, panel);
+          packed_tiles<T>(left, rows,
+                          {depth, nullptr, 0, direct ? from : panel, direct ? ldb : kWidth<T>, finish, alpha,
+                           c + first * ldc + j, ldc, columns});
+        }
+      }
+    }
+    return;
+  }
   const auto block = [&](i64 l, i64 depth) {
     for (i64 j = 0; j < n; j += kWidth<T>) {
       const i64 columns = least(n - j, kWidth<T>);
