@@ -138,6 +138,20 @@ def test_seeds_as_an_object_are_their_results(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("loss", "outcome"), [(1.57, "passed"), (1.5699, "failed"), (1.6, "passed")])
+def test_the_loss_is_not_better_than_the_mean(loss: float, outcome: str, tmp_path: Path) -> None:
+    found = claims(three(tmp_path / "a", val_loss=loss))
+    assert found.outcome == outcome, found
+    assert outcome == "passed" or found.sentence == f"val_loss is {loss:.8f}; the mean of the runs is 1.57000000."
+
+
+@pytest.mark.parametrize(("seeds", "outcome"), [(3, "passed"), (4, "unchecked")])
+def test_seeds_that_are_only_counted_are_not_seen(seeds: int, outcome: str, tmp_path: Path) -> None:
+    found = claims(three(tmp_path / "a", n_seeds=seeds))
+    assert found.outcome == outcome, found
+    assert outcome == "passed" or found.sentence == "submission.json speaks of 4 seeds; 3 can be seen."
+
+
 def test_one_seeds_result_is_the_folders(tmp_path: Path) -> None:
     one: dict[str, str | bytes] = {"train.log": log(0.92955001)}
     for index, (bpb, outcome) in enumerate([(0.92955001, "passed"), (0.92, "failed")]):

@@ -39,6 +39,9 @@ def submission_agrees(values: Mapping[str, Any], runs: Sequence[Evidence], logs:
             if seed not in seeds:
                 raise Unchecked(f"submission.json names the seed {seed}, of which there is no run folder.")
         compared += sum(_kept_log(run, logs) for run in runs)
+    spoken_of = values.get("n_seeds")
+    if isinstance(spoken_of, int) and spoken_of > len(runs):
+        raise Unchecked(f"submission.json speaks of {spoken_of} seeds; {len(runs)} can be seen.")
     came = f"{len(scores)} run{'s' * (len(scores) != 1)} came to"
     return Looked(compared, "claimed scores and sizes", f"val_bpb {claimed.val_bpb:.6f} is what {came}.")
 
@@ -212,7 +215,14 @@ def _as_claim(score: LoggedScore) -> Claim:
 
 
 def _means(claimed: Claim, scores: Sequence[Claim]) -> None:
-    """Raises Broken where the claimed bits per byte are not the mean of the runs'."""
+    """Raises Broken where the claimed bits per byte are not the mean of the runs', or the claimed loss is below it."""
+    losses = [score.val_loss for score in scores if score.val_loss is not None]
+    if claimed.val_loss is not None and losses and len(losses) == len(scores):
+        loss = fmean(losses)
+        slack = claimed.loss_precision + fmean(score.loss_precision for score in scores) + _ROUNDING
+        # Some give the loss of one run beside the mean of bits per byte, by which submissions are ranked.
+        if claimed.val_loss < loss - slack:
+            raise Broken(f"val_loss is {claimed.val_loss:.8f}; the mean of the runs is {loss:.8f}.")
     mean = _differs(claimed, scores)
     if mean is not None:
         runs = f"the mean of the {len(scores)} seeds" if len(scores) > 1 else "the run's"
