@@ -388,6 +388,7 @@ def outcome(path: Path, rule: str) -> tuple[str, str]:
         ("stopping_early: wallclock_cap train_time:1000ms step:100/200\n", {}, "passed", "100 steps in 1.0 s"),
         ("step:200/200 train_time:1000ms\n", {"step_stop": 201}, "unchecked", "ends at step 200 of the 201"),
         ("step:200/200 train_time:1000ms\n", {"steps": 200}, "passed", "200 steps"),
+        ("step:200/200 train_time:900000ms\n", {"steps": 201}, "failed", "started after the limit of 600 s"),
         ("step:200/200 train_time:0ms\n", {}, "failed", "200 steps took 0.0 s, which no step can"),
         ("step:0/200 train_time:0ms\n", {}, "unchecked", "has lines of the form"),
         ("hello\n", {}, "unchecked", "has lines of the form"),

@@ -109,21 +109,21 @@ def steps_start_in_time(run: Evidence) -> Looked:
                 f"{seconds:,.1f} s: what the run took in all is not known."
             )
     steps, seconds = timeline.ends[-1]
+    if steps and seconds <= 0:
+        raise Broken(f"By {timeline.source}, {steps:,} steps took {seconds:,.1f} s, which no step can.")
+    took = f"{steps:,} steps in {seconds:,.1f} s by {timeline.source}"
+    late = timeline.started_after(limit) if limit > 0 else 0
+    if late > timeline.in_flight:
+        allowed = f"only {timeline.in_flight} can be in flight then" if timeline.in_flight else "none may"
+        raise Broken(f"{took}: {late:,} of them started after the limit of {limit:,.0f} s, and {allowed}.")
     if timeline.claimed is not None and steps < timeline.claimed:
         raise Unchecked(
             f"{timeline.source} ends at step {steps:,} of the {timeline.claimed:,} that the run is said to have taken: "
             "when the others ended is not known."
         )
-    if steps and seconds <= 0:
-        raise Broken(f"By {timeline.source}, {steps:,} steps took {seconds:,.1f} s, which no step can.")
-    took = f"{steps:,} steps in {seconds:,.1f} s by {timeline.source}"
-    if limit <= 0:
-        return Looked(steps, "training steps", f"{took}; there is no limit.")
-    late = timeline.started_after(limit)
-    if late > timeline.in_flight:
-        allowed = f"only {timeline.in_flight} can be in flight then" if timeline.in_flight else "none may"
-        raise Broken(f"{took}: {late:,} of them started after the limit of {limit:,.0f} s, and {allowed}.")
-    return Looked(steps, "training steps", f"{took}, of {limit:,.0f} s.")
+    return Looked(
+        steps, "training steps", f"{took}, of {limit:,.0f} s." if limit > 0 else f"{took}; there is no limit."
+    )
 
 
 @run_rule("scoring-time", "Scoring may take as long as training.")
