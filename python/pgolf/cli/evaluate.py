@@ -148,8 +148,9 @@ def _rows(score: Score) -> list[tuple[str, str]]:
 def _bytes_text(score: Score) -> str:
     if score.bytes is None or score.byte_basis is None:
         return "–"
-    basis = {"decoded": "of the text that the tokens decode to", "sidecar": "of the original text, by byte sidecar"}
-    return f"{score.bytes:,}, {basis[score.byte_basis]}"
+    from pgolf.evaluate import BASES
+
+    return f"{score.bytes:,}, of {BASES[score.byte_basis]}"
 
 
 def _audit_text(audit: Audit) -> str:

@@ -72,10 +72,15 @@ def _show_artifact(artifact: ArtifactSummary, console: Console) -> None:
     trained = "not by pgolf's trainer"
     if artifact.steps is not None:
         trained = f"{artifact.steps:,} steps, {artifact.tokens:,} tokens, seed {artifact.seed}"
+    scored = "as pgolf eval does by itself"
+    if artifact.scoring is not None:
+        scored = ", ".join(f"{key} {value}" for key, value in artifact.scoring.items())
+        scored += f"; {artifact.byte_basis} bytes" if artifact.byte_basis else ""
     rows = [
         ("model", _model_text(artifact.model)),
         ("training length", "unknown" if artifact.train_seq_len is None else f"{artifact.train_seq_len:,} tokens"),
         ("trained", trained),
+        ("scored", scored),
         ("written by", f"pgolf {artifact.pgolf}, zstd {artifact.zstd}, format {artifact.version}"),
         ("artifact", f"{artifact.bytes:,} bytes"),
         ("limit, code included", f"{artifact.limit_bytes:,} bytes"),

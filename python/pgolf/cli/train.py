@@ -293,6 +293,10 @@ def report_table(report: Report) -> Table:
     ]
     if report.total_bytes is not None:
         rows.append(("artifact and code", f"{report.total_bytes:,} bytes"))
+    if report.byte_basis is not None:
+        from pgolf.evaluate import BASES
+
+        rows.append(("bits per byte are of", BASES[report.byte_basis]))
     rows += [
         ("limit", f"{report.limit_bytes:,} bytes, {'it fits' if report.fits else 'exceeded'}"),
         ("parameters", f"{report.parameters:,}"),
