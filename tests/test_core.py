@@ -123,22 +123,36 @@ def test_tasks_within_tasks_run_where_they_are(one_thread):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_the_first_exception_of_a_task_is_raised_and_the_pool_goes_on(one_thread, count):
+def test_an_exception_of_a_task_is_raised_and_the_pool_goes_on(one_thread, count):
     pgolf.set_num_threads(count)
     done = []
 
     def task(i: int) -> None:
         if i == 3:
             raise KeyError(f"task {i}")
-        done.append(i)
 
     for _ in range(3):
         with pytest.raises(KeyError, match="task 3"):
             _C.run_tasks(1000, task)
-        assert len(done) < 999
-        done.clear()
     _C.run_tasks(10, done.append)
     assert sorted(done) == list(range(10))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_thread_whose_task_failed_takes_no_other(one_thread, count):
+    """So where every task fails, no more begin than there are threads, however they are scheduled."""
+    pgolf.set_num_threads(count)
+    for _ in range(20):
+        begun = []
+
+        def task(i: int, begun: list = begun) -> None:
+            begun.append(i)
+            raise KeyError(f"task {i}")
+
+        with pytest.raises(KeyError) as caught:
+            _C.run_tasks(1000, task)
+        assert 1 <= len(begun) <= count
+        assert caught.value.args[0] in {f"task {i}" for i in begun}
 
 
 def test_two_python_threads_compute_at_once(one_thread):
