@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import pgolf
+from pgolf import _C
 from pgolf.artifact import read_artifact
 from pgolf.cli.generate import continue_text
 from pgolf.container import pack, unpack
@@ -677,6 +679,21 @@ def test_a_resumed_run_binds_what_it_was_started_with(data: Path, tmp_path: Path
     cut(shard(data), 300)
     with pytest.raises(FormatError, match=r"the shard has 300 tokens; .*run\.json says"):
         Trainer(config, data, run_dir=tmp_path / "run", resume=True)
+
+
+def test_a_run_that_goes_on_on_another_processor_says_so(data: Path, tmp_path: Path) -> None:
+    config, folder = small(iterations=4, checkpoint_every=2), tmp_path / "run"
+    for step in Trainer(config, data, run_dir=folder, device="cpu"):
+        if step.step == 2:
+            break
+    record = RunRecord.find(folder)
+    assert record is not None and record.device == f"cpu {_C.cpu_isa()}"
+    Trainer(config, data, run_dir=folder, device="cpu", resume=True)  # on the same one, nothing is said
+    replace(record, device="cpu other").write(folder)
+    with pytest.warns(
+        UserWarning, match=rf"was begun on cpu other and goes on on cpu {_C.cpu_isa()}: .* within rounding"
+    ):
+        Trainer(config, data, run_dir=folder, device="cpu", resume=True)
 
 
 def test_records_that_cannot_be_read_are_named(tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ class Trainer:
             _make_run_dir(self.run_dir)
             if resume:
                 self._resume(resume)
+                self._warn_of_another_processor(self.run_dir)
             with atomic_write(self.run_dir / "config.toml") as file:
                 file.write(config.to_toml().encode())
             self._write_record(self.run_dir, source)
@@ -244,6 +245,15 @@ class Trainer:
         )
         source = "this run" if self.run_dir is None else str(self.run_dir / run_folder.NAME)
         return Record(RUN, source, tokenizer, record_of_split(split), self.validation.byte_basis)
+
+    def _warn_of_another_processor(self, run_dir: Path) -> None:
+        before, now = run_folder.RunRecord.find(run_dir), self.model.device_name
+        if before is not None and before.device not in (None, now):
+            warnings.warn(
+                f"{run_dir} was begun on {before.device} and goes on on {now}: from here on its bits are others than "
+                "there, within rounding.",
+                stacklevel=4,
+            )
 
     def _write_record(self, run_dir: Path, source: Path) -> None:
         assert self.model.record is not None
