@@ -20,6 +20,7 @@ from pgolf.trainer import step_settings
 SETTINGS = step_settings(Config.from_recipe("base"))
 # d 96, a head width that fills no tile of 16; an untied head; sequences that fill no tile.
 SMALL = {
+    "bos_id": 1,
     "vocab_size": 97,
     "num_layers": 3,
     "model_dim": 96,
