@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import re
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pgolf.config import Config
-from pgolf.environment import VARIABLES, config_from_environment
+from pgolf.environment import FEATURES, VARIABLES, config_from_environment
 
-# Every variable that the public scripts read: the reference train_gpt.py, the merged 10-layer script (#180) and those
-# of #286, #289, #465, #560 and #997 in openai/parameter-golf.
-SCRIPTS = re.findall(
-    r"\w+",
-    """
-    ADAM_EPS ADAM_WEIGHT_DECAY BETA1 BETA2 BIGRAM_DIM BIGRAM_VOCAB_SIZE CONTROL_TENSOR_NAME_PATTERNS DATA_PATH EMBED_LR
-    EMBED_QUANT EVAL_BATCH_SEQS EVAL_SEQ_LEN EVAL_STRIDE FP16_EMBED FP16_EMBED_EXPORT FP16_KEEP_NAME_PATTERNS
-    GRAD_CLIP_NORM HEAD_LR INT6_ENABLED INT8_KEEP_FLOAT_FP32_NAME_PATTERNS ITERATIONS KEEP_LAST_K_FP16 LOAD_MODEL_PATH
-    LOCAL_RANK LOGIT_SOFTCAP MATRIX_LR MAX_WALLCLOCK_SECONDS MLP_MULT MODEL_DIM MUON_BACKEND_STEPS MUON_MOMENTUM
-    MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_STEPS MUON_WD MUON_WEIGHT_DECAY NUM_HEADS NUM_KV_HEADS NUM_LAYERS
-    NUM_UNIQUE_LAYERS PRUNE_FRAC QAT_ENABLED QAT_START_FRAC QK_GAIN_INIT RANK REQUIRE_ZSTD ROPE_BASE RUN_ID SCALAR_LR
-    SEED SMEARGATE_ENABLED SWA_ENABLED SWA_EVERY SWA_START_FRAC TIED_EMBED_INIT_STD TIED_EMBED_LR TIE_EMBEDDINGS
-    TOKENIZER_PATH TRAIN_BATCH_TOKENS TRAIN_LOG_EVERY TRAIN_SEQ_LEN TTT_BATCH_SIZE TTT_CHUNK_SIZE TTT_EVAL_SEQ_LEN
-    TTT_LORA_LR TTT_LORA_RANK VAL_BATCH_SIZE VAL_LOSS_EVERY VOCAB_SIZE WARMDOWN_ITERS WARMUP_STEPS WEIGHT_DECAY
-    WORLD_SIZE
-    """,
-)
+ROOT = Path(__file__).parents[1]
+
+# Every variable that the public scripts read, as dev/collect_variables.py found them, with the defaults there.
+PUBLIC: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "public_variables.json").read_text())
+
+# Values that ask for something, whatever the variable is.
+ASKING = ("7", "1", "0.5", "all", "4,5")
 
 # The merged 10-layer script's own defaults, as text (its priming steps, which pgolf does not need, aside).
 DEFAULTS_180 = {
@@ -96,16 +90,73 @@ def refusal(**environ: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_variable_of_the_scripts_is_mapped_or_refused_with_a_reason(name: str) -> None:
+def outcome(**environ: str) -> str:
+    """The refusal of an environment, or nothing."""
+    try:
+        config_from_environment(environ)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_variable_of_the_scripts_has_one_verdict(name: str) -> None:
     variable = VARIABLES[name]
-    assert variable.sets or len(variable.note.split()) > 5
+    assert [bool(variable.sets), variable.refused, variable.idle].count(True) == 1
     if variable.refused:
-        assert f"{name} = '7': {variable.note}" in refusal(**{name: "7"})
+        assert any(f"{name} = '{value}': {variable.note}" in outcome(**{name: value}) for value in ASKING)
+        assert len(variable.note.split()) > 5
+    if variable.idle:
+        config, warnings = config_from_environment({name: "7"})
+        assert (config, warnings) == (
+            Config.from_recipe("base"),
+            [f"The environment variable {name} has no effect in pgolf."],
+        )
 
 
-def test_there_are_no_variables_of_our_own_but_the_recipe() -> None:
-    assert VARIABLES.keys() - set(SCRIPTS) == {"RECIPE"}
+def test_hardly_a_variable_is_known_that_no_script_reads() -> None:
+    # The two USE_ names are those of scripts that were proposed and never merged.
+    assert VARIABLES.keys() - PUBLIC.keys() == {"RECIPE", "USE_EMA", "USE_XSA"}
+
+
+SWITCHES = [name for feature in FEATURES for name in feature.switches]
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("value", ["0", "", "False"])
+def test_what_pgolf_lacks_may_be_switched_off(name: str, value: str) -> None:
+    assert changes(**{name: value}) == {}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_what_pgolf_lacks_is_refused_by_name(name: str) -> None:
+    assert f"{name} = '7': pgolf does not have" in refusal(**{name: "7"})
+
+
+def test_settings_of_what_is_switched_off_pass_and_are_said_to_be_without_effect() -> None:
+    assert "TTT_LR = '0.1'" in refusal(TTT_LR="0.1")
+    assert "TTT_LR = '0.1'" in refusal(TTT_LR="0.1", TTT_ENABLED="1")
+    config, warnings = config_from_environment({"TTT_LR": "0.1", "TTT_ENABLED": "0", "COMPILE_MODE": "default"})
+    assert config == Config.from_recipe("base")
+    assert warnings == ["The environment variables TTT_LR, COMPILE_MODE have no effect in pgolf."]
+
+
+def test_a_public_ema_is_an_ema() -> None:
+    assert changes(EMA_DECAY="0.9965") == {"train.ema_decay": 0.9965}
+    assert changes(EMA_DECAY="0.9965", EMA_ENABLED="1") == {"train.ema_decay": 0.9965}
+    assert changes(EMA_DECAY="0.9965", EMA_ENABLED="0") == {}
+    assert changes(EMA_ENABLED="0") == {}
+    assert refusal(EMA_ENABLED="1").endswith(
+        "set EMA_DECAY too.\nIn the environment, EMA_ENABLED sets train.ema_decay."
+    )
+
+
+def test_a_switch_of_sliding_windows_and_a_stride_must_agree() -> None:
+    assert changes(SLIDING_WINDOW_ENABLED="1") == {}
+    assert changes(SLIDING_WINDOW_ENABLED="0") == {"eval.method": "standard"}
+    assert changes(SLIDING_EVAL="1", STRIDE="32") == {"eval.eval_stride": 32}
+    message = refusal(SLIDING_EVAL="1", EVAL_STRIDE="0")
+    assert "EVAL_STRIDE sets eval.method, SLIDING_EVAL sets eval.method" in message
 
 
 def test_an_empty_environment_is_the_recipe() -> None:
@@ -116,10 +167,12 @@ def test_an_empty_environment_is_the_recipe() -> None:
 
 def test_the_merged_scripts_defaults_are_the_base_recipe() -> None:
     assert changes(**DEFAULTS_180) == {}
-    assert DEFAULTS_180.keys() <= set(SCRIPTS)
+    assert DEFAULTS_180.keys() <= PUBLIC.keys()
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if VARIABLES[name].sets.count(".") == 1])
+@pytest.mark.parametrize(
+    "name", [name for name in PUBLIC if VARIABLES[name].sets.count(".") == 1 and "EMA" not in name]
+)
 def test_a_mapped_variable_changes_the_keys_that_it_names_and_no_other(name: str) -> None:
     others = {
         "MLP_MULT": "2",
@@ -139,6 +192,12 @@ def test_a_mapped_variable_changes_the_keys_that_it_names_and_no_other(name: str
         "MODEL_DIM": "256",
         "EVAL_SEQ_LEN": "4096",
         "TTT_EVAL_SEQ_LEN": "4096",
+        "VAL_BATCH_TOKENS": "4096",
+        "ADAM_WD": "0.125",
+        "EMBED_WD": "0.125",
+        "PRUNE_RATIO": "0.125",
+        "SLIDING_EVAL": "0",
+        "SLIDING_WINDOW_ENABLED": "0",
     }
     value = others.get(name, "0.125" if "FRAC" in name or name.startswith("MUON_MOMENTUM") else "2")
     assert list(changes(**{name: value})) == [VARIABLES[name].sets.split(" ")[0]]
@@ -264,3 +323,37 @@ def test_a_typo_is_warned_about_and_has_no_effect(typo: str, meant: str) -> None
 def test_a_machines_own_variables_are_no_typos() -> None:
     names = "PATH HOME LANG USER SHELL PYTHONPATH LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR CUDA_VISIBLE_DEVICES"
     assert config_from_environment(dict.fromkeys(names.split(), "1"))[1] == []
+
+
+SCRIPT = """
+import os
+from os import environ as E, getenv
+def flag(name, default="0"):
+    return bool(int(os.environ.get(name, default)))
+class Hyperparameters:
+    a = int(os.environ.get("PLAIN", 3))
+    b = E["INDEXED"]
+    c = getenv("GETENV", "x")
+    d = flag("WRAPPED", "1")
+    e = flag("WRAPPED_TOO")
+    f = {name: os.environ.get(name) for name in ("LOOPED_A", "LOOPED_B")}
+    g = "TESTED" in os.environ
+"""
+
+
+def test_the_collector_finds_every_way_to_read_a_variable(tmp_path: Path) -> None:
+    (tmp_path / "train_gpt.py").write_text(SCRIPT)
+    out = tmp_path / "found.json"
+    command = [sys.executable, str(ROOT / "dev" / "collect_variables.py"), str(tmp_path), "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    found = json.loads(out.read_text())
+    assert {name: entry["defaults"] for name, entry in found.items()} == {
+        "GETENV": ["x"],
+        "INDEXED": [],
+        "LOOPED_A": [],
+        "LOOPED_B": [],
+        "PLAIN": ["3"],
+        "TESTED": [],
+        "WRAPPED": ["1"],
+        "WRAPPED_TOO": ["0"],
+    }

@@ -732,7 +732,7 @@ def test_wrong_requests(tmp_path: Path) -> None:
     model = small_model()
     for call, error, message in (
         (lambda: pgolf.load(tmp_path / "no.pt"), FileNotFoundError, "no.pt"),
-        (lambda: pgolf.load_state_dict(tmp_path), FileNotFoundError, "There is no file"),
+        (lambda: pgolf.load_state_dict(tmp_path), FileNotFoundError, "no run folder, as it holds no config.toml"),
         (lambda: pgolf.save_state_dict(model, tmp_path / "x.pgolf"), ValueError, "ends with .pt or .safetensors"),
         (lambda: pgolf.save_state_dict(model, tmp_path / "no" / "x.pt"), FileNotFoundError, "There is no folder"),
         (lambda: pgolf.save_state_dict({"a": np.ones(2, int)}, tmp_path / "x.pt"), TypeError, "a has dtype int64"),

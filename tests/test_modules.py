@@ -16,6 +16,7 @@ NO_ATTRIBUTES = {
     "cli": "the command line is no library",
     "demo_plot": "what demo draws with",
     "evaluate": "the function has its name",
+    "libpgolf_cuda": "native, and private: the CUDA backend, where it is built",
     "op_calls": "what ops is made of",
 }
 MODULES = sorted({module.name for module in pkgutil.iter_modules(pgolf.__path__)} - set(NO_ATTRIBUTES))

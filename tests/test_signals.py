@@ -215,7 +215,8 @@ def test_a_closed_terminal_leaves_a_checkpoint(config_file: Path, small_corpus: 
         process.wait()
     step = newest(run)
     assert step is not None and int(step[5:13]) >= 5
-    assert len(log_of(run)) == int(step[5:13]) + 1
+    # The record of the last step may still have waited for its line: then the checkpoint holds it.
+    assert len(log_of(run)) - int(step[5:13]) in (0, 1)
 
 
 def test_a_terminal_that_fails_before_its_signal(

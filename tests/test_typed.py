@@ -245,8 +245,8 @@ def test_a_submission_says_only_utf_8(small_corpus: Path, tmp_path: Path) -> Non
     script = tmp_path / "train_gpt.py"
     script.write_text("pass\n")
     words = ("submit", tmp_path, "--out", tmp_path / "out", "--code", script)
-    refused(pgolf_(*words, "--name", BAD), r"The submission's name is 'caf\\udce9', which is not UTF-8")
-    refused(pgolf_(*words, "--author", "me", "--blurb", BAD), r"The submission's blurb is 'caf\\udce9'")
+    refused(pgolf_(*words, "--name", BAD), r"The submission's --name is 'caf\\udce9', which is not UTF-8")
+    refused(pgolf_(*words, "--author", "me", "--blurb", BAD), r"The submission's --blurb is 'caf\\udce9'")
     readme = tmp_path / "readme.md"
     readme.write_bytes(b"caf\xe9")
     refused(pgolf_(*words, "--readme", readme), r"readme\.md: the README's beginning is not UTF-8")

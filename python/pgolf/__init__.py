@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pgolf import environment as environment
     from pgolf import errors as errors
     from pgolf import finish as finish
+    from pgolf import forecast as forecast
     from pgolf import generate as generate
     from pgolf import inspect as inspect
     from pgolf import interchange as interchange
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from pgolf import schedule as schedule
     from pgolf import speed as speed
     from pgolf import submission as submission
+    from pgolf import text as text
     from pgolf import threads as threads
     from pgolf import tokenizer as tokenizer
     from pgolf import torch_file as torch_file
@@ -116,6 +118,7 @@ _MODULES = frozenset(
         "environment",
         "errors",
         "finish",
+        "forecast",
         "generate",
         "inspect",
         "interchange",
@@ -130,6 +133,7 @@ _MODULES = frozenset(
         "schedule",
         "speed",
         "submission",
+        "text",
         "threads",
         "tokenizer",
         "torch_file",

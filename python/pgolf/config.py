@@ -99,7 +99,8 @@ def _only(allowed: str, holds: Callable[[Any], bool]) -> _Reader:
 
 
 def _choice(*names: str) -> _Reader:
-    return _only(f"must be one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+    sentence = f"must be one of {', '.join(names)}" if len(names) > 1 else f"must be {names[0]}: nothing else is built"
+    return _only(sentence, lambda value: isinstance(value, str) and value in names)
 
 
 _flag = _only("must be true or false", lambda value: isinstance(value, bool))
@@ -369,11 +370,11 @@ class TrainConfig(_Table):
     # Storage of activations and working weights; auto: bfloat16 on GPUs that have it, else float16; CPUs float32. [§2]
     dtype: str = _key("auto", _choice("auto", "float32", "bfloat16", "float16"))
     # Inputs of the GPU's matrix products. [§2]
-    matmul: str = _key("bf16", _choice("bf16", "fp8"))
+    matmul: str = _key("bf16", _choice("bf16"))
     # Sequences per micro-batch; 0: automatic, from the device's total memory. [§6]
     micro_batch_seqs: int = _key(0, _integer(0))
     # The type in which gradients are summed across GPUs. [§2]
-    reduce_dtype: str = _key("float32", _choice("float32", "bfloat16"))
+    reduce_dtype: str = _key("float32", _choice("float32"))
 
     def _combinations(self, usable: Callable[..., bool]) -> Iterator[tuple[str, str]]:
         if usable("iterations", "max_wallclock_seconds") and not (self.iterations or self.max_wallclock_seconds):
