@@ -198,7 +198,7 @@ void multiply(const Left<T>& a, Transpose tb, i64 m, i64 n, i64 k, const T* b, i
         for (i64 j = 0; j < n; j += kWidth<T>) {
           const i64 columns = least(n - j, kWidth<T>);
           const T* from = tb ? b + j * ldb + l : b + l * ldb + j;
-          const bool direct = tb == kPlain && columns == kWidth<T>;
+          const bool direct = tb == kPlain && columns == kWidth<T> && rows <= kDirectRows;
           if (!direct) pack(tb, depth, columns, from, ldb, panel);
           packed_tiles<T>(left, rows,
                           {depth, nullptr, 0, direct ? from : panel, direct ? ldb : kWidth<T>, finish, alpha,
