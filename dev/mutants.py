@@ -6,8 +6,8 @@
 
 The tests must pass on the untouched copy first: all, or for some mutants their own selections. A mutant's own selection
 of tests runs first, then, if none of them fails, all tests of the mathematics and formats. What was found is kept in
-build/mutants and is good until code or a test changes, so an interrupted run goes on where it stopped. The exit status
-is 1 if a mutant survives.
+dev/mutants.done, so an interrupted run goes on where it stopped, on another machine too. The exit status is 1 if a
+mutant survives.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,15 +37,15 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "dev" / "mutants.toml"
+DONE = ROOT / "dev" / "mutants.done"
 TABLE = ROOT / "docs" / "mutants.md"
 WORK = ROOT / "build" / "mutants"
 # Tests of commands, downloads, plots and the installed package take minutes and would notice mathematics by accident.
 OUTSIDE = (
-    "benchmarks cli demo doctor download environment fidelity inspect inspect_data interrupt notebook package plot"
-    " prepare train_gpt wheel"
+    "benchmarks cli demo doctor download environment fidelity forecast full_disk inspect inspect_data interrupt modules"
+    " mutants notebook package pages plot prepare run_folder shell_words signals sources train_gpt typed wheel"
 )
 ALL_TESTS = " ".join(["tests", *(f"--ignore=tests/test_{name}.py" for name in OUTSIDE.split())])
-CODE = ("CMakeLists.txt", "cmake/", "csrc/", "examples/", "pyproject.toml", "python/", "tests/")  # what results rest on
 TIMEOUT = 1800.0  # seconds of one pytest; no selection takes a tenth of it
 # An editable install puts a finder before PYTHONPATH that imports pgolf from the working tree, where nothing is bent.
 SITE = (
@@ -101,7 +100,7 @@ def sources() -> list[str]:
     """The files that git knows or does not ignore, but for this program's own."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
-    own = {str(path.relative_to(ROOT)) for path in (LIST, TABLE, Path(__file__).resolve())}
+    own = {str(path.relative_to(ROOT)) for path in (LIST, DONE, TABLE, Path(__file__).resolve())}
     return sorted(name for name in set(names) - own if name and (ROOT / name).is_file())
 
 
@@ -254,39 +253,43 @@ def _with_tools() -> dict[str, str]:
 
 
 class Results:
-    """What was found so far, by mutant, in a file that outlives an interrupted run."""
+    """What was found so far, by mutant: dev/mutants.done, committed, so that the list is run over several days.
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._path = WORK / "results.json"
-        digest = hashlib.sha256()
-        for name in (name for name in names if name.startswith(CODE)):
-            digest.update(f"{name}\0{hashlib.sha256((ROOT / name).read_bytes()).hexdigest()}\0".encode())
-        self.digest = digest.hexdigest()
-        self._found: dict[str, Any] = {}
-        if self._path.exists():
-            stored = json.loads(self._path.read_text(encoding="utf-8"))
-            self._found = stored["found"] if stored["digest"] == self.digest else {}
+    A result is good while the mutant, the file that it bends and the file of the test that caught it stay as they are.
+    A line is {"mutant": name, "digest": of these three, "caught_by": the test, or null for a survivor}.
+    """
+
+    def __init__(self, path: Path = DONE, root: Path = ROOT) -> None:
+        self._path, self._root = path, root
+        self._found: dict[str, dict[str, str | None]] = {}
+        if path.exists():
+            lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            self._found = {line["mutant"]: line for line in lines}
         self._lock = threading.Lock()
 
-    def __getitem__(self, mutant: Mutant) -> tuple[str | None, float] | None:
-        found = self._found.get(self._key(mutant))
-        return tuple(found) if found else None
+    def __contains__(self, mutant: Mutant) -> bool:
+        """Whether there is a result that is still good."""
+        found = self._found.get(mutant.name)
+        return found is not None and found["digest"] == self._digest(mutant, found["caught_by"])
 
-    def __setitem__(self, mutant: Mutant, found: tuple[str | None, float]) -> None:
+    def __getitem__(self, mutant: Mutant) -> str | None:
+        """The test that caught it, None for a survivor."""
+        return self._found[mutant.name]["caught_by"]
+
+    def __setitem__(self, mutant: Mutant, caught_by: str | None) -> None:
         with self._lock:
-            self._found[self._key(mutant)] = found
+            digest = self._digest(mutant, caught_by)
+            self._found[mutant.name] = {"mutant": mutant.name, "digest": digest, "caught_by": caught_by}
+            text = "".join(json.dumps(self._found[name], ensure_ascii=False) + "\n" for name in sorted(self._found))
             temporary = self._path.with_suffix(".new")
-            temporary.write_text(json.dumps({"digest": self.digest, "found": self._found}), encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, self._path)
 
-    @staticmethod
-    def _key(mutant: Mutant) -> str:
-        return json.dumps(astuple(mutant)[1:])
-
-
-def untouched(selection: str) -> Mutant:
-    """What the results of a selection of tests on the untouched sources are kept under."""
-    return Mutant("untouched sources", "", "", "", selection)
+    def _digest(self, mutant: Mutant, caught_by: str | None) -> str:
+        files = [mutant.file, *([caught_by.split("::")[0]] if caught_by else [])]
+        contents = [(self._root / file).read_bytes() if (self._root / file).exists() else b"" for file in files]
+        parts = [json.dumps(astuple(mutant)).encode(), *contents]
+        return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
 
 def run(
@@ -296,34 +299,29 @@ def run(
 
     first_tests: selections that must pass on the untouched sources before.
     """
-    waiting = [mutant for mutant in mutants if results[mutant] is None]
+    waiting = [mutant for mutant in mutants if mutant not in results]
     trees: queue.SimpleQueue[Tree] = queue.SimpleQueue()
     if waiting:
         first = Tree(0, names)
         for selection in first_tests:
-            plain = untouched(selection)
-            if results[plain] is None:
-                print(f"{plain.name}: {selection}", flush=True)
-                started = time.monotonic()
-                if failed := first.failing_test(plain.name, selection):
-                    raise Failure(f"{failed} fails on the untouched sources; no mutant can be judged.")
-                results[plain] = ("none", time.monotonic() - started)
+            print(f"untouched sources: {selection}", flush=True)
+            if failed := first.failing_test("untouched sources", selection):
+                raise Failure(f"{failed} fails on the untouched sources; no mutant can be judged.")
         for tree in (first, *(Tree(number, names) for number in range(1, jobs))):
             trees.put(tree)
 
     def judge(mutant: Mutant) -> str | None:
-        found = results[mutant]
-        if found is None:
+        started = time.monotonic()
+        if mutant not in results:
             tree = trees.get()
-            started = time.monotonic()
             try:
-                found = results[mutant] = (tree.judge(mutant), time.monotonic() - started)
+                results[mutant] = tree.judge(mutant)
             except Failure as failure:
                 return str(failure)
             finally:
                 trees.put(tree)
-        caught_by, seconds = found
-        print(f"{mutant.name:60} {seconds:6.1f} s  {caught_by or 'SURVIVED'}", flush=True)
+        seconds = time.monotonic() - started
+        print(f"{mutant.name:60} {seconds:6.1f} s  {results[mutant] or 'SURVIVED'}", flush=True)
         return None
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -341,19 +339,28 @@ def write_table(mutants: Sequence[Mutant], results: Results) -> None:
     def cell(text: str) -> str:
         return text.replace("|", "\\|")
 
+    judged = [mutant for mutant in mutants if mutant in results]
+    caught = sum(results[mutant] is not None for mutant in judged)
     lines = [
         "# Mutants",
         "",
         f"`make mutants` bends {len(mutants)} pieces of the mathematics, one at a time and in copies of the sources,",
-        "and demands that a test fails. It wrote this table; the changes themselves are in `dev/mutants.toml`.",
+        "and demands that a test fails. The changes themselves are in `dev/mutants.toml`, what was found in",
+        "`dev/mutants.done`; `make mutants` wrote this table.",
+        "",
+        f"Judged on today's text of their file and of the test: {len(judged)}. **Caught: {caught}.** The other",
+        f"{len(mutants) - len(judged)} wait for the next run, new or with a changed file since they were last judged.",
         "",
         "| mutant | file | caught by |",
         "| --- | --- | --- |",
     ]
     for mutant in mutants:
-        found = results[mutant]
-        assert found is not None
-        caught_by = f"`{cell(found[0])}`" if found[0] else "**survived**"
+        if mutant not in results:
+            caught_by = "waits"
+        elif (test := results[mutant]) is None:
+            caught_by = "**survived**"
+        else:
+            caught_by = f"`{cell(test)}`"
         lines.append(f"| {cell(mutant.name)} | `{mutant.file}` | {caught_by} |")
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -374,18 +381,17 @@ def main() -> int:
             return 0
         WORK.mkdir(parents=True, exist_ok=True)
         names = sources()
-        results = Results(names)
-        first_tests = [ALL_TESTS] if chosen == mutants else sorted({m.tests for m in chosen})
+        results = Results()
+        first_tests = [ALL_TESTS] if chosen == mutants else sorted({m.tests for m in chosen if m not in results})
         failures = run(chosen, results, names, max(1, arguments.jobs), first_tests)
     except Failure as failure:
         print(failure, file=sys.stderr)
         return 1
-    survivors = [m.name for m in chosen if (found := results[m]) is not None and found[0] is None]
+    survivors = [m.name for m in chosen if m in results and results[m] is None]
     print(f"{len(chosen) - len(survivors) - len(failures)} of {len(chosen)} mutants caught")
     for line in [*failures, *(f"SURVIVED: {name}" for name in survivors)]:
         print(line)
-    if not failures and len(chosen) == len(mutants):
-        write_table(mutants, results)
+    write_table(mutants, results)
     return 1 if failures or survivors else 0
 
 
