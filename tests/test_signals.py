@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,17 @@ SIGNALS = {
     signal.SIGTERM: (143, r"Terminated \(SIGTERM\)\."),
     signal.SIGHUP: (129, r"The terminal was closed \(SIGHUP\)\."),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_on_a_terminal() -> Iterator[None]:
+    """Under nohup SIGHUP is ignored, by all children too, and pgolf leaves it so; these tests send it."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in (number for number in SIGNALS if before[number] is signal.SIG_IGN):
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in SIGNALS:
+        signal.signal(number, before[number])
 
 
 @pytest.fixture(scope="module")
