@@ -1,16 +1,15 @@
 """Which environment variables do the public training scripts read, and with which defaults?
 
-python dev/collect_variables.py FOLDER|FILE.py ... [--out tests/public_variables.json]
+    python dev/collect_variables.py CLONE --pulls 286 289 --out tests/data/public_variables.json
+
+CLONE is a clone of github.com/openai/parameter-golf. Read are its train_gpt.py, the trainers under records/, and those
+that the named pull requests add (git fetch origin refs/pull/286/head:refs/pull/286/head).
 
 Scripts are parsed and never run. Found is what reads `os.environ` or `os.getenv` under any name they are given, by
 get, pop, setdefault, an index or `in`; directly or through functions that the script defines for it; with keys that are
 literals, or loop and constant variables over literals. A script that unpacks itself (exec of a compressed literal)
-is unpacked and read. What could not be read is said on stderr and listed under "unread", so that nothing is dropped in
-silence. The file that --out names is what tests/test_environment.py checks pgolf.environment against; the scripts
-themselves are no part of pgolf.
-
-Where the scripts are: a clone of github.com/openai/parameter-golf holds the merged ones under records/; every proposed
-one is in its pull request's head (git fetch origin refs/pull/2014/head).
+is unpacked and read. What could not be read is said on stderr. The collection, names and defaults, is what
+tests/test_environment.py checks pgolf.environment against: {variable: [scripts that read it, default, ...]}.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ import bz2
 import itertools
 import json
 import lzma
+import re
+import subprocess
 import sys
 import warnings
 import zlib
@@ -30,13 +31,21 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 # What a self-extracting script may unpack to, in bytes; the largest known one is 0.2 MB.
 UNPACKED_MOST = 16_000_000
 # Shorter literals are no packed scripts.
 PACKED_LEAST = 500
+# Characters of a default that the collection keeps; lists of patterns are longer, and their whole is the script's own.
+KEPT_MOST = 60
 
 _READING_METHODS = ("get", "pop", "setdefault")
+
+# A variable's name; then a default in its quotes, or one that has none.
+_READ = re.compile(
+    r"""(?:environ(?:\.get|\.pop|\.setdefault)\(|getenv\(|environ\[)['"](\w+)['"](?:,(?:(['"])(.*?)\2|([^,()]+)))?"""
+)
 
 
 @dataclass
@@ -48,11 +57,18 @@ class Found:
 
 
 def variables_of(source: str | bytes) -> Found:
-    """The variables that a script reads; raises SyntaxError where it is not Python."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a script's invalid escapes are not ours to mend
-        tree = ast.parse(source)
+    """The variables that a script reads; raises ValueError where it is not text."""
     found = Found()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a script's invalid escapes are not ours to mend
+            tree = ast.parse(source)
+    except SyntaxError as error:
+        # Python before 3.12 does not know f-strings with their own quotes inside, which short scripts have.
+        found.unread.append(f"{error}: read by its text, not by its syntax")
+        for name, quote, quoted, bare in _READ.findall(source if isinstance(source, str) else source.decode()):
+            found.variables[name].add(quoted if quote else _plain_number(bare))
+        return found
     _Reader(tree, found).read()
     for inner in _unpacked(tree, found):
         there = variables_of(inner)
@@ -321,6 +337,14 @@ def _text(default: ast.expr) -> str:
     return ast.unparse(default)
 
 
+def _plain_number(text: str) -> str | None:
+    """A default without quotes as ``_text`` would write it; None for none."""
+    try:
+        return _text(ast.parse(text, mode="eval").body)
+    except SyntaxError:
+        return None
+
+
 # ---- Scripts that unpack themselves
 
 
@@ -371,53 +395,96 @@ def _decoded(literal: str | bytes) -> str | None:
 
 # ---- All scripts together
 
+# What lies beside the trainers: it prepares data.
+_NO_TRAINERS = (
+    "cached_challenge_fineweb.py",
+    "download_hf_docs_and_tokenize.py",
+    "lossless_caps.py",
+    "prepare_caseops_data.py",
+    "transpile_to_bytes.py",
+)
 
-def collect(paths: Iterable[Path]) -> dict[str, object]:
-    """The collection of all scripts under ``paths``: how many read each variable, its defaults, what stayed unread."""
+# Scripts name variables in capitals; what else a reader finds is a key of some dictionary of theirs.
+_NAME = re.compile("[A-Z][A-Z0-9_]*")
+
+
+def scripts_of(repository: Path, commit: str, pulls: Iterable[int]) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the trainers at ``commit``, and of those that the pull requests add to it."""
+    for path in _git(repository, "ls-tree", "-r", "--name-only", "-z", commit).decode().split("\0"):
+        if _is_trainer(path):
+            yield path, _git(repository, "show", f"{commit}:{path}")
+    for pull in pulls:
+        head = f"refs/pull/{pull}/head"
+        base = _git(repository, "merge-base", commit, head).decode().strip()
+        for path in _git(repository, "diff", "--diff-filter=d", "--name-only", "-z", base, head).decode().split("\0"):
+            if _is_trainer(path):
+                yield f"#{pull} {path}", _git(repository, "show", f"{head}:{path}")
+
+
+def _is_trainer(path: str) -> bool:
+    folder, _, name = path.rpartition("/")
+    return path == "train_gpt.py" or (
+        folder.startswith("records/") and name.endswith(".py") and name not in _NO_TRAINERS
+    )
+
+
+def _git(repository: Path, *arguments: str) -> bytes:
+    return subprocess.run(["git", "-C", repository, *arguments], check=True, capture_output=True).stdout
+
+
+def collect(scripts: Iterable[tuple[str, bytes]]) -> tuple[dict[str, Any], list[str]]:
+    """What tests/data/public_variables.json holds of scripts (name, content), and what could not be read, line by line.
+
+    Scripts of the same content count once.
+    """
     variables: dict[str, list[set[str | None]]] = defaultdict(list)
-    unread, scripts = [], 0
-    for path in paths:
-        for script in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            try:
-                found = variables_of(script.read_bytes())
-            except (SyntaxError, ValueError) as error:
-                unread.append(f"{script}: not Python: {error}")
-                continue
-            scripts += 1
-            unread += [f"{script}: {what}" for what in found.unread]
-            for name, defaults in found.variables.items():
-                variables[name].append(defaults)
+    unread, seen = [], set[bytes]()
+    for name, content in scripts:
+        if content in seen:
+            continue
+        seen.add(content)
+        try:
+            found = variables_of(content)
+        except ValueError as error:
+            unread.append(f"{name}: not text: {error}")
+            continue
+        unread += [f"{name}: {what}" for what in found.unread]
+        for variable, defaults in found.variables.items():
+            if _NAME.fullmatch(variable):
+                variables[variable].append(defaults)
     return {
-        "scripts": scripts,
-        "unread": unread,
+        "scripts": len(seen),
         "variables": {
-            name: {
-                "scripts": len(reads),
-                "defaults": sorted({default for defaults in reads for default in defaults if default is not None}),
-            }
+            name: [
+                len(reads),
+                *sorted({_short(default) for defaults in reads for default in defaults if default is not None}),
+            ]
             for name, reads in sorted(variables.items())
         },
-    }
+    }, unread
+
+
+def _short(default: str) -> str:
+    """A default as it is kept: whole, or its beginning where it is a list of patterns or an expression."""
+    return default if len(default) <= KEPT_MOST else default[: KEPT_MOST - 1] + "…"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Collect the environment variables that training scripts read.")
-    parser.add_argument("paths", nargs="+", type=Path, metavar="FOLDER|FILE")
-    parser.add_argument("--out", type=Path, help="the JSON to write: name, number of scripts, defaults")
-    args = parser.parse_args()
-    found = collect(args.paths)
-    for line in found["unread"]:  # type: ignore[attr-defined]
-        print(line, file=sys.stderr)
-    lines = [
-        f'  {json.dumps(name)}: {{"scripts": {entry["scripts"]}, "defaults": {json.dumps(entry["defaults"][:4])}}}'
-        for name, entry in found["variables"].items()  # type: ignore[attr-defined]
-    ]
-    text = "{\n" + ",\n".join(lines) + "\n}\n"
-    if args.out is None:
-        print(text, end="")
-    else:
-        args.out.write_text(text, encoding="utf-8")
-    print(f"{len(lines)} variables of {found['scripts']} scripts", file=sys.stderr)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("repository", type=Path, help="a clone of openai/parameter-golf with its pull requests' heads")
+    parser.add_argument("--commit", default="HEAD", help="whose train_gpt.py and records/ are read (default: HEAD)")
+    parser.add_argument("--pulls", type=int, nargs="*", default=[], help="pull requests whose trainers are read too")
+    parser.add_argument("--out", type=Path, help="where the collection is written; without it nothing is")
+    arguments = parser.parse_args()
+    collection, unread = collect(scripts_of(arguments.repository, arguments.commit, arguments.pulls))
+    print(*unread, sep="\n", file=sys.stderr)
+    print(f"{collection['scripts']} scripts read {len(collection['variables'])} variables")
+    if arguments.out:
+        commit = _git(arguments.repository, "rev-parse", arguments.commit).decode().strip()
+        head = {"commit": commit, "pulls": sorted(arguments.pulls), "scripts": collection["scripts"]}
+        lines = [f" {json.dumps(name)}: {json.dumps(found)}" for name, found in collection["variables"].items()]
+        first = json.dumps(head)[:-1] + ', "variables": {\n'
+        arguments.out.write_text(first + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
     return 0
 
 

@@ -2,8 +2,8 @@
 
     RUN_ID=first DATA_PATH=data/demo VOCAB_SIZE=1024 RECIPE=tiny python examples/train_gpt.py
 
-`pgolf.environment.VARIABLES` lists every variable; one that is unset leaves the value of the recipe, which RECIPE names
-(default: base). The lines go to the terminal and to logs/RUN_ID.txt; runs/RUN_ID holds the artifact and the report.
+docs/variables.md lists every variable; one that is unset leaves the value of the recipe, which RECIPE names (default:
+base). The lines go to the terminal and to logs/RUN_ID.txt; runs/RUN_ID holds the artifact and the report.
 
     LOAD_MODEL_PATH=final_model.int8.ptz python examples/train_gpt.py
 
@@ -24,7 +24,7 @@ from pgolf.evaluate import ValidationData
 from pgolf.finish import Report, score_as_configured
 from pgolf.trainer import StepRecord
 
-# Where the competition's own download puts the data; these hold where DATA_PATH is unset.
+# Where the competition's own download puts the data; these hold where DATA_PATH and DATA_DIR are unset.
 COMMUNITY_DATA = {
     "DATA_PATH": "./data/datasets/fineweb10B_sp1024",
     "TOKENIZER_PATH": "./data/tokenizers/fineweb_1024_bpe.model",
@@ -34,7 +34,8 @@ Log = Callable[[str], None]
 
 
 def main() -> None:
-    environ = dict(os.environ) if "DATA_PATH" in os.environ else {**COMMUNITY_DATA, **os.environ}
+    elsewhere = "DATA_PATH" in os.environ or "DATA_DIR" in os.environ
+    environ = dict(os.environ) if elsewhere else {**COMMUNITY_DATA, **os.environ}
     config, warnings = config_from_environment(environ)
     run_id = environ.get("RUN_ID") or str(uuid.uuid4())
     weights = environ.get("LOAD_MODEL_PATH", "").strip()

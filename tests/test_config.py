@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pgolf
 from pgolf.config import (
     Config,
     EvalConfig,
@@ -138,9 +139,12 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"train.ema_decay": 1.0}, ["train.ema_decay = 1.0", "below 1"]),
     ({"train.qat_start_frac": 2}, ["train.qat_start_frac = 2", "at most 1"]),
     ({"train.dtype": "fp32"}, ["train.dtype = 'fp32'", "auto, float32, bfloat16, float16"]),
-    ({"train.matmul": "fp8"}, ["train.matmul = 'fp8'", "must be bf16: nothing else is built"]),
-    ({"train.reduce_dtype": "bfloat16"}, ["train.reduce_dtype = 'bfloat16'", "must be float32: nothing else is built"]),
-    ({"train.reduce_dtype": []}, ["train.reduce_dtype = []", "must be float32"]),
+    ({"train.matmul": "int8"}, ["train.matmul = 'int8'", "must be bf16: no kernel multiplies anything narrower"]),
+    ({"train.matmul": "fp8"}, ["train.matmul = 'fp8'", "must be bf16: no kernel"]),
+    ({"train.matmul": True}, ["train.matmul = True", "must be bf16"]),
+    ({"train.reduce_dtype": []}, ["train.reduce_dtype = []", "must be float32: one process trains"]),
+    ({"train.reduce_dtype": "bfloat16"}, ["train.reduce_dtype = 'bfloat16'", "must be float32: one process"]),
+    ({"train.reduce_dtype": "bf16"}, ["train.reduce_dtype = 'bf16'", "must be float32: one process"]),
     ({"eval.method": "slide"}, ["eval.method = 'slide'", "standard, sliding, ttt"]),
     ({"eval.tail": "short"}, ["eval.tail = 'short'", "exact, reference"]),
     ({"eval.eval_stride": 0}, ["eval.eval_stride = 0", "from 1"]),
@@ -440,3 +444,27 @@ def test_no_override_text_gives_anything_but_a_value_or_a_value_error(text: str)
         Config().override(dict([parse_override(text)]))
     except ValueError as error:
         assert str(error)
+
+
+ONE_VALUE = {"train.matmul": "bf16", "train.reduce_dtype": "float32"}
+
+
+@pytest.mark.parametrize("key", ONE_VALUE)
+def test_what_nothing_implements_is_refused_with_the_value_that_works(key: str) -> None:
+    value = ONE_VALUE[key]
+    assert Config.from_recipe("base", {key: value}) == Config()
+    for other in ("fp8", "fp16", "bf16", "float32", "bfloat16", "auto", ""):
+        if other != value:
+            with pytest.raises(ValueError, match=re.escape(f"{key} = {other!r}: must be {value}: ")):
+                Config.from_recipe("base", {key: other})
+
+
+def test_every_other_key_is_read_by_somebody() -> None:
+    package = Path(pgolf.__file__).parent
+    readers = [path for path in package.rglob("*.py") if path.stem not in ("config", "environment", "public_variables")]
+    words = set(re.findall(r"\w+", "\n".join(path.read_text(encoding="utf-8") for path in readers)))
+    tables = {
+        table: values for table, values in Config().to_dict().items() if table != "model"
+    }  # that is handed on whole
+    keys = {f"{table}.{key}" for table, values in tables.items() for key in values}
+    assert {key for key in keys if key.partition(".")[2] not in words} == set(ONE_VALUE)

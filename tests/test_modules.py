@@ -18,6 +18,7 @@ NO_ATTRIBUTES = {
     "evaluate": "the function has its name",
     "libpgolf_cuda": "native, and private: the CUDA backend, where it is built",
     "op_calls": "what ops is made of",
+    "public_variables": "what environment is made of",
 }
 MODULES = sorted({module.name for module in pkgutil.iter_modules(pgolf.__path__)} - set(NO_ATTRIBUTES))
 

@@ -65,7 +65,7 @@ def run_script(folder: Path, **environ: str) -> subprocess.CompletedProcess[str]
 def finished(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the output of a run over all its iterations."""
     folder = tmp_path_factory.mktemp("script")
-    done = run_script(folder, DATA_PATH=str(small_corpus), MATRIX_LRR="1")
+    done = run_script(folder, DATA_PATH=str(small_corpus), MATRIX_LRR="1", COMPILE_MODE="x", USE_XSA="0")
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -172,6 +172,7 @@ def test_the_setup_is_logged_and_a_typo_warned_about(finished: tuple[Path, str],
     report = json.loads((folder / "runs" / "first" / "report.json").read_text())
     (tokenizer,) = small_corpus.glob("*.model")
     for line in (
+        "warning: The environment variable COMPILE_MODE has no effect in pgolf.",
         "warning: The environment variable MATRIX_LRR is unknown and has no effect; did you mean MATRIX_LR?",
         f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={tokenizer}",
         f"train_loader:dataset:{small_corpus.name} train_shards:1",
@@ -215,6 +216,8 @@ def test_a_time_limit_ends_the_run_early_and_without_a_tokenizer_there_are_no_bi
         ({"WORLD_SIZE": "8"}, "WORLD_SIZE = '8': the script trains in one process"),
         ({"DATA_PATH": "nowhere"}, "nowhere: no such data folder."),
         ({}, "data/datasets/fineweb10B_sp1024"),
+        ({"DATA_DIR": "elsewhere"}, f"elsewhere/datasets/fineweb10B_sp{CORPUS_VOCAB}: no such data folder."),
+        ({"USE_XSA": "1"}, "USE_XSA = '1': pgolf's attention has no XSA"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_sentence(environ: dict[str, str], message: str, tmp_path: Path) -> None:

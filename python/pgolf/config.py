@@ -99,8 +99,12 @@ def _only(allowed: str, holds: Callable[[Any], bool]) -> _Reader:
 
 
 def _choice(*names: str) -> _Reader:
-    sentence = f"must be one of {', '.join(names)}" if len(names) > 1 else f"must be {names[0]}: nothing else is built"
-    return _only(sentence, lambda value: isinstance(value, str) and value in names)
+    return _only(f"must be one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+
+
+def _sole(name: str, because: str) -> _Reader:
+    """A key with one value so far: the others that its name suggests are refused with the reason."""
+    return _only(f"must be {name}: {because}", lambda value: isinstance(value, str) and value == name)
 
 
 _flag = _only("must be true or false", lambda value: isinstance(value, bool))
@@ -369,12 +373,12 @@ class TrainConfig(_Table):
     train_log_every: int = _key(100, _integer(0))
     # Storage of activations and working weights; auto: bfloat16 on GPUs that have it, else float16; CPUs float32. [§2]
     dtype: str = _key("auto", _choice("auto", "float32", "bfloat16", "float16"))
-    # Inputs of the GPU's matrix products. [§2]
-    matmul: str = _key("bf16", _choice("bf16"))
+    # Inputs of the GPU's matrix products where train.dtype is bfloat16. [§2]
+    matmul: str = _key("bf16", _sole("bf16", "no kernel multiplies anything narrower"))
     # Sequences per micro-batch; 0: automatic, from the device's total memory. [§6]
     micro_batch_seqs: int = _key(0, _integer(0))
     # The type in which gradients are summed across GPUs. [§2]
-    reduce_dtype: str = _key("float32", _choice("float32"))
+    reduce_dtype: str = _key("float32", _sole("float32", "one process trains, and sums gradients in float32"))
 
     def _combinations(self, usable: Callable[..., bool]) -> Iterator[tuple[str, str]]:
         if usable("iterations", "max_wallclock_seconds") and not (self.iterations or self.max_wallclock_seconds):

@@ -1,21 +1,25 @@
 """The environment variables of the public training scripts, as configuration (examples/train_gpt.py reads them).
 
-``VARIABLES`` holds every variable that the public scripts read (tests/public_variables.json, which
-dev/collect_variables.py collects from them). Each one sets configuration keys; or is refused with the reason, unless it
-holds what pgolf does anyway; or changes nothing, and is named in a warning. An unset variable leaves the recipe's
-value; the scripts' own defaults are in the recipes.
+``VARIABLES`` holds every variable that the reference `train_gpt.py`, the merged records of openai/parameter-golf and
+the scripts of some pull requests read (tests/data/public_variables.json). Each one sets configuration keys; or asks
+for what pgolf has not, and is refused unless it holds what pgolf does anyway; or changes nothing, and is named in a
+warning. An unset variable leaves the recipe's value; the scripts' own defaults are in the recipes.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, fields
+from functools import partial
 from itertools import dropwhile
+from pathlib import Path
 from typing import Any
 
 from pgolf.config import Config, EvalConfig, ExportConfig, ModelConfig, TrainConfig
+from pgolf.public_variables import LACKS, NO_EFFECT, OFF, Lack
 
 _Policy = list[tuple[str, str]]
 
@@ -28,26 +32,34 @@ _TYPO = 0.85
 class Variable:
     """What one environment variable is to pgolf.
 
-    sets: the configuration keys that it sets, or what else it names; empty: it is refused, or without effect.
-    note: how its value is translated, or the reason of the refusal; may be empty.
+    sets: the configuration keys that it sets, or what else it names; empty: none.
+    note: how its value is translated, the reason of the refusal, or why it changes nothing; may be empty.
     read: takes the variable's text, returns the value, raises ValueError("must be ...") or with the reason.
-    idle: it is without effect, and a warning says so.
+    accepts: of a refused variable, the texts that ask for what pgolf does anyway.
+    beside: the variables that, where they are set and accepted, leave this one without effect.
+    agrees: whether the number that it holds is what a configuration says; None: it is not compared.
+    without_effect: whether it changes neither the model nor its training, its bytes or its score.
     """
 
     sets: str
     note: str
     read: Callable[[str], Any]
-    idle: bool = False
+    accepts: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    agrees: Callable[[float, Config], bool] | None = None
+    without_effect: bool = False
 
     @property
     def refused(self) -> bool:
         """Whether pgolf has no such thing; a value that asks for what pgolf does anyway passes nevertheless."""
-        return not self.sets and not self.idle
+        return not (self.sets or self.without_effect)
 
 
 def config_from_environment(environ: Mapping[str, str], base: str = "base") -> tuple[Config, list[str]]:
-    """The configuration that the variables ask for, and warnings: one that names the variables without effect, and one
-    for each unknown variable that looks like a known one.
+    """The configuration that the variables ask for, and the warnings.
+
+    One warning names all variables that are set and have no effect; each unknown one that looks like a known one has
+    its own.
 
     Args:
         environ: the variables, as `os.environ`; RECIPE names a built-in recipe in place of ``base``.
@@ -60,11 +72,12 @@ def config_from_environment(environ: Mapping[str, str], base: str = "base") -> t
     recipe = Config.from_recipe(environ.get("RECIPE", base))
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    problems, idle = [], []
+    compared: dict[str, Callable[[Config], bool]] = {}
+    idle, problems = [], []
     for name, variable in VARIABLES.items():
         if name not in environ:
             continue
-        if variable.idle or _switched_off(name, environ):
+        if variable.without_effect or any(_accepted(other, environ) for other in variable.beside):
             idle.append(name)
             continue
         try:
@@ -72,53 +85,74 @@ def config_from_environment(environ: Mapping[str, str], base: str = "base") -> t
         except ValueError as error:
             problems.append(f"{name} = {environ[name]!r}: {error}")
             continue
-        if variable.refused:
+        if variable.agrees:
+            compared[name] = partial(variable.agrees, value)
+        if not variable.sets:
             continue
         if values.setdefault(variable.sets, value) != value:
             other = sources[variable.sets]
             problems.append(f"{name} = {environ[name]!r}: {other} sets {variable.sets} too, to another value")
         sources.setdefault(variable.sets, name)
-    if problems:
-        raise ValueError("The environment asks for what cannot be done: " + "; ".join(problems) + ".")
+    _raise(problems)
     try:
-        return recipe.override(_translate(values, recipe)), [*_without_effect(idle), *_typos(environ)]
+        config = recipe.override(_translate(values, recipe))
     except ValueError as error:
-        found = (re.split(r"[ ,]", key)[0] for key in sources)
+        found = (re.split("[ ,]", key)[0] for key in sources)  # without what _translate makes of it
         named = [f"{name} sets {key}" for key, name in zip(found, sources.values(), strict=True) if key in str(error)]
         raise ValueError(f"{error}\nIn the environment, {', '.join(named)}.") from None
-
-
-def _switched_off(name: str, environ: Mapping[str, str]) -> bool:
-    """Whether a variable is a setting of something that another one switches off."""
-    feature = _SETTINGS.get(name)
-    return feature is not None and any(
-        environ[switch].strip() in (*_OFF, *accepted)
-        for switch, accepted in feature.switches.items()
-        if switch in environ
+    _raise(
+        f"{name} = {environ[name]!r}: {VARIABLES[name].note}" for name, agrees in compared.items() if not agrees(config)
     )
+    return config, _idle(idle) + _typos(environ)
 
 
-def _without_effect(names: list[str]) -> list[str]:
+def _raise(problems: Iterable[str]) -> None:
+    if found := "; ".join(problems):
+        raise ValueError(f"The environment asks for what cannot be done: {found}.")
+
+
+def _accepted(name: str, environ: Mapping[str, str]) -> bool:
+    """Whether a refused variable is set to what pgolf does anyway."""
+    return name in environ and _among(environ[name].strip(), VARIABLES[name].accepts)
+
+
+def _idle(names: list[str]) -> list[str]:
     if not names:
         return []
-    one = len(names) == 1
-    return [
-        f"The environment variable{'s' * (not one)} {', '.join(names)} {'has' if one else 'have'} no effect in pgolf."
-    ]
+    subject, verb = ("variable", "has") if len(names) == 1 else ("variables", "have")
+    return [f"The environment {subject} {', '.join(sorted(names))} {verb} no effect in pgolf."]
+
+
+_FAMILIES = re.compile(
+    "(ATTN|BIGRAM|EMA|EVAL|GPTQ|INT[4-8]|LQER|MLP|MTP|MUON|NGRAM|QAT|QUANT|ROPE|SWA|TRIGRAM|TTT|VAL|WARMDOWN|XSA)_[A-Z0-9_]+"
+)
+"""Names that only a training script gives: one that is unknown is said to have no effect, whatever it resembles."""
+
+_MACHINE = re.compile("(CONDA|CUDA|LC|LD|MKL|NCCL|NVIDIA|OMP|OPENBLAS|PYTHON|SLURM|SSH|TORCH|XDG)[A-Z0-9_]*")
+"""Names of a machine's own variables, which may resemble a script's: OMP_NUM_THREADS is not a typo of MTP_NUM_HEADS."""
 
 
 def _typos(environ: Mapping[str, str]) -> list[str]:
     warnings = []
     for name in sorted(environ.keys() - VARIABLES.keys()):
+        if _MACHINE.fullmatch(name):
+            continue
         if near := difflib.get_close_matches(name.upper(), VARIABLES, n=1, cutoff=_TYPO):
             warnings.append(f"The environment variable {name} is unknown and has no effect; did you mean {near[0]}?")
+        elif _FAMILIES.fullmatch(name):
+            warnings.append(f"The environment variable {name} is unknown to pgolf and has no effect.")
     return warnings
 
 
 # ---- Translation: from what the variables say to configuration keys, where one is not the other.
 
 _STRIDE, _QAT = "eval.method, eval.eval_stride", "train.qat_start_frac (on or off)"
-_EMA, _SLIDES = "train.ema_decay (on or off)", "eval.method (sliding or standard)"
+_SLIDING, _EMA, _BIGRAM = (
+    "eval.method (sliding or standard)",
+    "train.ema_decay (on or off)",
+    "model.bigram_vocab_size (on or off)",
+)
+_DATA = "train.data_path, train.tokenizer_path"
 _FP16_PATTERNS, _LATE_KEYS, _EMBEDDING = (
     "export.policy (the fp16 rules)",
     "export.policy (the last blocks' keys)",
@@ -127,6 +161,8 @@ _FP16_PATTERNS, _LATE_KEYS, _EMBEDDING = (
 _LATE_KEY_RULE = re.compile(r"blocks\.\d+\.attn\.c_k\.\*")
 _QAT_START = 0.85
 """Where late QAT begins if it is switched on in a recipe that has none: the default of #286, which brought it."""
+_EMA_DECAY = 0.997
+"""The exponential average's decay if it is switched on in a recipe that has none: the default of most scripts."""
 
 
 def _translate(values: dict[str, Any], recipe: Config) -> dict[str, Any]:
@@ -140,18 +176,21 @@ def _translate(values: dict[str, Any], recipe: Config) -> dict[str, Any]:
         slides = 0 < stride < context
         keys["eval.method"] = "sliding" if slides else "standard"
         keys["eval.eval_stride"] = stride if slides else context
-    if _SLIDES in values:
-        if not values[_SLIDES]:
-            keys["eval.method"] = "standard"
-        elif keys.get("eval.method", "sliding") != "sliding":
-            raise ValueError("eval.method: sliding windows are asked for, and a stride that does not slide.")
-        else:
-            keys["eval.method"] = "sliding"
+    if values.get(_SLIDING) and values.get(_STRIDE) == 0:
+        raise ValueError("eval.method: sliding windows are asked for, and a stride of 0.")
+    if _SLIDING in values and keys.get("eval.eval_stride", stride) < context:
+        keys["eval.method"] = "sliding" if values[_SLIDING] else "standard"
     if _EMA in values:
         decay = keys.get("train.ema_decay", recipe.train.ema_decay)
-        if values[_EMA] and decay == 0:
-            raise ValueError("train.ema_decay is 0, although an average is asked for: set EMA_DECAY too.")
-        keys["train.ema_decay"] = decay if values[_EMA] else 0.0
+        keys["train.ema_decay"] = (decay or _EMA_DECAY) if values[_EMA] else 0.0
+    if values.get(_BIGRAM) and keys.get("model.bigram_vocab_size", recipe.model.bigram_vocab_size) == 0:
+        raise ValueError("model.bigram_vocab_size is 0, and a bigram table is asked for: set BIGRAM_VOCAB_SIZE too.")
+    if not values.get(_BIGRAM, True):
+        keys["model.bigram_vocab_size"] = 0
+    if _DATA in values:
+        vocab, folder = keys.get("model.vocab_size", recipe.model.vocab_size), Path(values[_DATA])
+        keys.setdefault("train.data_path", str(folder / "datasets" / f"fineweb10B_sp{vocab}"))
+        keys.setdefault("train.tokenizer_path", str(folder / "tokenizers" / f"fineweb_{vocab}_bpe.model"))
     if _QAT in values:
         start = keys.get("train.qat_start_frac", recipe.train.qat_start_frac)
         keys["train.qat_start_frac"] = 1.0 if not values[_QAT] else start if start < 1 else _QAT_START
@@ -228,203 +267,66 @@ def _key(key: str, note: str = "") -> Variable:
     return Variable(key, note, read)
 
 
-def _refusal(reason: str, *accepted: str) -> Variable:
+def _refusal(reason: str, *accepted: str, beside: tuple[str, ...] = ()) -> Variable:
     """A refused variable; ``accepted`` are the values that ask for what pgolf does anyway."""
 
     def read(text: str) -> None:
-        if text not in accepted:
+        if not _among(text, accepted):
             raise ValueError(reason)
 
-    return Variable("", reason, read)
+    return Variable("", reason, read, accepted, beside)
 
 
-# ---- What pgolf lacks
-
-_OFF = ("", "0", "0.0", "false", "False", "none", "None", "no", "off")
-
-
-@dataclass(frozen=True)
-class Feature:
-    """Something that public scripts have and pgolf lacks.
-
-    lacks: what, for the sentence of a refusal. switches: variables that turn it on or off, passed where they turn it
-    off, and what they may hold beside the usual words for that. settings: variables that matter only where it is on;
-    passed where they hold nothing, or where a switch says that it is off.
-    """
-
-    lacks: str
-    switches: Mapping[str, tuple[str, ...]]
-    settings: tuple[str, ...] = ()
+def _among(text: str, accepted: tuple[str, ...]) -> bool:
+    """Whether a text is one of some, as a number or as a word in any case."""
+    if text.lower() in accepted:
+        return True
+    try:
+        number = float(text)
+    except ValueError:
+        return False
+    return any(_is_number(other, number) for other in accepted)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
+def _is_number(text: str, number: float) -> bool:
+    try:
+        return float(text) == number
+    except ValueError:
+        return False
 
 
-def _feature(lacks: str, switches: str, settings: str = "", **more: tuple[str, ...]) -> Feature:
-    return Feature(lacks, {**dict.fromkeys(_names(switches), ()), **more}, _names(settings))
+def _compared(reason: str, agrees: Callable[[float, Config], bool], *off: str) -> Variable:
+    """A refused variable that must hold what the configuration says; ``off``: texts that do for any."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(reason)
+        return number
+
+    return Variable("", reason, read, off, agrees=agrees)
 
 
-FEATURES = (
-    _feature("attention that leaves the position's own value out (XSA)", "USE_XSA XSA_LAST_N"),
-    _feature(
-        "gates on the outputs of attention or of the MLP",
-        "ATTN_OUT_GATE_ENABLED GATED_ATTN_ENABLED GATED_ATTN GATED_ATTENTION SPARSE_ATTN_GATE_ENABLED DTG_ENABLED "
-        "GATE_ATTN_OUT GATE_MLP_OUT",
-        "ATTN_OUT_GATE_SRC GATED_ATTN_INIT_STD GATED_ATTN_QUANT_GATE GATE_WINDOW GATE_WIDTH GATE_ATTN_SRC "
-        "SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE",
-    ),
-    _feature("rotation of a part of each head", "ROPE_DIMS"),
-    _feature(
-        "other positions than plain RoPE",
-        "ROPE_YARN EVAL_NTK_ALPHA",
-        "YARN_MAX_LEN",
-        ROPE_TYPE=("rope",),
-    ),
-    _feature("norms scaled by the layer", "LN_SCALE"),
-    _feature("gates on the skips of the U-Net", "SKIP_GATES_ENABLED"),
-    _feature(
-        "layers that run several times",
-        "NUM_LOOPS RECUR_LAYERS UNTIE_LOOP_MLPS UNTIE_AT_FRACTION REPEAT_UNTIE_MLP REPEAT_UNTIE_MLP_LAYERS",
-        "LOOP_START LOOP_END ENABLE_LOOPING_AT LOOP_PHASE2_AT LOOP_LAYER_BITS LOOP_LAYER_CLIP_SIGMAS "
-        "RECUR_START_STEP RECUR_WARMUP_STEPS EFFECTIVE_DEPTH NUM_UNIQUE_BLOCKS NUM_VIRTUAL_LAYERS NUM_LIGHT_BLOCKS "
-        "DEPTH_LORA_RANK LORA_RANK BANK_SPLIT",
-        EVAL_DEPTH_RECURRENCE=("1",),
-        TRAINING_DEPTH_RECURRENCE=("1",),
-    ),
-    _feature(
-        "blocks whose attention and MLP run side by side",
-        "PARALLEL_RESIDUAL PARALLEL_START_LAYER",
-        "PARALLEL_FINAL_LANE PARALLEL_START_LAYER_IS_PHYSICAL",
-        PARALLEL_RESIDUAL_START=("-1",),
-    ),
-    _feature("embeddings added to values", "VE_ENABLED VALUE_RESIDUAL", "VE_DIM VE_LAYERS"),
-    _feature("an embedding narrower than the model", "EMBED_DIM", "EMBED_INNER_DIM EMBEDDING_DIM"),
-    _feature("another activation than ReLU²", "NEGATIVE_SLOPE BINARIZE_ACTIVATIONS", ACTIVATION=("relu2",)),
-    _feature("a hidden width that MLP_MULT does not give", "MLP_HIDDEN MLP_GROUPS MLP_RANK"),
-    _feature(
-        "other attention, blocks or heads",
-        "DIFF_ATTN ATTN_RES TRIGRAM BIGRAM_HASH CANON_AC_LAYERS DISABLE_LAYER0_ATTN REFINER OUTER_LAYERS "
-        "TVERSKY_FEATURE_POOLS LATENT_KV_DIM GDN_LAYERS USE_WRAP ASYM_LOGIT_RESCALE ASYMMETRIC_LOGIT",
-        "REFINER_KERNEL TVERSKY_MEMBERSHIP TVERSKY_NUM_FEATURES GDN_CONV_SIZE GDN_EXPAND_V GDN_HEAD_DIM_RATIO "
-        "GDN_N_HEADS HNET_LR_DIFF RATIO_LOSS_WEIGHT TARGET_AVG_CHUNK_LEN WRAP_INIT_SCALE LEGENDRE_DEGREE_ATTN "
-        "LEGENDRE_DEGREE_FFN LEGENDRE_GROUPS COEFF_LR_BASE COEFF_LR_SCALE BIGRAM_BUCKETS BIGRAM_HASH_BUCKETS "
-        "BIGRAM_HASH_DIM INDEPENDENT_LR",
-        ATTN_PROJ_TYPE=("standard",),
-        ATTN_VARIANT=("standard",),
-        BLOCK_TYPE=("standard",),
-        LOGIT_HEAD_TYPE=("standard",),
-        SOFTCAP_TYPE=("tanh",),
-    ),
-    _feature(
-        "another gate than the smear of every channel, which the model always has",
-        "",
-        "SMEAR_GATE_WIDTH SMEAR_GATE_BOS_FIX",
-    ),
-    _feature(
-        "losses beside the next token's",
-        "MTP_NUM_HEADS MTP_HEADS",
-        "MTP_LOSS_WEIGHT JEPA_WEIGHT JEPA_PURE_FRAC CE_PURE_FRAC CE_WEIGHT SIGREG_WEIGHT CORR_WEIGHT_LR",
-    ),
-    _feature(
-        "other optimizers than Muon and AdamW as docs/spec.md §3 has them",
-        "MUON_ROW_NORMALIZE POLAR_EXPRESS USE_POLAR_EXPRESS USE_GRAM_NS MUON_HUBER_WD BLOCK_LARS_TRUST CAUTIOUS_WD "
-        "SIGN_COMPRESS_REG EGGROLL_LORA_RANK",
-        "MUON_BETA2 MUON_HUBER_DELTA MUON_COOLDOWN_START MUON_COOLDOWN_END BLOCK_LARS_MIN_SCALE ADAM_LR "
-        "MATRIX_LR_EARLY MATRIX_LR_LATE EGGROLL_LOAD EGGROLL_LR EGGROLL_RANK EGGROLL_SIGMA EGGROLL_LAYERS POP_SIZE "
-        "FITNESS_SHAPING",
-        MATRIX_OPTIMIZER=("muon",),
-    ),
-    _feature(
-        "other schedules than a warmdown to zero",
-        "MIN_LR LR_WARMUP_STEPS FORCE_STOP_STEP MIDRUN_CAP_SCHEDULE QK_GAIN_INIT_SCHEDULE",
-        "LR_START WD_TAPER_FINAL_MULT WD_TAPER_START_FRAC MIDRUN_CAP_LOG_UPDATES",
-        LR_SCHEDULE=("linear",),
-    ),
-    _feature(
-        "lengths and batches that change while a run goes on",
-        "SEQ_LEN_SCHEDULE SEQ_LEN_START BATCH_TOKENS_START TRAIN_SEQ_SCHEDULE SKIP_TOKENS",
-        "SEQ_SCHEDULE_FRACTION BATCH_SCHEDULE_FRACTION TRAIN_SEQ_SCHEDULE_MODE SEQ_CHANGE_WARMUP_STEPS",
-    ),
-    _feature(
-        "averages other than SWA_ENABLED's and EMA_DECAY's",
-        "LAWA_ENABLED",
-        "LAWA_FREQ LAWA_K SWA_DECAY EMA_START_FRACTION",
-    ),
-    _feature(
-        "quantisation-aware training other than QAT_ENABLED and QAT_START_FRAC",
-        "LATE_QAT QAT QAT_INT6 QAT_AFTER_STEP QAT_FRACTION LATE_QAT_THRESHOLD",
-        "QAT_BITS QAT_THRESHOLD",
-    ),
-    _feature(
-        "GPTQ and quantisers other than those of docs/spec.md §4",
-        "GPTQ_ENABLED USE_GPTQ LQER_ENABLED LQER_ASYM_ENABLED AWQ_LITE_ENABLED OPTROT_ENABLED HESSIAN_CLIP_LAMBDA "
-        "FP_STORAGE XNOR_GROUP_SIZE BITNET_GROUP_SIZE",
-        "GPTQ_CALIBRATION_BATCHES GPTQ_RESERVE_SECONDS GPTQ_RESERVE_MS GPTQ_CALIB_SAMPLES GPTQ_CALIB_BATCHES "
-        "GPTQ_DAMP GPTQ_CALIBRATION_MODE GPTQ_AR_SELFGEN GPTQ_BATCH_SIZE GPTQ_BLOCK_SIZE GPTQ_TEMPERATURE "
-        "LQER_ASYM_GROUP LQER_FACTOR_BITS LQER_RANK LQER_TOP_K LQER_GAIN_SELECT LQER_SCOPE AWQ_LITE_BITS "
-        "AWQ_LITE_GROUP_SIZE AWQ_LITE_GROUP_TOP_K EMBED_BITS EMBED_CLIP_SIGMAS MATRIX_BITS ATTN_CLIP_SIGMAS "
-        "MLP_CLIP_SIGMAS CLIP_MULT_EARLY CLIP_MULT_LATE CLIP_MULT_LOOP CLIP_MULT_MID QUANT_BITS QUANT_CLIP_RANGE "
-        "QUANT_CONFIG SCALE_STORAGE N_INT6_LAYERS INT4_LAYERS INT4_STEP INT5_LAYERS INT6_LAYERS INT6_LAYER_END "
-        "INT6_LAYER_START INT6_STEP INT8_FULL_RANGE_PATTERNS FP16_PASSTHROUGH_PATTERNS MIXED_QUANT TARGET_MB "
-        "PERGROUP_ROUNDTRIP_CHECK num_float_tensors num_tensors",
-    ),
-    _feature("compressors other than zstd and its own entropy coder", "", "ZSTD_LEVEL", COMPRESSOR=("zstd",)),
-    _feature("the lossless transform of capitals (CaseOps)", "CASEOPS_ENABLED"),
-    _feature(
-        'test-time training other than document LoRA (eval.method = "ttt", RECIPE pr289)',
-        "TTT_ENABLED PHASED_TTT_ENABLED TTT_ONLY TTT_ONLY_EVAL SLOT_ENABLED ETLB_ENABLED NGRAM_TILT_ENABLED",
-        "TTT_BETA1 TTT_BETA2 TTT_GRAD_STEPS TTT_GRAD_STEPS_CLEAN TTT_K_LORA TTT_MLP_LORA TTT_O_LORA TTT_Q_LORA "
-        "TTT_V_LORA TTT_OPTIMIZER TTT_WEIGHT_DECAY TTT_LORA_ALPHA TTT_LORA_EMA_DECAY TTT_WARM_START_A "
-        "TTT_CHUNK_TOKENS TTT_EPOCHS TTT_FREEZE_BLOCKS TTT_LR TTT_BATCH_SEQS TTT_GRAD_CLIP TTT_MOMENTUM "
-        "TTT_DOC_LIMIT TTT_ENTROPY_HIGH TTT_ENTROPY_LOW TTT_LOCAL_LR_MULT TTT_MASK TTT_NS_STEPS TTT_SHORT_BETA2 "
-        "TTT_SHORT_LORA_ENABLED TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK TTT_SHORT_SCORE_FIRST_ENABLED "
-        "TTT_SHORT_SCORE_FIRST_STEPS TTT_SHORT_WEIGHT_DECAY TTT_TRAIN_MAX_DOC_LEN TTT_TRAIN_MIN_DOC_LEN "
-        "TTT_UPDATE_EVERY TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_ENABLED TTT_WARM_START_MEAN_MOMENTUM "
-        "GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_EPOCHS GLOBAL_TTT_GRAD_CLIP GLOBAL_TTT_LR "
-        "GLOBAL_TTT_MOMENTUM GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS GLOBAL_TTT_WARMUP_START_LR "
-        "GLOBAL_TTT_DOC_LIMIT GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS GLOBAL_TTT_OPTIMIZER "
-        "PHASED_TTT_PREFIX_DOCS PHASED_TTT_NUM_PHASES SLOT_LR SLOT_STEPS LORA_LR NGRAM_HINT_PRECOMPUTE_OUTSIDE "
-        "AGREE_ADD_BOOST TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD WITHIN_BOOST WITHIN_TAU WORD_BOOST WORD_NORMALIZE "
-        "WORD_ORDER WORD_TAU NGRAM_AGREE_BONUS NGRAM_BASE_BETA NGRAM_OPEN_TABLE_BITS NGRAM_ORDER_STRIDE "
-        "NGRAM_WITHIN_BETA NGRAM_WITHIN_THRESHOLD NGRAM_WORD_BETA NGRAM_WORD_THRESHOLD ETLB_CLIP ETLB_LR ETLB_STEPS",
-    ),
-    _feature(
-        "scores of a part of the validation data",
-        "VAL_MAX_TOKENS VAL_MAX_BATCHES SKIP_POST_TRAIN_EVAL TEMP_SCALING",
-        "TTT_EVAL_BATCHES",
-        VAL_DOC_FRACTION=("1", "1.0"),
-    ),
-    _feature(
-        "runs in parts (pgolf train --resume goes on with one, LOAD_MODEL_PATH scores weights)",
-        "PREQUANT_ONLY TTT_EVAL_ONLY QUANTIZE_ONLY POST_GPTQ_EVAL_ONLY EVAL_ONLY_PATH EVAL_ONLY_QUANTIZED_PATH "
-        "RESUME_FROM TTT_DEBUG_BYPASS",
-    ),
-    _feature("data that DATA_PATH does not name", "", "DATA_DIR DATASETS_DIR TRAIN_FILES VAL_FILES MODE"),
-)
-"""What public scripts have and pgolf lacks, each with the variables that say so."""
-
-_WITHOUT_EFFECT = _names(
-    "ARTIFACT_DIR CHECKPOINT_DIR MODEL_SAVE_PATH TTT_OUTPUT_DIR CHURN_LOG_EVERY COMPILE COMPILE_MODE COMPILE_MODEL "
-    "COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES USE_COMPILE "
-    "DYNAMO_CACHE_SIZE_LIMIT DYNAMO_ACCUMULATED_CACHE_SIZE_LIMIT FUSED_CE_ENABLED USE_INT8_KERNEL USE_TRITON_KERNEL "
-    "SLIDING_BATCH_SIZE SW_EVAL_BATCH EVAL_BATCH_SIZE TTT_HEARTBEAT_SECONDS ROPE_TRAIN_SEQ_LEN MATRIX_CLIP_SIGMAS "
-    "TTT_SHORT_DOC_LEN TTT_SHORT_CHUNK_SIZE SAVE_QUANT_STATE"
-)
-"""Variables that change neither model, training, bytes nor score: places of files, compilers, speed; and those that the
-scripts themselves read and never use."""
-
-_SETTINGS = {name: feature for feature in FEATURES for name in feature.settings}
+def _starts_never(off: str, layer: float, config: Config) -> bool:
+    return layer == float(off) or layer >= config.model.num_layers
 
 
-def _absent(feature: Feature) -> dict[str, Variable]:
-    """The variables of something that pgolf lacks."""
-    found = {}
-    for name in (*feature.switches, *feature.settings):
-        accepted = feature.switches.get(name, ())
-        usual = accepted[0] if accepted else "0"
-        found[name] = _refusal(f"pgolf does not have {feature.lacks}, so it must be {usual}", *_OFF, *accepted)
-    return found
+def _lacking(lack: Lack) -> Iterator[tuple[str, Variable]]:
+    """The variables of a thing that pgolf has not."""
+    switches = {}
+    for switch in lack.switches.split():
+        name, _, texts = switch.partition("=")
+        switches[name] = tuple(texts.split("|")) if texts else OFF
+    for name, accepted in switches.items():
+        takes = "0 (off)" if accepted is OFF else " or ".join(accepted)
+        yield name, _refusal(f"{lack.because}, so it must be {takes}", *accepted)
+    neutral = [f"{name}={accepted[0]}" for name, accepted in switches.items()]
+    remedy = f"it is without effect beside {' or '.join(neutral)}" if neutral else "unset it"
+    for name in lack.parameters.split():
+        yield name, _refusal(f"{lack.because}; {remedy}", beside=tuple(switches))
 
 
 # ---- The table
@@ -439,7 +341,8 @@ _NAMESAKES = {
         "DATA_PATH TOKENIZER_PATH SEED ITERATIONS MAX_WALLCLOCK_SECONDS TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN EMBED_LR "
         "TIED_EMBED_LR HEAD_LR MATRIX_LR SCALAR_LR MUON_MOMENTUM MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_STEPS "
         "MUON_BACKEND_STEPS MUON_WEIGHT_DECAY WEIGHT_DECAY BETA1 BETA2 ADAM_EPS GRAD_CLIP_NORM WARMDOWN_ITERS "
-        "WARMUP_STEPS SWA_ENABLED SWA_START_FRAC SWA_EVERY QAT_START_FRAC VAL_LOSS_EVERY TRAIN_LOG_EVERY"
+        "WARMUP_STEPS SWA_ENABLED SWA_START_FRAC SWA_EVERY QAT_START_FRAC VAL_LOSS_EVERY TRAIN_LOG_EVERY "
+        "EMA_DECAY WARMDOWN_FRAC WARMDOWN_SHAPE GRAD_ACCUM_STEPS CHECKPOINT_EVERY"
     ),
     "eval": "EVAL_SEQ_LEN EVAL_BATCH_SEQS TTT_LORA_RANK TTT_LORA_LR TTT_CHUNK_SIZE TTT_EVAL_SEQ_LEN TTT_BATCH_SIZE",
 }
@@ -458,62 +361,114 @@ VARIABLES: dict[str, Variable] = {
     "VAL_BATCH_SIZE": _key("train.val_batch_tokens", "in tokens, as in the scripts"),
     "ADAM_WEIGHT_DECAY": _key("train.weight_decay", "#286, #289 and #997's name of WEIGHT_DECAY"),
     "MUON_WD": _key("train.muon_weight_decay", "#289's name of MUON_WEIGHT_DECAY"),
+    "ADAM_WD": _key("train.weight_decay", "the later scripts' name of WEIGHT_DECAY"),
+    "GRAD_CLIP": _key("train.grad_clip_norm"),
+    "WARMDOWN_FRACTION": _key("train.warmdown_frac"),
+    "LR_SCHEDULE": _key("train.warmdown_shape"),
+    "VAL_BATCH_TOKENS": _key("train.val_batch_tokens"),
+    "SLIDING_BATCH_SIZE": _key("eval.eval_batch_seqs"),
+    "SW_EVAL_BATCH": _key("eval.eval_batch_seqs"),
+    "BIGRAM_BUCKETS": _key("model.bigram_vocab_size"),
+    "BIGRAM_HASH_BUCKETS": _key("model.bigram_vocab_size"),
+    "BIGRAM_HASH_DIM": _key("model.bigram_dim"),
+    "SMEAR_GATE_BOS_FIX": _key("model.smear_reset_at_bos"),
     "PRUNE_FRAC": _key("export.prune"),
     "CONTROL_TENSOR_NAME_PATTERNS": _key(
         "export.control_patterns", "comma-separated; for the export alone, the optimizers' groups are docs/spec.md §1's"
     ),
     "EVAL_STRIDE": Variable(_STRIDE, "0, or at least the context: standard windows", _count),
-    "QAT_ENABLED": Variable(_QAT, f"0: never; 1: the recipe's start, else {_QAT_START}", _switch),
+    "SLIDING_EVAL_STRIDE": Variable(_STRIDE, "as EVAL_STRIDE", _count),
+    **{name: Variable(_SLIDING, "0: standard windows", _switch) for name in ("SLIDING_EVAL", "SLIDING_WINDOW_ENABLED")},
+    **{
+        name: Variable(_EMA, f"0: none; 1: EMA_DECAY, else the recipe's, else {_EMA_DECAY}", _switch)
+        for name in ("EMA_ENABLED", "USE_EMA", "EMA")
+    },
+    **{
+        name: Variable(_BIGRAM, "0: no bigram table; 1: the recipe's", _switch)
+        for name in ("USE_BIGRAM_HASH", "BIGRAM_HASH", "BIGRAM_ENABLED")
+    },
+    "DATA_DIR": Variable(
+        _DATA,
+        "its datasets/fineweb10B_spVOCAB_SIZE and tokenizers/fineweb_VOCAB_SIZE_bpe.model, where DATA_PATH and "
+        "TOKENIZER_PATH are unset",
+        str,
+    ),
+    **{
+        name: Variable(_QAT, f"0: never; 1: the recipe's start, else {_QAT_START}", _switch)
+        for name in ("QAT_ENABLED", "QAT", "LATE_QAT")
+    },
     "FP16_KEEP_NAME_PATTERNS": Variable(
         _FP16_PATTERNS, "comma-separated parts of names, in place of the recipe's first fp16 rules", _list
     ),
+    "FP16_PASSTHROUGH_PATTERNS": Variable(_FP16_PATTERNS, "as FP16_KEEP_NAME_PATTERNS", _list),
     "KEEP_LAST_K_FP16": Variable(_LATE_KEYS, "the c_k matrices of so many last blocks are fp16", _count),
     "EMBED_QUANT": Variable(_EMBEDDING, "fp16, int6 or int8", _embedding),
     **{
         name: Variable(_EMBEDDING, "1: fp16, 0: int8", lambda text: "fp16" if _switch(text) else "int8")
         for name in ("FP16_EMBED", "FP16_EMBED_EXPORT")
     },
-    **{
-        name: _refusal(
-            "encodings are the policy's: choose a RECIPE, or write an [export] policy and run pgolf train --config", "1"
-        )
-        for name in ("INT6_ENABLED", "USE_INT6")
-    },
+    "INT6_ENABLED": _refusal(
+        "encodings are the policy's: choose a RECIPE, or write an [export] policy and run pgolf train --config", "1"
+    ),
     "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": _refusal(
         "it belongs to the scripts' plain int8 export; CONTROL_TENSOR_NAME_PATTERNS says which tensors stay fp32"
     ),
     "NUM_UNIQUE_LAYERS": _refusal("every block has its own weights, so it must be 0", "0"),
-    **{
-        name: _refusal("artifacts are always zstd's, so it must be 0 or 1", "0", "1")
-        for name in ("REQUIRE_ZSTD", "USE_ZSTD")
-    },
-    **{
-        name: _refusal("the model always has its smear gate, so it must be 1", "1")
-        for name in ("SMEARGATE_ENABLED", "USE_SMEARGATE", "SMEAR")
-    },
-    **{
-        name: _refusal("the model always has its smear gate, for every channel, and no other: unset it")
-        for name in ("SMEAR_GATE_ENABLED", "SMEAR_GATE")
-    },
-    "EVAL_INCLUDE_TAIL": _refusal("every token is scored, so it must be 1", "1"),
-    "EMA_DECAY": _key("train.ema_decay"),
-    **{name: Variable(_EMA, "0: none; 1: EMA_DECAY's", _switch) for name in ("EMA_ENABLED", "EMA", "USE_EMA")},
-    "WARMDOWN_FRAC": _key("train.warmdown_frac"),
-    "WARMDOWN_FRACTION": _key("train.warmdown_frac", "another name of WARMDOWN_FRAC"),
-    "ADAM_WD": _key("train.weight_decay", "of scalars; pgolf has one decay for them and the embeddings"),
-    "EMBED_WD": _key("train.weight_decay", "of embeddings; likewise"),
-    "VAL_BATCH_TOKENS": _key("train.val_batch_tokens"),
-    "CHECKPOINT_EVERY": _key("train.checkpoint_every"),
-    "PRUNE_RATIO": _key("export.prune", "another name of PRUNE_FRAC"),
-    **{name: Variable(_STRIDE, "as EVAL_STRIDE", _count) for name in ("STRIDE", "SLIDING_EVAL_STRIDE")},
-    **{
-        name: Variable(_SLIDES, "1: sliding windows, 0: standard ones", _switch)
-        for name in ("SLIDING_WINDOW_ENABLED", "SLIDING_EVAL")
-    },
-    **{name: variable for feature in FEATURES for name, variable in _absent(feature).items()},
-    **{name: Variable("", "without effect", str, idle=True) for name in _WITHOUT_EFFECT},
+    "REQUIRE_ZSTD": _refusal("artifacts are always zstd's, so it must be 0 or 1", "0", "1"),
+    "SMEARGATE_ENABLED": _refusal("the model always has its smear gate, so it must be 1", "1"),
     "RANK": _refusal(_ONE_PROCESS.format(0), "0"),
     "LOCAL_RANK": _refusal(_ONE_PROCESS.format(0), "0"),
     "WORLD_SIZE": _refusal(_ONE_PROCESS.format(1), "1"),
+    **{name: variable for lack in LACKS for name, variable in _lacking(lack)},
+    "ROPE_DIMS": _compared(
+        "RoPE turns whole heads, so it must be 0 or their width, MODEL_DIM / NUM_HEADS",
+        lambda dims, config: dims in (0, config.model.head_dim),
+    ),
+    "ROPE_TRAIN_SEQ_LEN": _compared(
+        "RoPE is not rescaled for longer contexts, so it must be at least TRAIN_SEQ_LEN and EVAL_SEQ_LEN",
+        lambda length, config: length >= max(config.train.train_seq_len, config.eval_seq_len),
+    ),
+    **{
+        name: _compared(
+            f"a block's attention and MLP run one after the other, so it must be {off} or at least NUM_LAYERS",
+            partial(_starts_never, off),
+            off,
+        )
+        for name, off in (("PARALLEL_START_LAYER", "0"), ("PARALLEL_RESIDUAL_START", "-1"))
+    },
+    **{
+        name: _compared(
+            "embeddings have the model's own width, so it must be 0 or MODEL_DIM",
+            lambda width, config: width in (0, config.model.model_dim),
+        )
+        for name in ("EMBED_DIM", "EMBEDDING_DIM")
+    },
+    "MLP_HIDDEN": _compared(
+        "the hidden width is MLP_MULT times MODEL_DIM, so it must be 0 or that",
+        lambda width, config: width in (0, config.model.mlp_hidden),
+    ),
+    **{
+        name: _compared(
+            "every block has its own weights and runs once, so it must be 0 or NUM_LAYERS",
+            lambda layers, config: layers in (0, config.model.num_layers),
+        )
+        for name in ("NUM_UNIQUE_BLOCKS", "NUM_VIRTUAL_LAYERS", "EFFECTIVE_DEPTH")
+    },
+    "EMBED_WD": _compared(
+        "embeddings decay as all AdamW tensors do, so it must be what ADAM_WD (train.weight_decay) is",
+        lambda decay, config: decay == config.train.weight_decay,
+    ),
+    **{
+        name: _compared(
+            "late QAT starts at a share of the run, QAT_START_FRAC, so it must be 0, with QAT_ENABLED=0",
+            lambda threshold, config: threshold == 0 and config.train.qat_start_frac == 1,
+        )
+        for name in ("LATE_QAT_THRESHOLD", "QAT_THRESHOLD")
+    },
+    **{
+        name: Variable("", reason, str, without_effect=True)
+        for reason, names in NO_EFFECT.items()
+        for name in names.split()
+    },
 }
 """Every known variable by name, in the order in which they are read."""
