@@ -168,8 +168,11 @@ class Products:
         return self.libraries["openblas"].description
 
     def rates(self) -> dict[str, float]:
+        import products
+
         return {
-            name: self.product.flops / library.seconds(self.product) / 1e9 for name, library in self.libraries.items()
+            name: self.product.flops / products.seconds(library, self.product) / 1e9
+            for name, library in self.libraries.items()
         }
 
 

@@ -1,7 +1,14 @@
-"""Bare float32 matrix products: what the libraries take for them, with nothing around."""
+"""Bare float32 matrix products: what pgolf and the libraries take for them, with nothing around.
+
+python benchmarks/products.py [--rounds 12]
+
+compares them on one thread for the shapes of a training step: every library's samples are taken in turns, and the
+medians are printed in GFLOP/s. cpu_breakdown.py and cpu_workers.py use the libraries on all threads.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import math
 import statistics
@@ -58,7 +65,7 @@ def _median_seconds(function: Callable[[], object]) -> float:
 
 
 class OpenBLAS:
-    """The library that pgolf links, on its own threads; batches are shared among as many callers."""
+    """The wheel that SciPy uses, on its own threads; batches are shared among as many callers."""
 
     def __init__(self, threads: int) -> None:
         import scipy_openblas32
@@ -76,7 +83,7 @@ class OpenBLAS:
         self.threads = threads
         self.pool = ThreadPoolExecutor(threads)
 
-    def seconds(self, product: Product) -> float:
+    def prepare(self, product: Product) -> Callable[[], object]:
         rng = np.random.default_rng(0)
         a_shape, b_shape = product.operand_shapes()
         operands = min(product.count, _OPERANDS)
@@ -85,15 +92,15 @@ class OpenBLAS:
         c = np.zeros((self.threads, product.m, product.n), dtype=np.float32)
         alone = product.count == 1
         self.set_threads(self.threads if alone else 1)
+        call = self._call(product)
 
         def run(thread: int) -> None:
-            call = self._call(product)
             for i in range(thread, product.count, self.threads):
                 call(a[i % operands].ctypes.data, b[i % operands].ctypes.data, c[thread].ctypes.data)
 
         if alone:
-            return _median_seconds(lambda: run(0))
-        return _median_seconds(lambda: list(self.pool.map(run, range(self.threads))))
+            return lambda: run(0)
+        return lambda: list(self.pool.map(run, range(self.threads)))
 
     def _call(self, p: Product) -> Callable[[int, int, int], None]:
         (_, lda), (_, ldb) = p.operand_shapes()
@@ -118,16 +125,87 @@ class Torch:
         torch.set_num_threads(threads)
         self.torch: Any = torch
 
-    def seconds(self, product: Product) -> float:
+    def prepare(self, product: Product) -> Callable[[], object]:
         a_shape, b_shape = product.operand_shapes()
         batch = (product.count,) if product.count > 1 else ()
         a, b = self.torch.randn(*batch, *a_shape), self.torch.randn(*batch, *b_shape)
         out = self.torch.empty(*batch, product.m, product.n)
         a = a.mT if product.transpose_a else a
         b = b.mT if product.transpose_b else b
-        with self.torch.inference_mode():
-            return _median_seconds(lambda: self.torch.matmul(a, b, out=out))
+        return lambda: self.torch.matmul(a, b, out=out)
+
+
+class Pgolf:
+    """The kernels of csrc/cpu/gemm.h on the calling thread, as the model calls them.
+
+    Sums over tokens (a transposed A) go in blocks of 512, a symmetric result is computed once, a transposed B is packed
+    before, which is part of the time.
+    """
+
+    def prepare(self, product: Product) -> Callable[[], None]:
+        from pgolf import _C
+
+        rng = np.random.default_rng(0)
+        a, b = (rng.standard_normal(shape, dtype=np.float32) for shape in product.operand_shapes())
+        c = np.zeros((product.m, product.n), dtype=np.float32)
+        if product.symmetric:
+            return lambda: _C.cpu_product("symmetric", a, a, c, transpose_b=True)
+        if product.transpose_a:
+            return lambda: _C.cpu_product("blocks", a, b, c, transpose_a=True)
+        kind = "packed" if product.transpose_b else "chain"
+        return lambda: _C.cpu_product(kind, a, b, c, transpose_b=product.transpose_b)
+
+
+def seconds(library: OpenBLAS | Torch, product: Product) -> float:
+    """The median of a product, or of a batch of them."""
+    return _median_seconds(library.prepare(product))
 
 
 def total_seconds(library: OpenBLAS | Torch, products: list[Product]) -> float:
-    return math.fsum(library.seconds(product) for product in products)
+    return math.fsum(seconds(library, product) for product in products)
+
+
+# A training step of base and of narrower models: what a chunk of 128 rows multiplies, weight gradients as tasks see
+# them, Newton-Schulz.
+SHAPES = {
+    "forward, 128 rows": Product(128, 512, 512, transpose_b=True),
+    "forward, 128 rows, MLP": Product(128, 1536, 512, transpose_b=True),
+    "backward, 128 rows, MLP": Product(128, 512, 1536),
+    "forward, 4,096 rows": Product(4096, 512, 512, transpose_b=True),
+    "weight gradient, 4,096 tokens": Product(128, 512, 4096, transpose_a=True),
+    "weight gradient, 8,192 tokens, d 128": Product(128, 128, 8192, transpose_a=True),
+    "Newton-Schulz, X·Xᵀ": Product(512, 512, 1536, transpose_b=True, symmetric=True),
+    "Newton-Schulz, P·X": Product(512, 1536, 512),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12, help="samples of each, taken in turns (default: 12)")
+    rounds = parser.parse_args().rounds
+    from pgolf import _C
+
+    libraries = {f"pgolf, {_C.cpu_isa()}": Pgolf(), "OpenBLAS": OpenBLAS(1), "torch": Torch(1)}
+    print(libraries["OpenBLAS"].description)  # type: ignore[union-attr]
+    print(f"| GFLOP/s on one thread | m × n × k | {' | '.join(libraries)} | pgolf / the better |")
+    print("| --- | --- |" + " ---: |" * (len(libraries) + 1))
+    for name, product in SHAPES.items():
+        calls = [library.prepare(product) for library in libraries.values()]
+        samples = np.array([[_seconds(call) for call in calls] for _ in range(1 + rounds)])[1:]
+        rates = product.flops / np.median(samples, axis=0) / 1e9
+        cells = " | ".join(f"{rate:.0f}" for rate in rates)
+        shape = f"{product.m} × {product.n} × {product.k}"
+        print(f"| {name} | {shape} | {cells} | {rates[0] / rates[1:].max():.2f} |")
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """One sample: as many calls as take a few milliseconds, as a clock of a busy machine is no finer."""
+    began, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - began < 0.02:
+        call()
+        calls += 1
+    return (time.perf_counter() - began) / calls
+
+
+if __name__ == "__main__":
+    main()

@@ -56,6 +56,27 @@ def small_corpus(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a run of 16 steps on `small_corpus`."""
+    from tests.runs import INTERRUPTIBLE  # which needs this file's CORPUS_VOCAB
+
+    path = tmp_path_factory.mktemp("config") / "small.toml"
+    path.write_text(INTERRUPTIBLE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain(config_file: Path, small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that run, which nothing ever stopped and under which nothing failed."""
+    from tests.runs import pgolf_
+
+    folder = tmp_path_factory.mktemp("runs") / "plain"
+    result = pgolf_("train", "--config", config_file, "--data", small_corpus, "--run-dir", folder)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread, the fastest for tiny models; a test may set another number. Puts the old one back."""

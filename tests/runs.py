@@ -49,6 +49,31 @@ TINY = {
     "eval.eval_stride": 8,
 }
 
+# A run of 16 steps that validates and saves often: to be interrupted, and to go on to the same bits.
+INTERRUPTIBLE = """
+extends = "tiny"
+
+[model]
+vocab_size = 512
+num_layers = 2
+model_dim = 32
+num_heads = 2
+num_kv_heads = 1
+bigram_vocab_size = 64
+bigram_dim = 16
+
+[train]
+iterations = 16
+max_wallclock_seconds = 0
+train_batch_tokens = 256
+train_seq_len = 64
+micro_batch_seqs = 1
+swa_every = 2
+val_loss_every = 5
+train_log_every = 1
+checkpoint_every = 4
+"""
+
 
 def tiny(**changes: Any) -> Config:
     """A configuration; `model__`, `eval__` and `export__` lead to the other tables, plain names to [train]."""

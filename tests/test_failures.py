@@ -19,23 +19,7 @@ from pgolf.config import Config
 from pgolf.data.shards import read_shard, write_shard
 from pgolf.trainer import step_settings
 from tests.runs import log_of, pgolf_
-from tests.test_interrupt import CONFIG, NEXT_BATCH, assert_same_run, child, command_in, held, train, wait_for
-
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "small.toml"
-    path.write_text(CONFIG)
-    return path
-
-
-@pytest.fixture(scope="module")
-def plain(config_file: Path, small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run under which nothing failed."""
-    folder = tmp_path_factory.mktemp("runs") / "plain"
-    result = pgolf_(*train(config_file, small_corpus, folder))
-    assert result.exit_code == 0, result.output
-    return folder
+from tests.test_interrupt import NEXT_BATCH, assert_same_run, child, command_in, held, train, wait_for
 
 
 def go_on(process: subprocess.Popen[str]) -> tuple[int, str]:

@@ -21,6 +21,7 @@ from pgolf.generate import _draw, distribution, sample
 from pgolf.model import GPT
 from tests.reference.model import perturb
 from tests.reference.rng import init_state
+from tests.test_model import TINY
 
 logit_rows = hnp.arrays(np.float64, st.integers(1, 12), elements=st.floats(-30, 30))
 
@@ -200,17 +201,7 @@ def test_misshapen_logits_are_an_error():
 
 # A model's keys and values -------------------------------------------------------------------------------------------
 
-SMALL = {
-    "vocab_size": 37,
-    "num_layers": 3,
-    "model_dim": 16,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "bigram_vocab_size": 11,
-    "bigram_dim": 6,
-    "tied_embed_init_std": 0.3,  # logits of the size of 1
-}
-# What differs from SMALL.
+# What differs from TINY.
 MODELS: dict[str, dict[str, Any]] = {
     "three layers": {},
     "one layer": {"num_layers": 1},
@@ -232,7 +223,7 @@ DTYPES = ["float64", "float32", "bfloat16", "float16"]
 
 
 def made(case: str, dtype: str = "float32") -> GPT:
-    config = ModelConfig(**{**SMALL, **MODELS[case]})
+    config = ModelConfig(**{**TINY, **MODELS[case]})
     model = GPT(config, seed=None, device="cpu", dtype=dtype)
     model.load_state_dict(perturb(init_state(config, 42), 7))
     return model

@@ -33,30 +33,6 @@ from pgolf.inspect import checkpoint_step
 from pgolf.trainer import Trainer
 from tests.runs import log_of, pgolf_
 
-CONFIG = """
-extends = "tiny"
-
-[model]
-vocab_size = 512
-num_layers = 2
-model_dim = 32
-num_heads = 2
-num_kv_heads = 1
-bigram_vocab_size = 64
-bigram_dim = 16
-
-[train]
-iterations = 16
-max_wallclock_seconds = 0
-train_batch_tokens = 256
-train_seq_len = 64
-micro_batch_seqs = 1
-swa_every = 2
-val_loss_every = 5
-train_log_every = 1
-checkpoint_every = 4
-"""
-
 # A child that stops before the given call of a function until a line arrives on its standard input.
 HELD = """
 import sys
@@ -85,22 +61,6 @@ NEXT_BATCH = ("pgolf.data.batches", "BatchStream.next")
 
 SECONDS = 600
 """What ends a child that hangs; the busiest machine takes less for any test here."""
-
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "small.toml"
-    path.write_text(CONFIG)
-    return path
-
-
-@pytest.fixture(scope="module")
-def plain(config_file: Path, small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing ever stopped."""
-    folder = tmp_path_factory.mktemp("runs") / "plain"
-    result = pgolf_("train", "--config", config_file, "--data", small_corpus, "--run-dir", folder)
-    assert result.exit_code == 0, result.output
-    return folder
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from pgolf.cli.failures import Signalled
 from pgolf.cli.interrupts import Watch
 from tests.runs import log_of, pgolf_
 from tests.test_interrupt import (
-    CONFIG,
     HELD,
     MAIN,
     NEXT_BATCH,
@@ -51,22 +50,6 @@ def as_on_a_terminal() -> Iterator[None]:
     yield
     for number in SIGNALS:
         signal.signal(number, before[number])
-
-
-@pytest.fixture(scope="module")
-def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "small.toml"
-    path.write_text(CONFIG)
-    return path
-
-
-@pytest.fixture(scope="module")
-def plain(config_file: Path, small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing ever stopped."""
-    folder = tmp_path_factory.mktemp("runs") / "plain"
-    result = pgolf_(*train(config_file, small_corpus, folder))
-    assert result.exit_code == 0, result.output
-    return folder
 
 
 def newest(run: Path) -> str | None:

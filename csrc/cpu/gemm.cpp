@@ -278,12 +278,16 @@ void pack_panel(Transpose tb, i64 n, i64 k, const T* b, i64 ldb, i64 index, T* p
 
 template <class T>
 void gemm_packed(i64 m, i64 n, i64 k, const T* a, i64 lda, const T* packed, Start start, T* c, i64 ldc) {
-  const Left<T> left{a, lda, false};
-  for (i64 l = 0; l < k || l == 0; l += kDepth)
-    for (i64 j = 0; j < n; j += kWidth<T>)
-      tiles<T>(left, m, l,
-               {least(k - l, kDepth), nullptr, 0, packed + j * k + l * kWidth<T>, kWidth<T>,
-                l > 0 || start == kFromC ? Finish::onward : Finish::store, T(1), c + j, ldc, least(n - j, kWidth<T>)});
+  // Rows that all panels meet before the next ones do: theirs of A and C stay in the second-level cache.
+  constexpr i64 kRows = 128;
+  for (i64 first = 0; first < m; first += kRows, a += kRows * lda, c += kRows * ldc)
+    for (i64 l = 0; l < k || l == 0; l += kDepth) {
+      const Finish finish = l > 0 || start == kFromC ? Finish::onward : Finish::store;
+      for (i64 j = 0; j < n; j += kWidth<T>)
+        tiles<T>({a, lda, false}, least(m - first, kRows), l,
+                 {least(k - l, kDepth), nullptr, 0, packed + j * k + l * kWidth<T>, kWidth<T>, finish, T(1), c + j, ldc,
+                  least(n - j, kWidth<T>)});
+    }
 }
 
 namespace {
