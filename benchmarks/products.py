@@ -1,9 +1,11 @@
 """Bare float32 matrix products: what pgolf and the libraries take for them, with nothing around.
 
-python benchmarks/products.py [--rounds 12]
+    python benchmarks/products.py                 # 12 rounds: about a minute
+    PGOLF_CPU_ISA=avx2 OPENBLAS_CORETYPE=Haswell MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/products.py
 
-compares them on one thread for the shapes of a training step: every library's samples are taken in turns, and the
-medians are printed in GFLOP/s. cpu_breakdown.py and cpu_workers.py use the libraries on all threads.
+compares them on one thread for the shapes of a training step, beside the rate of multiply-adds on registers alone:
+samples are taken in turns, on a machine that is otherwise idle. cpu_breakdown.py and cpu_workers.py use the libraries
+on all threads.
 """
 
 from __future__ import annotations
@@ -138,8 +140,8 @@ class Torch:
 class Pgolf:
     """The kernels of csrc/cpu/gemm.h on the calling thread, as the model calls them.
 
-    Sums over tokens (a transposed A) go in blocks of 512, a symmetric result is computed once, a transposed B is packed
-    before, which is part of the time.
+    Sums over tokens (a transposed A) go in blocks of 512, a symmetric result is computed once. What more than 128 rows
+    share is packed first, as operations do, and that is part of the time.
     """
 
     def prepare(self, product: Product) -> Callable[[], None]:
@@ -151,8 +153,8 @@ class Pgolf:
         if product.symmetric:
             return lambda: _C.cpu_product("symmetric", a, a, c, transpose_b=True)
         if product.transpose_a:
-            return lambda: _C.cpu_product("blocks", a, b, c, transpose_a=True)
-        kind = "packed" if product.transpose_b else "chain"
+            return lambda: _C.cpu_product("packed blocks", a, b, c, transpose_a=True)
+        kind = "packed" if product.m > 128 else "chain"
         return lambda: _C.cpu_product(kind, a, b, c, transpose_b=product.transpose_b)
 
 
@@ -165,37 +167,88 @@ def total_seconds(library: OpenBLAS | Torch, products: list[Product]) -> float:
     return math.fsum(seconds(library, product) for product in products)
 
 
-# A training step of base and of narrower models: what a chunk of 128 rows multiplies, weight gradients as tasks see
-# them, Newton-Schulz.
+# What the operations of a step multiply, base (d 512, 4,096 tokens) and tiny (d 128, 8,192 tokens): every side but one
+# thread's share of it is whole.
 SHAPES = {
-    "forward, 128 rows": Product(128, 512, 512, transpose_b=True),
-    "forward, 128 rows, MLP": Product(128, 1536, 512, transpose_b=True),
-    "backward, 128 rows, MLP": Product(128, 512, 1536),
-    "forward, 4,096 rows": Product(4096, 512, 512, transpose_b=True),
-    "weight gradient, 4,096 tokens": Product(128, 512, 4096, transpose_a=True),
-    "weight gradient, 8,192 tokens, d 128": Product(128, 128, 8192, transpose_a=True),
-    "Newton-Schulz, X·Xᵀ": Product(512, 512, 1536, transpose_b=True, symmetric=True),
-    "Newton-Schulz, P·X": Product(512, 1536, 512),
+    "base, attention in and out": Product(4096, 512, 512, transpose_b=True),
+    "base, MLP up": Product(4096, 1536, 512, transpose_b=True),
+    "base, MLP down": Product(4096, 512, 1536, transpose_b=True),
+    "base, backward of up": Product(4096, 512, 1536),
+    "base, backward of down": Product(4096, 1536, 512),
+    "base, head": Product(4096, 1024, 512, transpose_b=True),
+    "base, weight gradient": Product(512, 512, 4096, transpose_a=True),
+    "base, weight gradient of up": Product(1536, 512, 4096, transpose_a=True),
+    "base, weight gradient of down": Product(512, 1536, 4096, transpose_a=True),
+    "tiny, attention in and out": Product(8192, 128, 128, transpose_b=True),
+    "tiny, MLP up": Product(8192, 384, 128, transpose_b=True),
+    "tiny, backward of up": Product(8192, 128, 384),
+    "tiny, weight gradient": Product(128, 128, 8192, transpose_a=True),
+    "tiny, weight gradient of up": Product(384, 128, 8192, transpose_a=True),
+    "Newton–Schulz, X·Xᵀ": Product(512, 512, 1536, transpose_b=True, symmetric=True),
+    "Newton–Schulz, P·X": Product(512, 1536, 512),
+    "attention, q·kᵀ": Product(64, 512, 64, transpose_b=True),
+    "attention, p·v": Product(64, 64, 512),
+    "few rows": Product(128, 512, 512, transpose_b=True),
 }
+GOAL_RATIO, GOAL_SHARE, GOAL_SIDE = 0.95, 0.85, 128  # of the better library; of the peak, where no side is shorter
+
+
+def measure(libraries: dict[str, OpenBLAS | Torch | Pgolf], product: Product, rounds: int) -> dict[str, Any]:
+    """GFLOP/s of each, medians; medians of every round's ratio to the better library and share of the peak."""
+    calls = [library.prepare(product) for library in libraries.values()]
+    rounds_of = []
+    for _ in range(1 + rounds):
+        samples = [product.flops / _seconds(call) / 1e9 for call in calls]
+        rounds_of.append([*samples, _peak()])
+    rates = np.array(rounds_of)[1:]
+    own, others, peak = rates[:, 0], rates[:, 1:-1], rates[:, -1]
+    done = 0.5 * (1 + 1 / product.n) if product.symmetric else 1.0  # of the product's FLOPs
+    return {
+        "gflops": dict(zip([*libraries, "peak"], np.median(rates, axis=0).tolist(), strict=True)),
+        "ratio": float(np.median(own / others.max(axis=1))),
+        "share_of_peak": float(np.median(done * own / peak)),
+    }
 
 
 def main() -> None:
+    import common
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12, help="samples of each, taken in turns (default: 12)")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--out", type=Path, help="the JSON file; default: benchmarks/results/products/DATE-COMMIT.json")
+    parser.add_argument("--quick", action="store_true", help="a smoke run of one round; writes nothing without --out")
+    args = parser.parse_args()
     from pgolf import _C
 
-    libraries = {f"pgolf, {_C.cpu_isa()}": Pgolf(), "OpenBLAS": OpenBLAS(1), "torch": Torch(1)}
-    print(libraries["OpenBLAS"].description)  # type: ignore[union-attr]
-    print(f"| GFLOP/s on one thread | m × n × k | {' | '.join(libraries)} | pgolf / the better |")
-    print("| --- | --- |" + " ---: |" * (len(libraries) + 1))
+    libraries: dict[str, OpenBLAS | Torch | Pgolf] = {"pgolf": Pgolf(), "OpenBLAS": OpenBLAS(1), "MKL": Torch(1)}
+    result: dict[str, Any] = {
+        "date": common.now(),
+        **common.git_state(),
+        "machine": common.cpu_machine(),
+        "instruction_set": _C.cpu_isa(),
+        "openblas": libraries["OpenBLAS"].description,
+        "rounds": 1 if args.quick else args.rounds,
+        "products": {},
+    }
+    print(f"{_C.cpu_isa()}; {libraries['OpenBLAS'].description}")
+    print("| GFLOP/s on one thread | m × n × k | pgolf | OpenBLAS | MKL | to the better | of the peak |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for name, product in SHAPES.items():
-        calls = [library.prepare(product) for library in libraries.values()]
-        samples = np.array([[_seconds(call) for call in calls] for _ in range(1 + rounds)])[1:]
-        rates = product.flops / np.median(samples, axis=0) / 1e9
-        cells = " | ".join(f"{rate:.0f}" for rate in rates)
-        shape = f"{product.m} × {product.n} × {product.k}"
-        print(f"| {name} | {shape} | {cells} | {rates[0] / rates[1:].max():.2f} |")
+        found = result["products"][name] = measure(libraries, product, result["rounds"])
+        cells = " | ".join(f"{found['gflops'][library]:.0f}" for library in libraries)
+        print(
+            f"| {name} | {product.m} × {product.n} × {product.k} | {cells} | {found['ratio']:.2f} | "
+            f"{found['share_of_peak']:.0%} |",
+            flush=True,
+        )
+    short = [
+        name
+        for name, found in result["products"].items()
+        if found["ratio"] < GOAL_RATIO
+        or (min(SHAPES[name].m, SHAPES[name].n, SHAPES[name].k) >= GOAL_SIDE and found["share_of_peak"] < GOAL_SHARE)
+    ]
+    print(f"below {GOAL_RATIO} of the better library or {GOAL_SHARE:.0%} of the peak: {', '.join(short) or 'none'}")
+    common.write_result(result, "products", args.out, args.quick)
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -205,6 +258,14 @@ def _seconds(call: Callable[[], object]) -> float:
         call()
         calls += 1
     return (time.perf_counter() - began) / calls
+
+
+def _peak() -> float:
+    """GFLOP/s of multiply-adds on registers alone."""
+    from pgolf import _C
+
+    began = time.perf_counter()
+    return _C.cpu_multiply_adds(1_000_000) / (time.perf_counter() - began) / 1e9
 
 
 if __name__ == "__main__":

@@ -40,12 +40,20 @@ def operands(
     return a, matrix(rng, *((n, k) if layout[1] else (k, n)), dtype, gap)
 
 
+def kinds(layout: tuple[bool, bool]) -> list[str]:
+    return ["chain", "blocks", "packed blocks" if layout[0] else "packed"]
+
+
 def product(kind: str, a: np.ndarray, b: np.ndarray, layout: tuple[bool, bool], c: np.ndarray | None = None) -> Any:
     m, n = a.shape[1 if layout[0] else 0], b.shape[0 if layout[1] else 1]
     out = np.full((m, n), np.nan, a.dtype) if c is None else c.copy()
-    if kind == "blocks" and c is None:
+    if kind.endswith("blocks") and c is None:
         out[:] = 0
-    words = {"transpose_a": layout[0], "transpose_b": layout[1], "from_c": c is not None and kind != "blocks"}
+    words = {
+        "transpose_a": layout[0],
+        "transpose_b": layout[1],
+        "from_c": c is not None and not kind.endswith("blocks"),
+    }
     _C.cpu_product(kind, a, b, out, **words)
     return out
 
@@ -120,7 +128,8 @@ def test_sums_over_tokens_go_in_blocks(depth: int) -> None:
     for first in range(0, depth, BLOCK):
         part = chain32(left[:, first : first + BLOCK], right[first : first + BLOCK], np.zeros_like(start))
         expected = fused(one, part, expected) if FUSED else part + expected
-    assert product("blocks", a, b, layout, start).tobytes() == expected.tobytes()
+    for kind in ("blocks", "packed blocks"):
+        assert product(kind, a, b, layout, start).tobytes() == expected.tobytes()
 
 
 # Neither height nor place nor neighbours -----------------------------------------------------------------------------
@@ -130,7 +139,7 @@ def test_sums_over_tokens_go_in_blocks(depth: int) -> None:
 @given(data=st.data())
 def test_a_row_has_the_same_bits_alone_in_any_batch_and_at_any_place(data: st.DataObject) -> None:
     dtype, layout = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(LAYOUTS))
-    kind = data.draw(st.sampled_from(["chain", "blocks"] + ["packed"] * (not layout[0])))
+    kind = data.draw(st.sampled_from(kinds(layout)))
     m, n = data.draw(st.sampled_from(HEIGHTS)), data.draw(st.integers(1, 70))
     k = data.draw(st.integers(1, 300) | st.sampled_from([511, 513, 1027]))
     a, b = operands(m, n, k, layout, dtype, seed=data.draw(st.integers(0, 9)), gap=data.draw(st.integers(0, 3)))
@@ -191,6 +200,7 @@ def test_bad_operands_are_refused() -> None:
         (("other", a, b, c), "kind is 'other'"),
         (("chain", a, b.astype(np.float64), c), "one dtype"),
         (("chain", a, c, b), "do not belong to one product"),
+        (("packed blocks", a, b, c), "take a transposed"),
         (("chain", a.T, b, c), "rows are contiguous"),
         (("symmetric", a, b, c), "do not belong|symmetric product is that of"),
     ]:
@@ -214,7 +224,7 @@ def digest() -> str:
         for dtype in DTYPES:
             for m, n, k in ((1, 100, 70), (33, 65, 513), (64, 7, 31), (129, 130, 1027)):
                 a, b = operands(m, n, k, layout, dtype)
-                for kind in ["chain", "blocks"] + ["packed"] * (not layout[0]):
+                for kind in kinds(layout):
                     found.update(product(kind, a, b, layout).tobytes())
     return found.hexdigest()
 

@@ -32,10 +32,12 @@ void multiply(const std::string& kind, const py::array& a, const py::array& b, p
     p.kind = CpuProduct::kPacked;
   else if (kind == "blocks")
     p.kind = CpuProduct::kBlocks;
+  else if (kind == "packed blocks")
+    p.kind = CpuProduct::kPackedBlocks;
   else if (kind == "symmetric")
     p.kind = CpuProduct::kSymmetric;
   else
-    require(false, "kind is '", kind, "'; chain, packed, blocks or symmetric was expected");
+    require(false, "kind is '", kind, "'; chain, packed, blocks, packed blocks or symmetric was expected");
   const auto is = [&](auto type) { return a.dtype().is(type) && b.dtype().is(type) && c.dtype().is(type); };
   if (is(py::dtype::of<double>()))
     p.dtype = DType::f64;
@@ -50,8 +52,13 @@ void multiply(const std::string& kind, const py::array& a, const py::array& b, p
   require(p.kind != CpuProduct::kSymmetric || (a.data() == b.data() && !transpose_a && transpose_b && out.ld == p.n),
           "a symmetric product is that of a and a transposed, into rows without a gap");
   require(p.kind != CpuProduct::kPacked || !transpose_a, "a packed product takes a as it stands");
+  require(p.kind != CpuProduct::kPackedBlocks || transpose_a, "packed blocks take a transposed");
+  const bool packs = p.kind == CpuProduct::kPacked || p.kind == CpuProduct::kPackedBlocks;
   p.a = left.data, p.lda = left.ld, p.b = right.data, p.ldb = right.ld, p.c = c.mutable_data(), p.ldc = out.ld;
-  std::vector<double> room(p.kind == CpuProduct::kPacked ? static_cast<std::size_t>(packed_numbers(p.n, p.k)) + 8 : 0);
+  // Kept from call to call: fresh pages cost as much as packing what goes there.
+  static thread_local std::vector<double> room;
+  const std::size_t needed = packs ? static_cast<std::size_t>(packed_numbers(p.n, p.k)) + 8 : 0;
+  if (room.size() < needed) room.resize(needed);
   // Kernels read packed panels at any address; a cache line's beginning is fastest.
   p.packed = reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(room.data()) + 63) & ~std::uintptr_t{63});
   const py::gil_scoped_release release;
@@ -64,6 +71,7 @@ void bind_products(py::module_& m) {
   m.def("cpu_product", &multiply, py::arg("kind"), py::arg("a").noconvert(), py::arg("b").noconvert(),
         py::arg("c").noconvert(), py::kw_only(), py::arg("transpose_a") = false, py::arg("transpose_b") = false,
         py::arg("from_c") = false, py::arg("alpha") = 1.0);
+  m.def("cpu_multiply_adds", &cpu_multiply_adds, py::arg("steps"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace pgolf

@@ -11,15 +11,18 @@ namespace pgolf {
 namespace plain {
 std::unique_ptr<Backend> make_backend(DType, DType);
 void run_product(const CpuProduct&);
+double run_multiply_adds(std::int64_t);
 }  // namespace plain
 #ifdef PGOLF_HAVE_X86_KERNELS
 namespace avx2 {
 std::unique_ptr<Backend> make_backend(DType, DType);
 void run_product(const CpuProduct&);
+double run_multiply_adds(std::int64_t);
 }  // namespace avx2
 namespace avx512 {
 std::unique_ptr<Backend> make_backend(DType, DType);
 void run_product(const CpuProduct&);
+double run_multiply_adds(std::int64_t);
 }  // namespace avx512
 #endif
 
@@ -30,6 +33,7 @@ struct Isa {
   bool (*supported)();
   std::unique_ptr<Backend> (*make)(DType, DType);
   void (*product)(const CpuProduct&);
+  double (*multiply_adds)(std::int64_t);
 };
 
 #ifdef PGOLF_HAVE_X86_KERNELS
@@ -43,10 +47,10 @@ bool has_avx512() {
 // Widest first.
 constexpr Isa kSets[] = {
 #ifdef PGOLF_HAVE_X86_KERNELS
-    {"avx512", has_avx512, avx512::make_backend, avx512::run_product},
-    {"avx2", has_avx2, avx2::make_backend, avx2::run_product},
+    {"avx512", has_avx512, avx512::make_backend, avx512::run_product, avx512::run_multiply_adds},
+    {"avx2", has_avx2, avx2::make_backend, avx2::run_product, avx2::run_multiply_adds},
 #endif
-    {"plain", [] { return true; }, plain::make_backend, plain::run_product},
+    {"plain", [] { return true; }, plain::make_backend, plain::run_product, plain::run_multiply_adds},
 };
 
 const Isa& chosen() {
@@ -73,6 +77,7 @@ const Isa& chosen() {
 }  // namespace
 
 std::unique_ptr<Backend> make_cpu_backend(DType master, DType rounding) { return chosen().make(master, rounding); }
+double cpu_multiply_adds(std::int64_t steps) { return chosen().multiply_adds(steps); }
 void cpu_product(const CpuProduct& product) { chosen().product(product); }
 std::string cpu_isa() { return chosen().name; }
 

@@ -75,6 +75,7 @@ struct BackwardScratch {
   T* gate;       // [d] sigmoid(smear_gate)
   Readers tokens, buckets;
   ColumnSums<T> dgate, dscale;
+  WeightGradients<T> gradients;
   BackwardScratch(Layout& layout, const Dims<T>& s)
       : dsum(layout.take<T>(s.N * s.d)),
         gathered(layout.take<T>(s.project ? s.N * s.e : 0)),
@@ -83,7 +84,8 @@ struct BackwardScratch {
         tokens(layout, s.V, s.N),
         buckets(layout, s.bigram ? s.n : 0, s.bigram ? s.N : 0),
         dgate(layout, s.N, s.d),
-        dscale(layout, s.N, 1) {}
+        dscale(layout, s.N, 1),
+        gradients(layout, s.project ? s.N : 0, s.e) {}
 };
 
 PGOLF_INLINE i64 bigram_bucket(const std::int32_t* ids, i64 row, i64 length, i64 n) {
@@ -229,7 +231,7 @@ void CpuBackend<T>::embed_backward(const Embed& op, const EmbedGrads& grads) {
   });
   scratch.dscale.add_to(grads.bigram_scale.as<T>());
   if (s.project)
-    gemm_weight_gradients<T>(s.N, s.e, scratch.gathered, {{scratch.dsum, s.d, s.d, grads.bigram_proj.as<T>()}}, scale);
+    scratch.gradients.add(s.N, scratch.gathered, {{scratch.dsum, s.d, s.d, grads.bigram_proj.as<T>()}}, scale);
   scratch.buckets.sort(s.N, [&](i64 t) { return bigram_bucket(ids, t, s.T_, s.n); });
   scratch.buckets.scatter(dread, scale, s.e, grads.bigram_emb.as<T>());
 }

@@ -54,4 +54,8 @@ void pack_panel(Transpose tb, i64 n, i64 k, const T* b, i64 ldb, i64 index, T* p
 template <class T>
 void gemm_packed(i64 m, i64 n, i64 k, const T* a, i64 lda, const T* packed, Start start, T* c, i64 ldc);
 
+// A block of gemm_blocks: C[m,n] += alpha·(Aᵀ[m,k]·B), k ≤ kSumBlock, B packed
+template <class T>
+void gemm_packed_block(i64 m, i64 n, i64 k, T alpha, const T* a, i64 lda, const T* packed, T* c, i64 ldc);
+
 PGOLF_CPU_END

@@ -48,6 +48,7 @@ struct BackwardScratch {
   T *u, *du;             // [block, rank]
   PerWorker<T> dnormed;  // [kRowChunk, d]
   SharedRight<T> w, w_back;
+  WeightGradients<T> gradients;
   BackwardScratch(Layout& layout, int workers, const Dims& s)
       : normed(layout.take<T>(s.blocks().chunk * s.d)),
         logits(layout.take<T>(s.blocks().chunk * s.V)),
@@ -55,7 +56,8 @@ struct BackwardScratch {
         du(layout.take<T>(s.blocks().chunk * s.rank)),
         dnormed(layout, workers, kRowChunk * s.d),
         w(layout, s.rows, kTransposed, s.V, s.d),
-        w_back(layout, s.rows, kPlain, s.d, s.V) {}
+        w_back(layout, s.rows, kPlain, s.d, s.V),
+        gradients(layout, s.blocks().chunk, s.d) {}
 };
 
 // Logits of the computed rows [first, first + count); factors may be null.
@@ -183,7 +185,7 @@ void CpuBackend<T>::head_loss_backward(const Head& op, const HeadGrads& grads) {
         dadapters.a_gradient(sequence, cut.period, scratch.du + offset * s.rank, scratch.normed + offset * s.d);
         dadapters.b_gradient(sequence, 0, cut.period, scratch.logits + offset * s.V, s.V, scratch.u + offset * s.rank);
       });
-    if (grads.w) gemm_weight_gradients<T>(rows, s.d, scratch.normed, {{scratch.logits, s.V, s.V, grads.w.as<T>()}});
+    if (grads.w) scratch.gradients.add(rows, scratch.normed, {{scratch.logits, s.V, s.V, grads.w.as<T>()}});
   }
 }
 

@@ -38,10 +38,12 @@ struct BackwardScratch {
   T* normed;             // [N, d]
   PerWorker<T> dnormed;  // [kRowChunk, d]
   SharedRight<T> w;
+  WeightGradients<T> gradients;
   BackwardScratch(Layout& layout, int workers, const Dims& s)
       : normed(layout.take<T>(s.N * s.d)),
         dnormed(layout, workers, kRowChunk * s.d),
-        w(layout, s.N, kPlain, s.d, s.F) {}
+        w(layout, s.N, kPlain, s.d, s.F),
+        gradients(layout, s.N, s.d) {}
 };
 
 }  // namespace
@@ -103,7 +105,7 @@ void CpuBackend<T>::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
     }
     round(grads.dx.as<T>() + first * s.d, count * s.d);
   });
-  if (grads.w) gemm_weight_gradients<T>(s.N, s.d, scratch.normed, {{grads.du.as<T>(), s.F, s.F, grads.w.as<T>()}});
+  if (grads.w) scratch.gradients.add(s.N, scratch.normed, {{grads.du.as<T>(), s.F, s.F, grads.w.as<T>()}});
 }
 
 #define PGOLF_INSTANTIATE(T)                                 \

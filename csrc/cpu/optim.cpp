@@ -49,12 +49,14 @@ template <class T>
 struct NewtonSchulz {
   i64 r, c;
   T *x, *next, *gram, *poly;  // [r, c] twice, [r, r] twice
+  T* packed;                  // x as a right-hand side
 
   NewtonSchulz(Layout& layout, i64 rows, i64 cols) : r(rows < cols ? rows : cols), c(rows < cols ? cols : rows) {
     x = layout.take<T>(r * c);
     next = layout.take<T>(r * c);
     gram = layout.take<T>(r * r);
     poly = layout.take<T>(r * r);
+    packed = layout.take<T>(packed_size<T>(c, r));
   }
 
   // x ← NS5 of x; the quintic's coefficients are Keller Jordan's.
@@ -73,7 +75,8 @@ struct NewtonSchulz {
       for (i64 i = 0; i < r * r; ++i) poly[i] = q * poly[i] + b * gram[i];
       round_values(rounding, poly, r * r);
       for (i64 i = 0; i < r * c; ++i) next[i] = a * x[i];
-      gemm<T>(kPlain, kPlain, r, c, r, poly, r, x, c, kFromC, next, c);
+      for (i64 i = 0; i < panels_of<T>(c); ++i) pack_panel<T>(kPlain, c, r, x, c, i, packed);
+      gemm_packed<T>(r, c, r, poly, r, packed, kFromC, next, c);
       round_values(rounding, next, r * c);
       T* swap = x;
       x = next;

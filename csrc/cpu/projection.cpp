@@ -18,6 +18,13 @@ struct ForwardScratch {
       : w(layout, s.N, kTransposed, s.d, s.c), row(layout, workers, mixed ? s.d : 0) {}
 };
 
+template <class T>
+struct BackwardScratch {
+  SharedRight<T> w;
+  WeightGradients<T> gradients;
+  BackwardScratch(Layout& layout, const Dims& s) : w(layout, s.N, kPlain, s.c, s.d), gradients(layout, s.N, s.c) {}
+};
+
 }  // namespace
 
 template <class T>
@@ -25,7 +32,7 @@ OpBytes CpuBackend<T>::bytes(const ProjectResidual& op) const {
   const Dims s(op);
   Layout forward, backward;
   ForwardScratch<T>(forward, concurrency(), s, bool(op.mixed.x));
-  SharedRight<T>(backward, s.N, kPlain, s.c, s.d);
+  BackwardScratch<T>(backward, s);
   return {0, forward.used(), backward.used()};
 }
 
@@ -72,13 +79,13 @@ void CpuBackend<T>::project_residual_backward(const ProjectResidual& op, const P
   const Dims s(op);
   const i64 N = s.N, d = s.d, c = s.c;
   Layout layout(grads.scratch.data);
-  SharedRight<T> w(layout, N, kPlain, c, d);
-  prepare(w, op.w);
+  BackwardScratch<T> scratch(layout, s);
+  prepare(scratch.w, op.w);
   const T* dout = grads.dout.as<T>();
   const T slope = T(2 * std::sqrt(grads.h_scale));  // h_scale·2·relu(u) = 2·√h_scale·√h
   for_row_chunks(N, [&](i64 first, i64 count, int) {
     T* da = grads.da.as<T>() + first * c;
-    w.multiply(count, dout + first * d, d, kFromZero, da, c);
+    scratch.w.multiply(count, dout + first * d, d, kFromZero, da, c);
     if (grads.h_scale > 0) {
       const T* h = op.a.as<T>() + first * c;
       PGOLF_SIMD
@@ -86,7 +93,7 @@ void CpuBackend<T>::project_residual_backward(const ProjectResidual& op, const P
     }
     round(da, count * c);
   });
-  if (grads.w) gemm_weight_gradients<T>(N, c, op.a.as<T>(), {{dout, d, d, grads.w.as<T>()}});
+  if (grads.w) scratch.gradients.add(N, op.a.as<T>(), {{dout, d, d, grads.w.as<T>()}});
 }
 
 // No scratch is planned for it: every chunk of rows, taller than an operation's, packs b for itself.

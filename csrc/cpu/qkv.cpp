@@ -52,6 +52,7 @@ struct BackwardScratch {
   PerWorker<T> dnormed;   // [kRowChunk, d]
   ColumnSums<T> vectors;  // mix row 0, mix row 1, skip weight
   SharedRight<T> wq, wk, wv;
+  WeightGradients<T> gradients;
   BackwardScratch(Layout& layout, int workers, const Dims& s)
       : normed(layout.take<T>(s.N * s.d)),
         du(layout.take<T>(s.N * 2 * s.rank)),
@@ -59,7 +60,8 @@ struct BackwardScratch {
         vectors(layout, s.cut(), 3 * s.d),
         wq(layout, s.N, kPlain, s.d, s.H * s.D),
         wk(layout, s.N, kPlain, s.d, s.K * s.D),
-        wv(layout, s.N, kPlain, s.d, s.K * s.D) {}
+        wv(layout, s.N, kPlain, s.d, s.K * s.D),
+        gradients(layout, s.N, s.d) {}
 };
 
 // body(token, rows, to) for the runs of tokens in [first, first + count) that have queries, which are rows `to` … of q.
@@ -244,10 +246,10 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
       dadapters.b_gradient(sequence, 1, s.T, dqkv + row * width + from_v, width, u);
     });
   if (!grads.wq) return;
-  gemm_weight_gradients<T>(s.N, d, scratch.normed,
-                           {{dqkv, width, s.H * s.D, grads.wq.as<T>()},
-                            {dqkv + from_k, width, s.K * s.D, grads.wk.as<T>()},
-                            {dqkv + from_v, width, s.K * s.D, grads.wv.as<T>()}});
+  scratch.gradients.add(s.N, scratch.normed,
+                        {{dqkv, width, s.H * s.D, grads.wq.as<T>()},
+                         {dqkv + from_k, width, s.K * s.D, grads.wk.as<T>()},
+                         {dqkv + from_v, width, s.K * s.D, grads.wv.as<T>()}});
 }
 
 #define PGOLF_INSTANTIATE(T)                                              \

@@ -155,27 +155,54 @@ struct WeightGradient {
   T* w;
 };
 
-// Weight gradients that share x, their outputs cut into tiles over the pool: of few rows where there are few, so that
-// several threads have one, and of several of a kernel's tiles in height, which share what is packed of x.
-template <class T, int kCount>
-void gemm_weight_gradients(i64 m, i64 cols, const T* x, const WeightGradient<T> (&parts)[kCount], T alpha = T(1)) {
-  constexpr i64 kMaxCols = 512;
-  const auto tile_rows = [](const WeightGradient<T>& part) { return part.rows >= 512 ? i64{128} : i64{64}; };
-  const auto row_tiles = [&](const WeightGradient<T>& part) { return chunks_of(part.rows, tile_rows(part)); };
-  const i64 col_tiles = chunks_of(cols, kMaxCols);
-  i64 all = 0;
-  for (const auto& part : parts) all += row_tiles(part) * col_tiles;
-  parallel_for(all, [&](i64 task) {
-    int index = 0;
-    while (task >= row_tiles(parts[index]) * col_tiles) task -= row_tiles(parts[index++]) * col_tiles;
-    const WeightGradient<T>& part = parts[index];
-    const i64 step = tile_rows(part), r = task / col_tiles * step, c = task % col_tiles * kMaxCols;
-    const i64 height = part.rows - r < step ? part.rows - r : step;
-    const i64 width = cols - c < kMaxCols ? cols - c : kMaxCols;
-    gemm_blocks<T>(kTransposed, kPlain, height, width, m, alpha, part.y + r, part.stride, x + c, cols,
-                   part.w + r * cols + c, cols);
-  });
-}
+// Weight gradients that share x [m, cols]. x is packed once for all of them over the pool, a block of the sums over
+// tokens at a time, or several that are 1 MiB together: the part of it that a task reads stays in L2 for the next one.
+// Then the outputs are cut into tiles over the pool, of few rows where there are few, so that several threads have one.
+template <class T>
+class WeightGradients {
+ public:
+  WeightGradients(Layout& layout, i64 rows, i64 columns) : cols_(columns), span_(kSumBlock) {  // rows: the most of them
+    constexpr i64 kNumbers = i64{1} << 18;
+    while (span_ < rows && 2 * span_ * cols_ <= kNumbers) span_ *= 2;
+    packed_ = layout.take<T>(packed_size<T>(cols_, rows < span_ ? rows : span_));
+  }
+
+  template <int kCount>
+  void add(i64 m, const T* x, const WeightGradient<T> (&parts)[kCount], T alpha = T(1)) const {
+    i64 all = 0;
+    for (const auto& part : parts) all += tiles_of(part);
+    for (i64 from = 0; from < m; from += span_) {
+      const i64 rows = m - from < span_ ? m - from : span_, panels = panels_of<T>(cols_);
+      parallel_for(chunks_of(rows, kSumBlock) * panels, [&](i64 task) {
+        const i64 l = task / panels * kSumBlock;
+        pack_panel<T>(kPlain, cols_, depth_at(l, rows), x + (from + l) * cols_, cols_, task % panels, block(l));
+      });
+      parallel_for(all, [&](i64 task) {
+        int index = 0;
+        while (task >= tiles_of(parts[index])) task -= tiles_of(parts[index++]);
+        const WeightGradient<T>& part = parts[index];
+        const i64 step = tile_rows(part), row_tiles = chunks_of(part.rows, step);
+        const i64 r = task % row_tiles * step, c = task / row_tiles * kMaxCols;
+        const i64 height = part.rows - r < step ? part.rows - r : step;
+        const i64 width = cols_ - c < kMaxCols ? cols_ - c : kMaxCols;
+        for (i64 l = 0; l < rows; l += kSumBlock)
+          gemm_packed_block<T>(height, width, depth_at(l, rows), alpha, part.y + (from + l) * part.stride + r,
+                               part.stride, block(l) + c * depth_at(l, rows), part.w + r * cols_ + c, cols_);
+      });
+    }
+  }
+
+ private:
+  static constexpr i64 kMaxCols = 512;  // a whole number of panels
+  static i64 tile_rows(const WeightGradient<T>& part) { return part.rows >= 256 ? 128 : 64; }
+  i64 col_tiles() const { return chunks_of(cols_, kMaxCols); }
+  i64 tiles_of(const WeightGradient<T>& part) const { return chunks_of(part.rows, tile_rows(part)) * col_tiles(); }
+  static i64 depth_at(i64 l, i64 rows) { return rows - l < kSumBlock ? rows - l : kSumBlock; }
+  T* block(i64 l) const { return packed_ + packed_size<T>(cols_, l); }
+
+  i64 cols_, span_;
+  T* packed_;
+};
 
 // Reads a block's mixed input row by row.
 template <class T>

@@ -267,6 +267,17 @@ struct Vec : NarrowVec<T, Vec<T>> {
 #endif
 #endif
 
+// Fetches the line of p into L2. Anything may stand there, or nothing.
+PGOLF_INLINE void prefetch(const void* p) {
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(PGOLF_SSE2)
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+#elif defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#else
+  (void)p;
+#endif
+}
+
 // The tile of results that a kernel keeps in registers: kTileRows × kTileVectors accumulators, and room for what is
 // multiplied.
 #if defined(__AVX512F__)

@@ -271,8 +271,12 @@ def cpu_product(
     """One product of the CPU's kernels on this thread, for tests and benchmarks: c = (c +) op(a)·op(b).
 
     a, b, c: matrices of one dtype, float32 or float64, with contiguous rows. kind: "chain"; "packed", b packed before;
-    "blocks", c += alpha·op(a)·op(b) in blocks of 512 of the depth; "symmetric", a·aᵀ with b = a.
+    "blocks", c += alpha·op(a)·op(b) in blocks of 512 of the depth; "packed blocks", b of every block packed before;
+    "symmetric", a·aᵀ with b = a.
     """
+
+def cpu_multiply_adds(steps: int) -> float:
+    """Multiply-adds on registers alone, the processor's limit for products; returns the FLOPs that they were."""
 
 def allocation_count() -> int:
     """Native allocations since the library was loaded."""
