@@ -237,10 +237,10 @@ void pack_left(Transpose ta, i64 m, i64 depth, const T* a, i64 lda, T* out) {
   }
 }
 
-// A is packed where several panels read it; a transposed one always, as every step of its k is in another page.
+// A is packed where many panels read it; a transposed one always, as every step of its k is in another page.
 template <class T>
 PGOLF_INLINE bool packs_left(Transpose ta, i64 m, i64 n) {
-  return ta || (m > kTileRows && n >= 3 * kWidth<T>);
+  return ta || (m > kTileRows && n >= 8 * kWidth<T>);
 }
 
 // Columns of B from j on as tiles read them, a step apart; the packed panel that comes next, or null.
