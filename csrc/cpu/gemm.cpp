@@ -46,9 +46,10 @@ struct Tile {
   const T* ahead = nullptr;  // of a packed panel: what is fetched into L2 on the way
 };
 
-// A packed tile fetches a row of the next panel every eighth step of k: ten tiles fetch all of it, and never so fast
-// that what the tile itself reads has to wait.
-inline constexpr i64 kAheadSteps = 8;
+// Of the next panel a packed tile fetches so much at every k: ten tiles fetch all of it, and never so fast that what
+// the tile itself reads has to wait.
+template <class T>
+inline constexpr i64 kAhead = kWidth<T> / 8;
 
 template <class T, bool kPacked, int kVectors, int kRows>
 void tile(const Tile<T>& t) {
@@ -67,24 +68,23 @@ void tile(const Tile<T>& t) {
 
   const T *a = t.a, *b = t.b, *ahead = t.ahead;
   const i64 a_step = t.a_step, b_step = t.b_step;
-  for (i64 l = 0; l < t.depth;) {
+#pragma GCC unroll 2
+  for (i64 l = 0; l < t.depth; ++l) {
     if constexpr (kPacked) {
-      for (int v = 0; v < kVectors; ++v) prefetch(ahead + v * kLanes);
-      ahead += kWidth<T>;
+      prefetch(ahead);
+      ahead += kAhead<T>;
     }
-    for (const i64 end = kPacked ? least(t.depth, l + kAheadSteps) : t.depth; l < end; ++l) {
-      typename V::Register row[kVectors];
+    typename V::Register row[kVectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) row[v] = V::load(b + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) row[v] = V::load(b + v * kLanes);
 #pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-        const typename V::Register x = V::repeat(kPacked ? a + i : a + i * a_step);
+    for (int i = 0; i < kRows; ++i) {
+      const typename V::Register x = V::repeat(kPacked ? a + i : a + i * a_step);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sum[i][v] = V::multiply_add(x, row[v], sum[i][v]);
-      }
-      a += kPacked ? kStep<T> : 1;
-      b += b_step;
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = V::multiply_add(x, row[v], sum[i][v]);
     }
+    a += kPacked ? kStep<T> : 1;
+    b += b_step;
   }
 
   if (t.finish == Finish::add) {
@@ -149,11 +149,11 @@ template <class T>
 void tiles(const Left<T>& a, i64 m, Tile<T> t, const T* ahead = nullptr) {
   t.a = a.numbers;
   t.a_step = a.ld;
-  const i64 fetched = (t.depth + kAheadSteps - 1) / kAheadSteps;  // rows of the next panel, by a tile
-  i64 next = 0;
-  for (Heights heights(m); heights.tiles > 0; next += fetched) {
+  const i64 panel = kWidth<T> * t.depth;
+  i64 fetched = 0;
+  for (Heights heights(m); heights.tiles > 0; fetched += kAhead<T> * t.depth) {
     const i64 rows = heights.next();
-    t.ahead = ahead && next < t.depth ? ahead + next * kWidth<T> : t.b;
+    t.ahead = ahead && fetched < panel ? ahead + fetched : t.b;
     tile_of<T>(a.packed, rows, t.columns)(t);
     t.a += a.packed ? kStep<T> * t.depth : rows * t.a_step;
     t.c += rows * t.ldc;
