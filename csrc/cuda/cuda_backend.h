@@ -1,4 +1,5 @@
-// The CUDA backend: one GPU, one stream. The files of this folder have the names of cpu/ and compute the same.
+// The CUDA backend: one GPU, one stream. The files of this folder have the names of cpu/ and compute the same;
+// what is one file there, optim.cpp, is grad_norm.cu, adam.cu, muon.cu, adapter_optim.cu and axpby.cu here.
 //
 // Rules of this folder
 //   Everything runs on `stream()`, in order; nothing but download, wait and synchronize waits for it; nothing allocates
