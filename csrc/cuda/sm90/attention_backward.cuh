@@ -31,7 +31,9 @@ struct DqTiles {
   static constexpr int kWarpTile = SharedTile<kHeadWidth>::bytes(16);
   static constexpr int kSlots = 3 * kQueryStages * kQueryBytes, kTiles = kSlots + 2 * kStages * kTileBytes;
   static constexpr int kBarriers = kTiles + kWarps * kWarpTile;
-  static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + 16 * (kQueryStages + kStages);
+  using Keys = Pipeline<kStages>;
+  using Queries = Pipeline<kQueryStages>;
+  static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + Keys::kBarrierBytes + Queries::kBarrierBytes;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr int kGainRows = 16;  // queries of each partial sum of the gain's gradient: a warp's
 };
@@ -48,47 +50,33 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
   extern __shared__ unsigned char raw[];
   unsigned char* const shared = align_shared(raw);
   const unsigned queries = shared_address(shared), slots = queries + Tiles::kSlots;
-  const unsigned barriers = queries + Tiles::kBarriers, query_barriers = barriers + 16 * Tiles::kStages;
+  const Tiles::Keys key_pipeline{queries + Tiles::kBarriers};
+  const Tiles::Queries query_pipeline{key_pipeline.barriers + Tiles::Keys::kBarrierBytes};
   const auto keys_at = [&](int stage) { return slots + 2 * stage * Tiles::kTileBytes; };
-  const auto full = [&](int stage) { return barriers + 16 * stage; };
-  const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
-  const auto queries_full = [&](int stage) { return query_barriers + 16 * stage; };
-  const auto queries_empty = [&](int stage) { return query_barriers + 16 * stage + 8; };
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Tiles::kStages; ++stage) {
-      barrier_init(full(stage), 1);
-      barrier_init(empty(stage), Tiles::kWarps);
-    }
-    for (int stage = 0; stage < Tiles::kQueryStages; ++stage) {
-      barrier_init(queries_full(stage), 1);
-      barrier_init(queries_empty(stage), Tiles::kWarps * kWarpArrivals);
-    }
+    key_pipeline.init(Tiles::kWarps);
+    query_pipeline.init(Tiles::kWarps * kWarpArrivals);
     barriers_ready();
   }
   __syncthreads();
 
   const unsigned blocks = static_cast<unsigned>(order.heads) * static_cast<unsigned>(order.tiles);
   const int warpgroup = static_cast<int>(uniform(threadIdx.x / kWarpgroup));
-  int stage = 0, query_stage = 0;
   if (warpgroup == Tiles::kConsumers) {
     give_registers<Tiles::kProducerRegisters>();
     if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
-    int parity = 1, query_parity = 1;
-    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x) {
+    PipelineState key = PipelineState::of_producer(), query = PipelineState::of_producer();
+    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, query_pipeline.advance(query)) {
       const QueryTile<Tiles> at(a, order, block);
-      const unsigned to = queries + 3 * query_stage * Tiles::kQueryBytes, filled = queries_full(query_stage);
-      barrier_wait(queries_empty(query_stage), query_parity);
-      barrier_expect(filled, 3 * Tiles::kQueryBytes);
-      copy_box(to, &q_map, at.h * kHeadWidth, at.first_query, at.b, filled);
-      copy_box(to + Tiles::kQueryBytes, &d_o_map, at.h * kHeadWidth, at.first_query, at.b, filled);
-      copy_box(to + 2 * Tiles::kQueryBytes, &o_map, at.h * kHeadWidth, at.first_query, at.b, filled);
-      if (++query_stage == Tiles::kQueryStages) query_stage = 0, query_parity ^= 1;
-      for (int tile = 0; tile < at.tiles; ++tile) {
-        barrier_wait(empty(stage), parity);
-        barrier_expect(full(stage), 2 * Tiles::kTileBytes);
-        copy_box(keys_at(stage), &k_map, at.kv * kHeadWidth, tile * kKeys, at.b, full(stage));
-        copy_box(keys_at(stage) + Tiles::kTileBytes, &v_map, at.kv * kHeadWidth, tile * kKeys, at.b, full(stage));
-        if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+      const unsigned to = queries + 3 * query.stage * Tiles::kQueryBytes;
+      const unsigned queries_full = query_pipeline.acquire(query, 3 * Tiles::kQueryBytes);
+      copy_box(to, &q_map, at.h * kHeadWidth, at.first_query, at.b, queries_full);
+      copy_box(to + Tiles::kQueryBytes, &d_o_map, at.h * kHeadWidth, at.first_query, at.b, queries_full);
+      copy_box(to + 2 * Tiles::kQueryBytes, &o_map, at.h * kHeadWidth, at.first_query, at.b, queries_full);
+      for (int tile = 0; tile < at.tiles; ++tile, key_pipeline.advance(key)) {
+        const unsigned full = key_pipeline.acquire(key, 2 * Tiles::kTileBytes);
+        copy_box(keys_at(key.stage), &k_map, at.kv * kHeadWidth, tile * kKeys, at.b, full);
+        copy_box(keys_at(key.stage) + Tiles::kTileBytes, &v_map, at.kv * kHeadWidth, tile * kKeys, at.b, full);
       }
     }
     return;
@@ -99,13 +87,13 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
   const bool signals = lane == 0;
   unsigned char* const own_tile = shared + Tiles::kTiles + warp * Tiles::kWarpTile;
   const int gain_rows = (a.queries + Tiles::kGainRows - 1) / Tiles::kGainRows;
-  int parity = 0, query_parity = 0;
+  PipelineState key = PipelineState::of_consumer(), query = PipelineState::of_consumer();
   for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x) {
     const QueryTile<Tiles> at(a, order, block);
     const int own_first = at.first_query + warpgroup * Tiles::kOwnQueries;
     const int warp_query = own_first + warp % 4 * 16, warp_position = warp_query + a.first();
     const int tiles = own_first < a.queries ? at.tiles_until(a, own_first + Tiles::kOwnQueries) : 0;
-    const unsigned query_slot = 3 * query_stage * Tiles::kQueryBytes;
+    const unsigned query_slot = 3 * query.stage * Tiles::kQueryBytes;
     const std::uint64_t own_rows =
         descriptor(uniform(queries + query_slot + warpgroup * Tiles::kOwnQueries * kHeadRowBytes));
     const std::uint64_t own_d_o = behind(own_rows, Tiles::kQueryBytes);
@@ -115,11 +103,11 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
     float lse[2];
 #pragma unroll
     for (int half_row = 0; half_row < 2; ++half_row) {
-      const int query = warp_query + lane_row(2 * half_row);
-      lse[half_row] = query < a.queries ? a.lse[first_row + query] : INFINITY;
+      const int row = warp_query + lane_row(2 * half_row);
+      lse[half_row] = row < a.queries ? a.lse[first_row + row] : INFINITY;
     }
 
-    barrier_wait(queries_full(query_stage), query_parity);
+    query_pipeline.wait(query);
     float delta[2];
     {
       // Two lanes a row, half of its numbers each.
@@ -146,8 +134,8 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       angles.begin(g.norms.cos, g.norms.sin, warp_position, a.T);
 #pragma unroll
       for (int half_row = 0; half_row < 2; ++half_row) {
-        const int query = min(warp_query + lane_row(2 * half_row), a.queries - 1);
-        factors[half_row] = gain * a.root * g.norms.q_factors[(i64{at.b} * a.queries + query) * a.H + at.h];
+        const int row = min(warp_query + lane_row(2 * half_row), a.queries - 1);
+        factors[half_row] = gain * a.root * g.norms.q_factors[(i64{at.b} * a.queries + row) * a.H + at.h];
       }
     }
     if (tiles > 0 && lane_column(0) == 0) {
@@ -174,8 +162,8 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
     };
     const auto step = [&](int tile, auto starts) {
       constexpr int kPending = starts ? 0 : 1;  // products of the tile before, beside this tile's
-      const std::uint64_t keys = descriptor(uniform(keys_at(stage))), values = behind(keys, Tiles::kTileBytes);
-      barrier_wait(full(stage), parity);
+      const std::uint64_t keys = descriptor(uniform(keys_at(key.stage))), values = behind(keys, Tiles::kTileBytes);
+      key_pipeline.wait(key);
       products_begin();
 #pragma unroll
       for (int k = 0; k < kHeadWidth / 16; ++k)
@@ -206,11 +194,11 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       if constexpr (!starts) {
         products_wait<0>();
         products_done(dq[0]);
-        if (signals) barrier_arrive(empty(last));
+        if (signals) key_pipeline.release(last);
       }
       round_fragments<S, kKeys>(rounded, ds[0]);
-      last = stage;
-      if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+      last = key.stage;
+      key_pipeline.advance(key);
     };
     if (tiles > 0) {
       step(0, std::true_type{});
@@ -218,12 +206,11 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       begin_sum();
       products_wait<0>();
       products_done(dq[0]);
-      if (signals) barrier_arrive(empty(last));
+      if (signals) key_pipeline.release(last);
     }
-    for (int tile = tiles; tile < at.tiles; ++tile) {  // that only later queries of the block see
-      barrier_wait(full(stage), parity);
-      if (signals) barrier_arrive(empty(stage));
-      if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+    for (int tile = tiles; tile < at.tiles; ++tile, key_pipeline.advance(key)) {  // that only later queries see
+      key_pipeline.wait(key);
+      if (signals) key_pipeline.release(key.stage);
     }
 
     const auto query_at = [&](int n, int half_row) {
@@ -247,8 +234,8 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
         for (int i = 0; i < 4; ++i) dq[0][n][i] *= gain * a.root;
     }
     __syncwarp();
-    warp_arrive(queries_empty(query_stage));
-    if (++query_stage == Tiles::kQueryStages) query_stage = 0, query_parity ^= 1;
+    query_pipeline.release_warp(query.stage);
+    query_pipeline.advance(query);
     if (tiles == 0) continue;
     if (signals && warp_query < a.queries)
       g.dgain[(i64{at.h} * a.batch + at.b) * gain_rows + warp_query / Tiles::kGainRows] = a.root * dgain;
@@ -267,7 +254,9 @@ struct DkdvTiles {
   static constexpr int kSlots = 2 * kKeyBytes, kTiles = kSlots + 2 * kStages * kTileBytes;
   static constexpr int kAngles = kTiles + kWarps * kWarpTile;  // two tiles of each warp
   static constexpr int kRows = kAngles + 2 * kWarps * kWarpTile, kBarriers = kRows + kStages * QueryRows::kBytes;
-  static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + 16 * (kStages + 1);
+  using Queries = Pipeline<kStages>;
+  using Keys = Pipeline<1>;
+  static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + Queries::kBarrierBytes + Keys::kBarrierBytes;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 };
 
@@ -280,16 +269,13 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
   constexpr int kQueries = Tiles::kQueries;
   extern __shared__ unsigned char raw[];
   unsigned char* const shared = align_shared(raw);
-  const unsigned keys = shared_address(shared), slots = keys + Tiles::kSlots, barriers = keys + Tiles::kBarriers;
-  const unsigned keys_full = barriers + 16 * Tiles::kStages, keys_empty = keys_full + 8;
+  const unsigned keys = shared_address(shared), slots = keys + Tiles::kSlots;
+  const Tiles::Queries query_pipeline{keys + Tiles::kBarriers};
+  const Tiles::Keys key_pipeline{query_pipeline.barriers + Tiles::Queries::kBarrierBytes};
   const auto queries_at = [&](int stage) { return slots + 2 * stage * Tiles::kTileBytes; };
-  const auto full = [&](int stage) { return barriers + 16 * stage; };
-  const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Tiles::kStages + 1; ++stage) {
-      barrier_init(full(stage), 1);
-      barrier_init(empty(stage), Tiles::kWarps * kWarpArrivals);
-    }
+    query_pipeline.init(Tiles::kWarps * kWarpArrivals);
+    key_pipeline.init(Tiles::kWarps * kWarpArrivals);
     barriers_ready();
   }
   __syncthreads();
@@ -297,7 +283,6 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
   const unsigned blocks = static_cast<unsigned>(order.heads) * static_cast<unsigned>(order.tiles);
   const int warpgroup = static_cast<int>(uniform(threadIdx.x / kWarpgroup)),
             query_tiles = static_cast<int>(QueryRows::tiles(a.queries));
-  int stage = 0;
   // What a block has to do: keys [first_key, first_key + kKeys) of one head, and the queries from first_tile on.
   struct KeyTile {
     int b, kv, first_key, first_tile;
@@ -310,22 +295,20 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
   if (warpgroup == Tiles::kConsumers) {
     give_registers<Tiles::kProducerRegisters>();
     if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
-    int parity = 1, keys_parity = 1;
-    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, keys_parity ^= 1) {
+    PipelineState query = PipelineState::of_producer(), key = PipelineState::of_producer();
+    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, key_pipeline.advance(key)) {
       const KeyTile at(a, order.at(block));
-      barrier_wait(keys_empty, keys_parity);
-      barrier_expect(keys_full, 2 * Tiles::kKeyBytes);
+      const unsigned keys_full = key_pipeline.acquire(key, 2 * Tiles::kKeyBytes);
       copy_box(keys, &k_map, at.kv * kHeadWidth, at.first_key, at.b, keys_full);
       copy_box(keys + Tiles::kKeyBytes, &v_map, at.kv * kHeadWidth, at.first_key, at.b, keys_full);
       for (int h = at.kv * a.group(); h < (at.kv + 1) * a.group(); ++h)
-        for (int tile = at.first_tile; tile < query_tiles; ++tile) {
-          barrier_wait(empty(stage), parity);
-          barrier_expect(full(stage), 2 * Tiles::kTileBytes + QueryRows::kBytes);
-          copy_box(queries_at(stage), &q_map, h * kHeadWidth, tile * kQueries, at.b, full(stage));
-          copy_box(queries_at(stage) + Tiles::kTileBytes, &d_o_map, h * kHeadWidth, tile * kQueries, at.b, full(stage));
-          copy_bytes(keys + Tiles::kRows + stage * QueryRows::kBytes, g.delta + QueryRows::at(a, at.b, h, tile),
-                     QueryRows::kBytes, full(stage));
-          if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+        for (int tile = at.first_tile; tile < query_tiles; ++tile, query_pipeline.advance(query)) {
+          const unsigned full = query_pipeline.acquire(query, 2 * Tiles::kTileBytes + QueryRows::kBytes);
+          const unsigned to = queries_at(query.stage);
+          copy_box(to, &q_map, h * kHeadWidth, tile * kQueries, at.b, full);
+          copy_box(to + Tiles::kTileBytes, &d_o_map, h * kHeadWidth, tile * kQueries, at.b, full);
+          copy_bytes(keys + Tiles::kRows + query.stage * QueryRows::kBytes, g.delta + QueryRows::at(a, at.b, h, tile),
+                     QueryRows::kBytes, full);
         }
     }
     return;
@@ -334,17 +317,17 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
   take_registers<Tiles::kConsumerRegisters>();
   const int warp = threadIdx.x / kWarp;
   unsigned char* const own_tile = shared + Tiles::kTiles + warp * Tiles::kWarpTile;
-  int parity = 0, keys_parity = 0;
-  for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, keys_parity ^= 1) {
+  PipelineState query = PipelineState::of_consumer(), key = PipelineState::of_consumer();
+  for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, key_pipeline.advance(key)) {
     const KeyTile at(a, order.at(block));
     const int own_first = at.first_key + warpgroup * Tiles::kOwnKeys, warp_key = own_first + warp % 4 * 16;
     Fragments<1, kHeadWidth> k, v;
-    barrier_wait(keys_full, keys_parity);
+    key_pipeline.wait(key);
     __syncwarp();
     load_fragments<kHeadWidth, 1>(k, keys, warp * 16);
     load_fragments<kHeadWidth, 1>(v, keys + Tiles::kKeyBytes, warp * 16);
     __syncwarp();
-    warp_arrive(keys_empty);
+    key_pipeline.release_warp(key.stage);
     unsigned char* const angle_tiles = shared + Tiles::kAngles + 2 * warp * Tiles::kWarpTile;
     const SharedAngles angles{angle_tiles, angle_tiles + Tiles::kWarpTile};
     float factors[2];
@@ -352,8 +335,8 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
       angles.begin(g.norms.cos, g.norms.sin, warp_key, a.T);
 #pragma unroll
       for (int half_row = 0; half_row < 2; ++half_row) {
-        const int key = min(warp_key + lane_row(2 * half_row), a.T - 1);
-        factors[half_row] = a.root * g.norms.k_factors[(i64{at.b} * a.T + key) * a.K + at.kv];
+        const int row = min(warp_key + lane_row(2 * half_row), a.T - 1);
+        factors[half_row] = a.root * g.norms.k_factors[(i64{at.b} * a.T + row) * a.K + at.kv];
       }
     }
 
@@ -362,13 +345,13 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
     int last = -1;  // the stage of the tile before, if products may still read it
     for (int h = at.kv * a.group(); h < (at.kv + 1) * a.group(); ++h) {
       const float gain = a.gain[h], scale = exponent_scale(gain, a.root);
-      for (int tile = at.first_tile; tile < query_tiles; ++tile) {
+      for (int tile = at.first_tile; tile < query_tiles; ++tile, query_pipeline.advance(query)) {
         const int position = a.first() + tile * kQueries;
-        barrier_wait(full(stage), parity);
+        query_pipeline.wait(query);
         if (position + kQueries <= own_first) {  // they see none of these keys
-          warp_arrive(empty(stage));
+          query_pipeline.release_warp(query.stage);
         } else {
-          const std::uint64_t queries = descriptor(queries_at(stage)), d_o = behind(queries, Tiles::kTileBytes);
+          const std::uint64_t queries = descriptor(queries_at(query.stage)), d_o = behind(queries, Tiles::kTileBytes);
           products_begin();
 #pragma unroll
           for (int i = 0; i < kHeadWidth / 16; ++i)
@@ -380,11 +363,12 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           products_commit();
           products_wait<1>();  // the tile before is done with, too
           products_done(p[0]);
-          if (last >= 0) warp_arrive(empty(last));
+          if (last >= 0) query_pipeline.release_warp(last);
           hide_later_keys<true, 1, kQueries>(p, warp_key, position, copysignf(INFINITY, -scale));
           float4 rows[kQueries / 8];  // of this lane's queries, two by two
           const float* const own_rows =
-              reinterpret_cast<const float*>(shared + Tiles::kRows + stage * QueryRows::kBytes) + 2 * lane_column(0);
+              reinterpret_cast<const float*>(shared + Tiles::kRows + query.stage * QueryRows::kBytes) +
+              2 * lane_column(0);
 #pragma unroll
           for (int n = 0; n < kQueries / 8; ++n) {
             rows[n] = *reinterpret_cast<const float4*>(own_rows + 16 * n);
@@ -414,7 +398,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           for (int i = 0; i < kQueries / 16; ++i)
             multiply_add_64x64<S, Second::plain>(dk[0], rounded_ds[i], behind(queries, i * 16 * kHeadRowBytes));
           products_commit();
-          last = stage;
+          last = query.stage;
         }
         if (a.T < 0) {
 #pragma unroll
@@ -423,13 +407,12 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
             keep(v[0][i], keys);
           }
         }
-        if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
       }
     }
     products_wait<0>();
     products_done(dk[0]);
     products_done(dv[0]);
-    if (last >= 0) warp_arrive(empty(last));
+    if (last >= 0) query_pipeline.release_warp(last);
 
     if (g.norms.cos) {
       copies_landed();

@@ -18,7 +18,9 @@ struct ForwardTiles {
   static constexpr int kWarpTile = SharedTile<kWidth>::bytes(16), kWarps = kConsumers * kWarpgroup / kWarp;
   static constexpr int kTiles = kQueryBytes + 2 * kStages * kTileBytes;
   static constexpr int kBarriers = kTiles + kWarps * kWarpTile;
-  static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + 8 * (2 + 4 * kStages);
+  using Queries = Pipeline<1>;
+  using Rows = Pipeline<kStages>;  // of keys, and of values
+  static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + Queries::kBarrierBytes + 2 * Rows::kBarrierBytes;
   static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
 };
 
@@ -27,26 +29,19 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
     attention_forward(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                       const __grid_constant__ CUtensorMap v_map, const AttentionArgs<S> a, const BlockOrder order) {
   using Tiles = ForwardTiles;
-  constexpr int kWidth = Tiles::kWidth, kKeys = Tiles::kKeys, kStages = Tiles::kStages;
+  constexpr int kWidth = Tiles::kWidth, kKeys = Tiles::kKeys;
   extern __shared__ unsigned char raw[];
   unsigned char* const shared = align_shared(raw);
   const unsigned queries = shared_address(shared), slots = queries + Tiles::kQueryBytes;
-  const unsigned barriers = queries + Tiles::kBarriers, queries_full = barriers, queries_empty = barriers + 8;
+  const Tiles::Queries query_pipeline{queries + Tiles::kBarriers};
+  const Tiles::Rows key_pipeline{query_pipeline.barriers + Tiles::Queries::kBarrierBytes};
+  const Tiles::Rows value_pipeline{key_pipeline.barriers + Tiles::Rows::kBarrierBytes};
   const auto keys_at = [&](int stage) { return slots + 2 * stage * Tiles::kTileBytes; };
   const auto values_at = [&](int stage) { return keys_at(stage) + Tiles::kTileBytes; };
-  const auto keys_full = [&](int stage) { return barriers + 16 + 32 * stage; };
-  const auto keys_empty = [&](int stage) { return keys_full(stage) + 8; };
-  const auto values_full = [&](int stage) { return keys_full(stage) + 16; };
-  const auto values_empty = [&](int stage) { return keys_full(stage) + 24; };
   if (threadIdx.x == 0) {
-    barrier_init(queries_full, 1);
-    barrier_init(queries_empty, Tiles::kWarps);
-    for (int stage = 0; stage < kStages; ++stage) {
-      barrier_init(keys_full(stage), 1);
-      barrier_init(keys_empty(stage), Tiles::kWarps);
-      barrier_init(values_full(stage), 1);
-      barrier_init(values_empty(stage), Tiles::kWarps);
-    }
+    query_pipeline.init(Tiles::kWarps);
+    key_pipeline.init(Tiles::kWarps);
+    value_pipeline.init(Tiles::kWarps);
     barriers_ready();
   }
   __syncthreads();
@@ -56,20 +51,16 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
   if (warpgroup == Tiles::kConsumers) {
     give_registers<Tiles::kProducerRegisters>();
     if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
-    int stage = 0, parity = 1, query_parity = 1;
-    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, query_parity ^= 1) {
+    PipelineState rows = PipelineState::of_producer(), query = PipelineState::of_producer();
+    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, query_pipeline.advance(query)) {
       const QueryTile<Tiles> at(a, order, block);
-      barrier_wait(queries_empty, query_parity);
-      barrier_expect(queries_full, Tiles::kQueryBytes);
+      const unsigned queries_full = query_pipeline.acquire(query, Tiles::kQueryBytes);
       copy_box(queries, &q_map, at.h * kWidth, at.first_query, at.b, queries_full);
-      for (int tile = 0; tile < at.tiles; ++tile) {
-        barrier_wait(keys_empty(stage), parity);
-        barrier_expect(keys_full(stage), Tiles::kTileBytes);
-        copy_box(keys_at(stage), &k_map, at.kv * kWidth, tile * kKeys, at.b, keys_full(stage));
-        barrier_wait(values_empty(stage), parity);
-        barrier_expect(values_full(stage), Tiles::kTileBytes);
-        copy_box(values_at(stage), &v_map, at.kv * kWidth, tile * kKeys, at.b, values_full(stage));
-        if (++stage == kStages) stage = 0, parity ^= 1;
+      for (int tile = 0; tile < at.tiles; ++tile, key_pipeline.advance(rows)) {
+        const unsigned keys_full = key_pipeline.acquire(rows, Tiles::kTileBytes);
+        copy_box(keys_at(rows.stage), &k_map, at.kv * kWidth, tile * kKeys, at.b, keys_full);
+        const unsigned values_full = value_pipeline.acquire(rows, Tiles::kTileBytes);
+        copy_box(values_at(rows.stage), &v_map, at.kv * kWidth, tile * kKeys, at.b, values_full);
       }
     }
     return;
@@ -80,8 +71,8 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
   const bool signals = threadIdx.x % kWarp == 0;
   unsigned char* const own_tile = shared + Tiles::kTiles + warp * Tiles::kWarpTile;
   const unsigned own_queries = queries + warpgroup * Tiles::kOwnQueries * Tiles::kRowBytes;
-  int stage = 0, parity = 0, query_parity = 0;
-  for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, query_parity ^= 1) {
+  PipelineState rows = PipelineState::of_consumer(), query = PipelineState::of_consumer();
+  for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, query_pipeline.advance(query)) {
     const QueryTile<Tiles> at(a, order, block);
     const int own_first = at.first_query + warpgroup * Tiles::kOwnQueries;
     const int warp_query = own_first + warp % 4 * 16, warp_position = warp_query + a.first();
@@ -99,11 +90,11 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
     unsigned p[kKeys / 16][4];  // the probabilities of the tile before
     float top[1][2] = {{-INFINITY, -INFINITY}}, sum[1][2] = {}, shrink[2];
     const auto begin_scores = [&](int from) {
-      const std::uint64_t rows = descriptor(own_queries), keys = descriptor(keys_at(from));
+      const std::uint64_t own_rows = descriptor(own_queries), keys = descriptor(keys_at(from));
       products_begin();
 #pragma unroll
       for (int k = 0; k < kWidth / 16; ++k)
-        multiply_add_64x128<S>(s[0], behind(rows, k * 32), behind(keys, k * 32), k > 0);
+        multiply_add_64x128<S>(s[0], behind(own_rows, k * 32), behind(keys, k * 32), k > 0);
       products_commit();
     };
     const auto begin_outputs = [&](int from) {
@@ -158,23 +149,22 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
           }
       }
     };
-    barrier_wait(queries_full, query_parity);
+    query_pipeline.wait(query);
     int last = 0;  // the stage of the probabilities
     for (int tile = 0; tile < tiles; ++tile) {
       const bool again = uniform(bounded && tile > 0);
-      barrier_wait(keys_full(stage), parity);
-      begin_scores(stage);
+      key_pipeline.wait(rows);
+      begin_scores(rows.stage);
       if (tile > 0) {
-        // The values of the tile before lie one stage back, in the phase before where that wraps.
-        barrier_wait(values_full(last), stage == 0 ? parity ^ 1 : parity);
+        value_pipeline.wait(last, rows.phase_before());
         begin_outputs(last);
         products_wait<1>();
       } else {
         products_wait<0>();
       }
       products_done(s[0]);
-      if (signals) barrier_arrive(keys_empty(stage));
-      if (signals && tile == tiles - 1) barrier_arrive(queries_empty);
+      if (signals) key_pipeline.release(rows.stage);
+      if (signals && tile == tiles - 1) query_pipeline.release(query.stage);
       if (again)
         softmax_again(tile);
       else
@@ -185,7 +175,7 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
       }
       products_wait<0>();
       products_done(o[0]);
-      if (signals && tile > 0) barrier_arrive(values_empty(last));
+      if (signals && tile > 0) value_pipeline.release(last);
       if (!again) {
 #pragma unroll
         for (int n = 0; n < kWidth / 8; ++n)
@@ -193,24 +183,23 @@ __global__ void __launch_bounds__(ForwardTiles::kThreads, 1)
           for (int i = 0; i < 4; ++i) o[0][n][i] *= shrink[i / 2];
       }
       round_fragments<S, kKeys>(p, s[0]);
-      last = stage;
-      if (++stage == kStages) stage = 0, parity ^= 1;
+      last = rows.stage;
+      key_pipeline.advance(rows);
     }
     if (tiles > 0) {
-      barrier_wait(values_full(last), stage == 0 ? parity ^ 1 : parity);
+      value_pipeline.wait(last, rows.phase_before());
       begin_outputs(last);
       products_wait<0>();
       products_done(o[0]);
-      if (signals) barrier_arrive(values_empty(last));
+      if (signals) value_pipeline.release(last);
     } else if (signals) {
-      barrier_arrive(queries_empty);
+      query_pipeline.release(query.stage);
     }
-    for (int tile = tiles; tile < at.tiles; ++tile) {  // that only later queries of the block see
-      barrier_wait(keys_full(stage), parity);
-      if (signals) barrier_arrive(keys_empty(stage));
-      barrier_wait(values_full(stage), parity);
-      if (signals) barrier_arrive(values_empty(stage));
-      if (++stage == kStages) stage = 0, parity ^= 1;
+    for (int tile = tiles; tile < at.tiles; ++tile, key_pipeline.advance(rows)) {  // that only later queries see
+      key_pipeline.wait(rows);
+      if (signals) key_pipeline.release(rows.stage);
+      value_pipeline.wait(rows);
+      if (signals) value_pipeline.release(rows.stage);
     }
     if (tiles == 0) continue;
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/attention_tiles.cuh"
-#include "cuda/sm90/instructions.cuh"
+#include "cuda/sm90/pipeline.cuh"
 #include "cuda/sm90/tensor_map.h"
 
 namespace pgolf::cuda::sm90 {

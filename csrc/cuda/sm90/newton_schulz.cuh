@@ -16,7 +16,7 @@
 #include <span>
 
 #include "cuda/iteration_tiles.h"
-#include "cuda/sm90/instructions.cuh"
+#include "cuda/sm90/pipeline.cuh"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/tiles.cuh"
 
@@ -29,17 +29,20 @@ struct NewtonSchulzTiles {
   static constexpr int kBoxBytes = kHalf * kBoxColumns * 2, kOperandBytes = 2 * kBoxBytes;
   static constexpr int kStageBytes = 2 * kOperandBytes, kStages = 5;
   static constexpr int kWarpTile = SharedTile<kSide>::bytes(16), kWarps = kConsumers * kWarpgroup / kWarp;
-  static constexpr int kTurns = 2 * kConsumers;  // tiles that are announced and not yet begun
+  static constexpr int kQueueStages = 2 * kConsumers;  // tiles that are announced and not yet begun
+  using Operands = Pipeline<kStages>;
+  using Queue = Pipeline<kQueueStages>;
   static constexpr int kTiles = kStages * kStageBytes, kBarriers = kTiles + 2 * kWarps * kWarpTile;
-  static constexpr int kAnnounced = kBarriers + 8 * (2 * kStages + kConsumers + 2 * kTurns + 1);
+  static constexpr int kAnnounced =
+      kBarriers + Operands::kBarrierBytes + PingPong::kBarrierBytes + Queue::kBarrierBytes + 8;
   struct Announced {
     IterationTile tile;
     int box;  // boxes along the sums in all tiles of this block before it; −1: there is no tile any more
   };
-  static constexpr int kSharedBytes = kSwizzleBytes + kAnnounced + kTurns * static_cast<int>(sizeof(Announced));
+  static constexpr int kSharedBytes = kSwizzleBytes + kAnnounced + kQueueStages * static_cast<int>(sizeof(Announced));
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 };
-static_assert(NewtonSchulzTiles::kSharedBytes <= 227 * 1024);
+static_assert(NewtonSchulzTiles::kSharedBytes <= 227 * 1024 && NewtonSchulzTiles::kConsumers == PingPong::kWarpgroups);
 
 // `count` matrices x [r, c], one after another, with what belongs to them; r and c are multiples of 8.
 struct WideMatrices {
@@ -125,27 +128,18 @@ template <class S>
 __global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
     newton_schulz(const __grid_constant__ IterationArgs<S> args) {
   using Tiles = NewtonSchulzTiles;
-  constexpr int kStages = Tiles::kStages, kTurns = Tiles::kTurns;
   extern __shared__ unsigned char raw[];
   unsigned char* const shared = align_shared(raw);
-  const unsigned slots = shared_address(shared), barriers = slots + Tiles::kBarriers;
+  const unsigned slots = shared_address(shared);
   auto* const announced = reinterpret_cast<Tiles::Announced*>(shared + Tiles::kAnnounced);
-  const auto full = [&](int stage) { return barriers + 16 * stage; };
-  const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
-  const auto turn = [&](int consumer) { return barriers + 16 * kStages + 8 * consumer; };
-  const auto told = [&](int slot) { return barriers + 16 * kStages + 8 * Tiles::kConsumers + 16 * slot; };
-  const auto heard = [&](int slot) { return told(slot) + 8; };
-  const unsigned begun = told(kTurns);
+  const Tiles::Operands pipeline{slots + Tiles::kBarriers};
+  const PingPong turns{pipeline.barriers + Tiles::Operands::kBarrierBytes};
+  const Tiles::Queue queue{turns.barriers + PingPong::kBarrierBytes};
+  const unsigned begun = queue.barriers + Tiles::Queue::kBarrierBytes;
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      barrier_init(full(stage), 1);
-      barrier_init(empty(stage), kWarpgroup / kWarp);
-    }
-    for (int consumer = 0; consumer < Tiles::kConsumers; ++consumer) barrier_init(turn(consumer), kWarpgroup / kWarp);
-    for (int slot = 0; slot < kTurns; ++slot) {
-      barrier_init(told(slot), 1);
-      barrier_init(heard(slot), 1 + kWarpgroup / kWarp * kWarpArrivals);  // who copies, and who multiplies
-    }
+    pipeline.init(kWarpgroup / kWarp);
+    turns.init();
+    queue.init(1 + kWarpgroup / kWarp * kWarpArrivals);  // who loads, and who multiplies
     barrier_init(begun, 1);
     barriers_ready();
   }
@@ -155,20 +149,20 @@ __global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
   if (warpgroup == Tiles::kConsumers) {
     give_registers<Tiles::kProducerRegisters>();
     const int role = static_cast<int>(threadIdx.x) - Tiles::kConsumers * kWarpgroup;
-    int slot = 0;
     if (role == kWarp) {
       // Takes a tile when the copies of the one before begin, no earlier: at the end few wait in one block.
-      int heard_parity = 1, begun_parity = 1, box = 0;
+      PipelineState slot = PipelineState::of_producer();
+      int begun_phase = 1, box = 0;
       const auto announce = [&](const IterationTile& tile, int first_box) {
-        barrier_wait(heard(slot), heard_parity);
-        announced[slot] = {tile, first_box};
-        barrier_arrive(told(slot));
-        if (++slot == kTurns) slot = 0, heard_parity ^= 1;
+        queue.acquire(slot);
+        announced[slot.stage] = {tile, first_box};
+        queue.commit(slot);
+        queue.advance(slot);
       };
       const unsigned all = static_cast<unsigned>(args.steps * args.tiles.of_step());
       while (true) {
-        barrier_wait(begun, begun_parity);  // at once for the first
-        begun_parity ^= 1;
+        barrier_wait(begun, begun_phase);  // at once for the first
+        begun_phase ^= 1;
         const unsigned number = atomicAdd(args.taken, 1u);
         if (number >= all) break;
         const IterationTile tile = args.tiles.at(static_cast<int>(number));
@@ -179,31 +173,29 @@ __global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
       }
       for (int consumer = 0; consumer < Tiles::kConsumers; ++consumer) announce({}, -1);
     } else if (role == 0) {
-      int stage = 0, parity = 1, told_parity = 0;
+      PipelineState to = PipelineState::of_producer(), slot = PipelineState::of_consumer();
       while (true) {
-        barrier_wait(told(slot), told_parity);
-        const Tiles::Announced work = announced[slot];
-        barrier_arrive(heard(slot));
-        if (++slot == kTurns) slot = 0, told_parity ^= 1;
+        queue.wait(slot);
+        const Tiles::Announced work = announced[slot.stage];
+        queue.release(slot.stage);
+        queue.advance(slot);
         if (work.box < 0) return;
         barrier_arrive(begun);
         const IterationTile& tile = work.tile;
         const StageOperands<S> operands(args.groups[tile.group], tile);
         const bool diagonal = !operands.over_rows && tile.at.row == tile.at.column;
-        for (int k = 0; k < operands.boxes; ++k) {
-          const unsigned left = slots + stage * Tiles::kStageBytes, right = left + Tiles::kOperandBytes;
-          barrier_wait(empty(stage), parity);
-          barrier_expect(full(stage), diagonal ? Tiles::kOperandBytes : Tiles::kStageBytes);
+        for (int k = 0; k < operands.boxes; ++k, pipeline.advance(to)) {
+          const unsigned left = slots + to.stage * Tiles::kStageBytes, right = left + Tiles::kOperandBytes;
+          const unsigned full = pipeline.acquire(to, diagonal ? Tiles::kOperandBytes : Tiles::kStageBytes);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             copy_box(left + half * Tiles::kBoxBytes, operands.left, k * kBoxColumns,
-                     tile.at.row * Tiles::kSide + half * Tiles::kHalf, tile.at.matrix, full(stage));
+                     tile.at.row * Tiles::kSide + half * Tiles::kHalf, tile.at.matrix, full);
             if (diagonal) continue;
             const int across = tile.at.column * Tiles::kSide + half * Tiles::kHalf, along = k * kBoxColumns;
             copy_box(right + half * Tiles::kBoxBytes, operands.right, operands.over_rows ? across : along,
-                     operands.over_rows ? along : across, tile.at.matrix, full(stage));
+                     operands.over_rows ? along : across, tile.at.matrix, full);
           }
-          if (++stage == kStages) stage = 0, parity ^= 1;
         }
       }
     }
@@ -213,14 +205,15 @@ __global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
   take_registers<Tiles::kConsumerRegisters>();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   unsigned char* const own_tiles = shared + Tiles::kTiles + warp * 2 * Tiles::kWarpTile;
-  int slot = warpgroup, slot_parity = 0, turn_parity = warpgroup == 0;
+  int number = warpgroup;  // of this block's tiles
+  int turn_phase = PingPong::first_phase(warpgroup);
   while (true) {
-    barrier_wait(told(slot), slot_parity);
-    const Tiles::Announced work = announced[slot];
+    const PipelineState slot = queue.at(number);
+    number += Tiles::kConsumers;
+    queue.wait(slot);
+    const Tiles::Announced work = announced[slot.stage];
     __syncwarp();  // all have read it
-    warp_arrive(heard(slot));
-    slot += Tiles::kConsumers;
-    if (slot >= kTurns) slot -= kTurns, slot_parity ^= 1;
+    queue.release_warp(slot.stage);
     if (work.box < 0) return;
     const auto& group = args.groups[work.tile.group];
     const ProductTile at = work.tile.at;
@@ -246,10 +239,10 @@ __global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
     int before = 0;
     const auto multiply = [&](auto over_rows) {
       for (int k = 0; k < operands.boxes; ++k) {
-        const int box = work.box + k, stage = box % kStages;
-        barrier_wait(full(stage), box / kStages & 1);
+        const PipelineState box = pipeline.at(work.box + k);
+        pipeline.wait(box);
         products_begin();
-        const unsigned left_box = slots + stage * Tiles::kStageBytes;
+        const unsigned left_box = slots + box.stage * Tiles::kStageBytes;
         const unsigned right_box = over_rows.value || mirrored ? left_box + Tiles::kOperandBytes : left_box;
         const std::uint64_t left = descriptor(left_box);
         const std::uint64_t right = descriptor(right_box, over_rows.value ? Tiles::kBoxBytes : 0);
@@ -263,21 +256,21 @@ __global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
         }
         products_commit();
         products_wait<1>();
-        if (k > 0 && lane == 0) barrier_arrive(empty(before));
-        before = stage;
+        if (k > 0 && lane == 0) pipeline.release(before);
+        before = box.stage;
       }
-      if (lane == 0) barrier_arrive(turn(1 - warpgroup));
+      if (lane == 0) turns.pass_on(warpgroup);
       products_wait<0>();
       products_done(sums[0]);
       products_done(sums[1]);
     };
-    barrier_wait(turn(warpgroup), turn_parity);  // at once for the very first tile
-    turn_parity ^= 1;
+    turns.wait(warpgroup, turn_phase);
+    turn_phase ^= 1;
     if (operands.over_rows)
       multiply(std::true_type{});
     else
       multiply(std::false_type{});
-    if (lane == 0) barrier_arrive(empty(before));
+    if (lane == 0) pipeline.release(before);
     copies_landed();
     __syncwarp();
     const float alpha = operands.over_rows ? 1.0f : args.q, beta = operands.over_rows ? args.a : args.b;

@@ -17,7 +17,7 @@
 
 #include <algorithm>
 
-#include "cuda/sm90/instructions.cuh"
+#include "cuda/sm90/pipeline.cuh"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/tiles.cuh"
 
@@ -39,7 +39,8 @@ struct ResidentTiles {
   static constexpr int kWarps = kConsumers * kWarpgroup / kWarp;
   static constexpr int kMostStages = 4;
   static constexpr int kMostShared = 227 * 1024;
-  static constexpr int kBarrierBytes = 8 * (2 * kMostStages + 1 + kConsumers);
+  using Boxes = Pipeline<kMostStages>;
+  static constexpr int kBarrierBytes = Boxes::kBarrierBytes + 8 + PingPong::kBarrierBytes;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
   static constexpr int bytes(int depth_boxes, int stages) {
@@ -52,7 +53,7 @@ struct ResidentTiles {
     return count;
   }
 };
-static_assert(ResidentTiles::kConsumers == 2);  // one and the other
+static_assert(ResidentTiles::kConsumers == PingPong::kWarpgroups);
 static_assert(ResidentTiles::stages(8) == 4 && ResidentTiles::stages(10) == 2);
 
 template <class S, Second kSecond, class Epilogue>
@@ -64,18 +65,13 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
   unsigned char* const shared = align_shared(raw);
   const unsigned weights = shared_address(shared), boxes = weights + depth_boxes * Tiles::kBoxBytes;
   unsigned char* const tiles = shared + (depth_boxes + stages) * Tiles::kBoxBytes;
-  const unsigned barriers = shared_address(tiles) + Tiles::kWarps * Tiles::kWarpTile;
-  const unsigned weights_here = barriers + 16 * Tiles::kMostStages;
-  const auto turn = [&](int consumer) { return weights_here + 8 + 8 * consumer; };
-  const auto full = [&](int stage) { return barriers + 16 * stage; };
-  const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
+  const Tiles::Boxes pipeline{shared_address(tiles) + Tiles::kWarps * Tiles::kWarpTile, stages};
+  const unsigned weights_full = pipeline.barriers + Tiles::Boxes::kBarrierBytes;
+  const PingPong turns{weights_full + 8};
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < stages; ++stage) {
-      barrier_init(full(stage), 1);
-      barrier_init(empty(stage), kWarpgroup / kWarp);
-    }
-    barrier_init(weights_here, 1);
-    for (int consumer = 0; consumer < Tiles::kConsumers; ++consumer) barrier_init(turn(consumer), kWarpgroup / kWarp);
+    pipeline.init(kWarpgroup / kWarp);
+    barrier_init(weights_full, 1);
+    turns.init();
     barriers_ready();
   }
   __syncthreads();
@@ -87,24 +83,22 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
     give_registers<Tiles::kProducerRegisters>();
     if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
     prefetch(&x);
-    barrier_expect(weights_here, depth_boxes * Tiles::kBoxBytes);
+    barrier_expect(weights_full, depth_boxes * Tiles::kBoxBytes);
     for (int k = 0; k < depth_boxes; ++k) {
       const unsigned to = weights + k * Tiles::kBoxBytes;
       if constexpr (kSecond == Second::transposed) {
-        copy_box(to, &w, k * kBoxColumns, column, 0, weights_here);
+        copy_box(to, &w, k * kBoxColumns, column, 0, weights_full);
       } else {
-        copy_box(to, &w, column, k * kBoxColumns, 0, weights_here);
-        copy_box(to + Tiles::kBoxBytes / 2, &w, column + kBoxColumns, k * kBoxColumns, 0, weights_here);
+        copy_box(to, &w, column, k * kBoxColumns, 0, weights_full);
+        copy_box(to + Tiles::kBoxBytes / 2, &w, column + kBoxColumns, k * kBoxColumns, 0, weights_full);
       }
     }
-    int stage = 0, parity = 1;
+    PipelineState box = PipelineState::of_producer();
     for (int tile = first_tile; tile < row_tiles; tile += step) {
       if constexpr (kPrefetches<Epilogue>) epilogue.prefetch(i64{tile} * Tiles::kRows, column);
-      for (int k = 0; k < depth_boxes; ++k) {
-        barrier_wait(empty(stage), parity);
-        barrier_expect(full(stage), Tiles::kBoxBytes);
-        copy_box(boxes + stage * Tiles::kBoxBytes, &x, k * kBoxColumns, tile * Tiles::kRows, 0, full(stage));
-        if (++stage == stages) stage = 0, parity ^= 1;
+      for (int k = 0; k < depth_boxes; ++k, pipeline.advance(box)) {
+        const unsigned full = pipeline.acquire(box, Tiles::kBoxBytes);
+        copy_box(boxes + box.stage * Tiles::kBoxBytes, &x, k * kBoxColumns, tile * Tiles::kRows, 0, full);
       }
     }
     return;
@@ -113,17 +107,13 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
   take_registers<Tiles::kConsumerRegisters>();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   unsigned char* const own_tile = tiles + warp * Tiles::kWarpTile;
-  barrier_wait(weights_here, 0);
-  // The warpgroups take turns, tile by tile; a tile's boxes are depth_boxes in a row of all that come. A barrier tells
-  // only one phase from the next: nobody may wait for a box before the other one has seen the last of its own.
-  int stage = 0, parity = 0, turn_parity = warpgroup == 0;
-  const int other_stages = depth_boxes % stages, other_turns = depth_boxes / stages & 1;
-  const auto pass_other_tile = [&] {
-    stage += other_stages;
-    parity ^= other_turns;
-    if (stage >= stages) stage -= stages, parity ^= 1;
-  };
-  if (warpgroup == 1) pass_other_tile();
+  barrier_wait(weights_full, 0);
+  // The warpgroups take turns, tile by tile; a tile's boxes are depth_boxes in a row of all that come. Nobody waits for
+  // a box before the other one has seen the last of its own (Pipeline).
+  PipelineState box = PipelineState::of_consumer();
+  int turn_phase = PingPong::first_phase(warpgroup);
+  const PipelineSkip skip_other_tile(pipeline, depth_boxes);
+  if (warpgroup == 1) skip_other_tile(pipeline, box);
   for (int tile = first_tile + warpgroup * step; tile < row_tiles; tile += Tiles::kConsumers * step) {
     const auto row_of = [&](int half_tile) {
       return i64{tile} * Tiles::kRows + half_tile * Tiles::kHalfRows + warp % 4 * 16;
@@ -140,9 +130,9 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
     // That the first product overwrites its sums must be plain to the compiler: else it keeps their 128 registers
     // through the epilogue of the tile before.
     const auto multiply_box = [&](int k, auto first) {
-      barrier_wait(full(stage), parity);
+      pipeline.wait(box);
       products_begin();
-      const std::uint64_t rows = descriptor(boxes + stage * Tiles::kBoxBytes);
+      const std::uint64_t rows = descriptor(boxes + box.stage * Tiles::kBoxBytes);
       const std::uint64_t columns =
           descriptor(weights + k * Tiles::kBoxBytes, kSecond == Second::transposed ? 0 : Tiles::kBoxBytes / 2);
       constexpr int kStep = kSecond == Second::transposed ? 32 : 16 * kBoxColumns * int(sizeof(S));  // of 16 numbers
@@ -154,20 +144,20 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
                                           behind(columns, part * kStep), !first() || part > 0);
       products_commit();
       products_wait<1>();
-      if (!first() && lane == 0) barrier_arrive(empty(before));
-      before = stage;
-      if (++stage == stages) stage = 0, parity ^= 1;
+      if (!first() && lane == 0) pipeline.release(before);
+      before = box.stage;
+      pipeline.advance(box);
     };
-    barrier_wait(turn(warpgroup), turn_parity);  // at once for the very first tile
-    turn_parity ^= 1;
+    turns.wait(warpgroup, turn_phase);
+    turn_phase ^= 1;
     multiply_box(0, std::true_type{});
     for (int k = 1; k < depth_boxes; ++k) multiply_box(k, std::false_type{});
-    if (lane == 0) barrier_arrive(turn(1 - warpgroup));
+    if (lane == 0) turns.pass_on(warpgroup);
     products_wait<0>();
     products_done(sums[0]);
     products_done(sums[1]);
-    if (lane == 0) barrier_arrive(empty(before));
-    pass_other_tile();
+    if (lane == 0) pipeline.release(before);
+    skip_other_tile(pipeline, box);
 #pragma unroll
     for (int half_tile = 0; half_tile < 2; ++half_tile) {
       __syncwarp();  // the half before has left the tile
