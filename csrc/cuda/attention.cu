@@ -43,7 +43,7 @@ AttentionArgs<S> arguments(const Attention& op) {
 // Whether Hopper's own kernels compute it.
 template <class S>
 bool on_hopper(const CudaBackend& backend, const AttentionArgs<S>& a) {
-  return sizeof(S) == 2 && backend.path() >= Path::sm90 && a.D == sm90::kHeadWidth;
+  return sizeof(S) == 2 && backend.has_wgmma() && a.D == sm90::kHeadWidth;
 }
 
 struct BackwardScratch {

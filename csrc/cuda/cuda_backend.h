@@ -16,13 +16,11 @@
 
 #include "backend.h"
 #include "core/error.h"
+#include "cuda/kernel_set.h"
 
 namespace pgolf::cuda {
 
 using i64 = std::int64_t;
-
-// The portable ways an operation can run: which instructions it may use. `PGOLF_CUDA_PATH=75|80|90` forces a lower one.
-enum class Path { sm75 = 75, sm80 = 80, sm90 = 90 };
 
 // D[m, n] = alpha·op(A)[m, k]·op(B)[k, n] + beta·C, row-major, `count` of them `*_step` elements apart. C may be D.
 // A and B have one dtype (f32: no TF32; bf16, f16), C and D another of f32 and that of A. Sums are float32.
@@ -113,7 +111,7 @@ class CudaBackend final : public Backend {
     use();
     return stream_;
   }
-  Path path() const { return path_; }
+  bool has_wgmma() const { return cuda::has_wgmma(kernel_set_); }
   int processors() const { return properties_.multiProcessorCount; }
   void gemm(const Gemm& product) const;  // blas.cpp
 
@@ -127,7 +125,7 @@ class CudaBackend final : public Backend {
   int device_;
   DType storage_;
   cudaDeviceProp properties_{};
-  Path path_ = Path::sm80;
+  KernelSet kernel_set_ = KernelSet::sm80;
   cudaStream_t stream_ = nullptr;
   std::size_t allocated_ = 0, peak_ = 0, limit_ = 0;  // bytes
   bool graphs_ = true;

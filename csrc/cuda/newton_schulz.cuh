@@ -67,8 +67,7 @@ class NewtonSchulz {
     with_storage(dtype_, [&](auto storage) {
       using S = decltype(storage);
       if constexpr (sizeof(S) == 2)
-        if (backend.path() >= Path::sm90)
-          return sm90::launch_newton_schulz<S>(backend, groups_, steps, a, b, q, state_);
+        if (backend.has_wgmma()) return sm90::launch_newton_schulz<S>(backend, groups_, steps, a, b, q, state_);
       for (const Group& g : groups_) iterate_group(backend, g, steps);
     });
     if (steps % 2 != 0)

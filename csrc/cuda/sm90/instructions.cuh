@@ -1,5 +1,5 @@
 // Single instructions that only Hopper has: the copy engine (TMA), barriers in shared memory that count its bytes, and
-// products of a whole warpgroup of 128 threads (wgmma). In code for other GPUs they trap; Path::sm90 alone calls them.
+// products of a whole warpgroup of 128 threads (wgmma). In code for other GPUs they trap: for has_wgmma() alone.
 #pragma once
 
 #include <cuda.h>

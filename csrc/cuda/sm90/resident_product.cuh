@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
 // Whether resident_product computes a product of these sizes.
 inline bool takes(const CudaBackend& backend, i64 rows, i64 columns, i64 depth) {
   constexpr i64 kMostRows = i64{1} << 30;
-  return backend.path() >= Path::sm90 && backend.dtype() != DType::f32 && rows <= kMostRows &&
+  return backend.has_wgmma() && backend.dtype() != DType::f32 && rows <= kMostRows &&
          columns % ResidentTiles::kColumns == 0 && depth % kBoxColumns == 0 &&
          ResidentTiles::stages(static_cast<int>(std::min<i64>(depth, 1 << 20) / kBoxColumns)) >= 2;
 }
