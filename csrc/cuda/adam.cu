@@ -1,6 +1,6 @@
 // AdamW on many tensors in one launch.  docs/spec.md §3
 #include "cuda/adam_step.cuh"
-#include "cuda/batch.cuh"
+#include "cuda/multi_tensor.cuh"
 
 namespace pgolf::cuda {
 namespace {
@@ -16,7 +16,7 @@ struct AdamEntry {
 };
 // Memory-bound: 4 reads, 3 writes. The float64 arithmetic of the constants is done once a block, while data travels.
 __global__ void __launch_bounds__(kThreads)
-    adam_update(const __grid_constant__ Batch<AdamEntry> tensors, const StepValues* values) {
+    adam_update(const __grid_constant__ TensorList<AdamEntry> tensors, const StepValues* values) {
   __shared__ AdamConstants shared;
   const int index = tensors.entry_of(blockIdx.x);
   const AdamEntry& t = tensors.entries[index];
@@ -45,13 +45,13 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void CudaBackend::adam(std::span<const AdamTensor> tensors, const StepValues* values) {
-  in_batches(
+  multi_tensor_apply(
       tensors,
       [](const AdamTensor& t) {
         return AdamEntry{t.w.as<float>(), t.grad.as<float>(), t.m.as<float>(), t.v.as<float>(), t.w.size(), t.group};
       },
       [](const AdamEntry& e) { return (e.size + AdamElements::kChunk - 1) / AdamElements::kChunk; },
-      [&](const Batch<AdamEntry>& batch) {
+      [&](const TensorList<AdamEntry>& batch) {
         adam_update<<<batch.blocks, kThreads, 0, stream()>>>(batch, values);
         PGOLF_LAUNCHED("adam_update");
       });

@@ -4,7 +4,7 @@
 
 #include "core/random.h"
 #include "cuda/adam_step.cuh"
-#include "cuda/batch.cuh"
+#include "cuda/multi_tensor.cuh"
 
 namespace pgolf::cuda {
 namespace {
@@ -40,7 +40,7 @@ struct AdapterEntry {
 
 // Compute-bound: Philox's ten rounds for every number of an a.
 template <class S>
-__global__ void __launch_bounds__(kThreads) begin_adapters(const __grid_constant__ Batch<AdapterEntry<S>> adapters,
+__global__ void __launch_bounds__(kThreads) begin_adapters(const __grid_constant__ TensorList<AdapterEntry<S>> adapters,
                                                            const std::int32_t* documents, std::uint64_t seed) {
   const int index = adapters.entry_of(blockIdx.x);
   const AdapterEntry<S>& t = adapters.entries[index];
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) begin_adapters(const __grid_constant
 
 // Memory-bound: 4 reads, 3 writes and the copy.
 template <class S>
-__global__ void __launch_bounds__(kThreads) step_adapters(const __grid_constant__ Batch<AdapterEntry<S>> adapters,
+__global__ void __launch_bounds__(kThreads) step_adapters(const __grid_constant__ TensorList<AdapterEntry<S>> adapters,
                                                           const std::int32_t* steps, AdapterAdam settings) {
   __shared__ AdamConstants shared;
   const int index = adapters.entry_of(blockIdx.x);
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) step_adapters(const __grid_constant_
 // launch(batch) for all adapters, a block for each piece of each row
 template <class S, class F>
 void for_adapters(std::span<const AdapterRows> adapters, F&& launch) {
-  in_batches(
+  multi_tensor_apply(
       adapters,
       [](const AdapterRows& t) {
         return AdapterEntry<S>{t.w.as<float>(),
@@ -110,7 +110,7 @@ void CudaBackend::adapters_begin(std::span<const AdapterRows> adapters, const Te
                                  std::uint64_t seed) {
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
-    for_adapters<S>(adapters, [&](const Batch<AdapterEntry<S>>& batch) {
+    for_adapters<S>(adapters, [&](const TensorList<AdapterEntry<S>>& batch) {
       begin_adapters<S><<<batch.blocks, kThreads, 0, stream()>>>(batch, documents.as<std::int32_t>(), seed);
       PGOLF_LAUNCHED("begin_adapters");
     });
@@ -121,7 +121,7 @@ void CudaBackend::adapters_step(std::span<const AdapterRows> adapters, const Ten
                                 const AdapterAdam& settings) {
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
-    for_adapters<S>(adapters, [&](const Batch<AdapterEntry<S>>& batch) {
+    for_adapters<S>(adapters, [&](const TensorList<AdapterEntry<S>>& batch) {
       step_adapters<S><<<batch.blocks, kThreads, 0, stream()>>>(batch, steps.as<std::int32_t>(), settings);
       PGOLF_LAUNCHED("step_adapters");
     });

@@ -1,5 +1,5 @@
 // y ← a·x + b·y, for averages of weights.
-#include "cuda/batch.cuh"
+#include "cuda/multi_tensor.cuh"
 
 namespace pgolf::cuda {
 namespace {

@@ -112,7 +112,7 @@ class CudaBackend final : public Backend {
     return stream_;
   }
   bool has_wgmma() const { return cuda::has_wgmma(kernel_set_); }
-  int processors() const { return properties_.multiProcessorCount; }
+  int sm_count() const { return properties_.multiProcessorCount; }
   void gemm(const Gemm& product) const;  // blas.cpp
 
   static constexpr int kPartials = 1024;  // room for the partial sums of add_sum and grad_norm

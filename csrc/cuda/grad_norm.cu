@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "cuda/batch.cuh"
+#include "cuda/multi_tensor.cuh"
 
 namespace pgolf::cuda {
 namespace {
@@ -18,7 +18,7 @@ struct Gradient {
 
 // partials[block] += its chunks' sum of squares. Memory-bound: 1 read.
 __global__ void __launch_bounds__(kThreads)
-    sum_squares(const __grid_constant__ Batch<Gradient> grads, double* partials) {
+    sum_squares(const __grid_constant__ TensorList<Gradient> grads, double* partials) {
   __shared__ double shared[kWarp];
   double sum = 0;
   for (unsigned chunk = blockIdx.x; chunk < grads.blocks; chunk += gridDim.x) {
@@ -63,10 +63,10 @@ __global__ void __launch_bounds__(CudaBackend::kPartials) add_partials(const dou
 
 void CudaBackend::grad_norm(std::span<const TensorView> grads, StepValues* values) {
   PGOLF_CUDA(cudaMemsetAsync(partials_, 0, kPartials * sizeof(double), stream()));
-  in_batches(
+  multi_tensor_apply(
       grads, [](const TensorView& t) { return Gradient{t.as<float>(), t.size()}; },
       [](const Gradient& g) { return (g.size + SumElements::kChunk - 1) / SumElements::kChunk; },
-      [&](const Batch<Gradient>& batch) {
+      [&](const TensorList<Gradient>& batch) {
         sum_squares<<<kPartials, kThreads, 0, stream()>>>(batch, partials_);
         PGOLF_LAUNCHED("sum_squares");
       });

@@ -48,11 +48,11 @@ __device__ __forceinline__ void gather_piece(const MuonMatrix& matrix, unsigned 
   sum = block_sum(sum, shared);  // and all have stored
   if (threadIdx.x != 0) return;
   matrix.partials[number] = sum;
-  add_done(gathered, 1);
+  release_increment(gathered, 1);
 }
 
-// A tile of X = u/(‖u‖ + 1e−7), lying wide and padded, once all pieces are gathered. 2 reads, of the L2 cache where the
-// pieces were gathered a moment ago, and 1 write of S.
+// A tile of X = u/(‖u‖ + 1e−7), lying wide and padded, once all pieces are gathered. 2 reads, from L2 where the pieces
+// were gathered a moment ago, and 1 write of S.
 template <class S, bool kMuon>
 __device__ __forceinline__ void normalize_tile(const MuonMatrix& matrix, unsigned number,
                                                const MuonUpdate<kMuon>& update, double* shared,
@@ -62,7 +62,7 @@ __device__ __forceinline__ void normalize_tile(const MuonMatrix& matrix, unsigne
   float4 grad[MuonTile::kQuads], m[MuonTile::kQuads];
 #pragma unroll
   for (int q = 0; q < MuonTile::kQuads; ++q) grad[q] = tile.load_quad(matrix.grad, q);
-  if (threadIdx.x == 0) wait_until(gathered, static_cast<unsigned>(matrix.pieces()));
+  if (threadIdx.x == 0) acquire_at_least(gathered, static_cast<unsigned>(matrix.pieces()));
   __syncthreads();
 #pragma unroll
   for (int q = 0; q < MuonTile::kQuads; ++q)
@@ -90,9 +90,9 @@ __device__ __forceinline__ void normalize_tile(const MuonMatrix& matrix, unsigne
   }
 }
 
-// Step 1, both of these. A block's number is the order in which it begins to run, not its place in the grid: a tile
-// waits for pieces with smaller numbers, which then run and wait for nothing. counters: the blocks that have begun, and
-// of each matrix the pieces gathered.
+// Step 1, both of these. A block takes its number from a counter as it starts, not from its place in the grid: a tile
+// waits for pieces with smaller numbers, whose blocks already run and wait for nothing, so that there is no deadlock.
+// counters: the blocks that have started, and of each matrix the pieces gathered.
 template <class S, bool kMuon>
 __global__ void __launch_bounds__(kThreads)
     prepare_updates(const __grid_constant__ Preparation preparation, const StepValues* values, unsigned* counters) {

@@ -1,15 +1,15 @@
 // The matrices that Muon updates, the tiles in which kernels transpose them, and a launch's numbering of its blocks.
 #pragma once
 
-#include "cuda/batch.cuh"
 #include "cuda/iteration_tiles.h"
+#include "cuda/multi_tensor.cuh"
 
 namespace pgolf::cuda {
 
 using MuonElements = Elements<4>;
 
 // A weight [rows, cols] and its update X, which lies wide, [r, c] with r ≤ c: transposed where the weight is tall. Both
-// sides of X are padded with zeros to multiples of 8, which its products keep at zero and which aligns every row to 16
+// sides of X are padded with zeros to multiples of 8, which its GEMMs keep at zero and which aligns every row to 16
 // bytes.
 struct MuonMatrix {
   float* w;
@@ -33,10 +33,10 @@ struct MuonMatrix {
  private:
   __host__ __device__ static int padded(int side) { return (side + kVector - 1) / kVector * kVector; }
 };
-using MuonMatrices = Batch<MuonMatrix>;
+using MuonMatrices = TensorList<MuonMatrix>;
 
-// A square of X and the square of the weight's shape that it is the update of: a transposition's two sides. It lies in
-// shared memory as the weight does; the odd stride spreads columns over the banks.
+// A square tile of X and the tile of the weight that it updates: a transposition's two sides. In shared memory it is
+// laid out as the weight is; the odd stride avoids bank conflicts.
 struct MuonTile {
   static constexpr int kSide = 64;
   static constexpr int kStride = kSide + 1;

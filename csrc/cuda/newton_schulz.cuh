@@ -1,4 +1,4 @@
-// Newton–Schulz iterations on all matrices of Muon: memory, grouping by shape, and the products, by cuBLASLt or in one
+// Newton–Schulz iterations on all matrices of Muon: memory, grouping by shape, and the GEMMs, by cuBLASLt or in one
 // launch of sm90/newton_schulz.cuh.
 #pragma once
 
@@ -58,7 +58,7 @@ class NewtonSchulz {
   // Calls launch(batch) until every matrix was in one, with blocks_of(matrix) blocks each.
   template <class BlocksOf, class F>
   void in_all(BlocksOf&& blocks_of, F&& launch) const {
-    in_batches(placed_, [&](const Placed& p) { return with_x(p); }, blocks_of, launch);
+    multi_tensor_apply(placed_, [&](const Placed& p) { return with_x(p); }, blocks_of, launch);
   }
 
   // x ← the quintic of x, `steps` times.

@@ -1,17 +1,17 @@
-// Attention backward on Hopper's tensor cores for heads of 64 numbers: the two kernels and formulas of
-// cuda/attention_backward.cuh, each with two warpgroups of 64 rows past which one warp streams tiles by the copy
-// engine. A warpgroup's exponentials run beside its own next product and those of the other one.
+// Attention backward by wgmma for heads of 64 numbers: the two kernels and formulas of cuda/attention_backward.cuh,
+// each with two consumer warpgroups of 64 rows and a producer warp that streams tiles to them by TMA. A warpgroup's
+// exponentials overlap its own next GEMM and those of the other warpgroup.
 //
-// dq hands each query's log-sum-exp and gain·Σ dO⊙O to dkdv by the 64, in one piece; a query behind the last one has an
-// infinite log-sum-exp, so that its probabilities are 0.
+// dq leaves each query's log-sum-exp and gain·Σ dO⊙O for dkdv in contiguous blocks of 64 queries; a query past the last
+// one has an infinite log-sum-exp, so that its probabilities are 0.
 #pragma once
 
 #include "cuda/sm90/attention_tiles.cuh"
 
 namespace pgolf::cuda::sm90 {
 
-// The queries that dkdv meets at a time, and what dq leaves of each: [batch, H, tiles, kQueries / 2, 4] float32:
-// log-sum-exp of two neighbours, then gain·Σ dO⊙O of both.
+// A tile of queries in dkdv, and what dq leaves of each query: [batch, H, tiles, kQueries / 2, 4] float32: log-sum-exp
+// of two neighbours, then gain·Σ dO⊙O of both.
 struct QueryRows {
   static constexpr int kQueries = 64, kNumbers = 2 * kQueries, kBytes = kNumbers * static_cast<int>(sizeof(float));
   static __host__ __device__ i64 tiles(int queries) { return (queries + kQueries - 1) / kQueries; }
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
     attention_dq(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap d_o_map,
                  const __grid_constant__ CUtensorMap o_map, const __grid_constant__ CUtensorMap k_map,
                  const __grid_constant__ CUtensorMap v_map, const AttentionArgs<S> a, const AttentionGradArgs<S> g,
-                 const BlockOrder order) {
+                 const TileScheduler order) {
   using Tiles = DqTiles;
   using Rows = SharedTile<kHeadWidth>;
   constexpr int kKeys = Tiles::kKeys;
@@ -56,35 +56,35 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
   if (threadIdx.x == 0) {
     key_pipeline.init(Tiles::kWarps);
     query_pipeline.init(Tiles::kWarps * kWarpArrivals);
-    barriers_ready();
+    mbarrier_init_fence();
   }
   __syncthreads();
 
   const unsigned blocks = static_cast<unsigned>(order.heads) * static_cast<unsigned>(order.tiles);
   const int warpgroup = static_cast<int>(uniform(threadIdx.x / kWarpgroup));
   if (warpgroup == Tiles::kConsumers) {
-    give_registers<Tiles::kProducerRegisters>();
+    warpgroup_reg_dealloc<Tiles::kProducerRegisters>();
     if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
     PipelineState key = PipelineState::of_producer(), query = PipelineState::of_producer();
     for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, query_pipeline.advance(query)) {
       const QueryTile<Tiles> at(a, order, block);
       const unsigned to = queries + 3 * query.stage * Tiles::kQueryBytes;
       const unsigned queries_full = query_pipeline.acquire(query, 3 * Tiles::kQueryBytes);
-      copy_box(to, &q_map, at.h * kHeadWidth, at.first_query, at.b, queries_full);
-      copy_box(to + Tiles::kQueryBytes, &d_o_map, at.h * kHeadWidth, at.first_query, at.b, queries_full);
-      copy_box(to + 2 * Tiles::kQueryBytes, &o_map, at.h * kHeadWidth, at.first_query, at.b, queries_full);
+      tma_load(to, &q_map, at.h * kHeadWidth, at.first_query, at.b, queries_full);
+      tma_load(to + Tiles::kQueryBytes, &d_o_map, at.h * kHeadWidth, at.first_query, at.b, queries_full);
+      tma_load(to + 2 * Tiles::kQueryBytes, &o_map, at.h * kHeadWidth, at.first_query, at.b, queries_full);
       for (int tile = 0; tile < at.tiles; ++tile, key_pipeline.advance(key)) {
         const unsigned full = key_pipeline.acquire(key, 2 * Tiles::kTileBytes);
-        copy_box(keys_at(key.stage), &k_map, at.kv * kHeadWidth, tile * kKeys, at.b, full);
-        copy_box(keys_at(key.stage) + Tiles::kTileBytes, &v_map, at.kv * kHeadWidth, tile * kKeys, at.b, full);
+        tma_load(keys_at(key.stage), &k_map, at.kv * kHeadWidth, tile * kKeys, at.b, full);
+        tma_load(keys_at(key.stage) + Tiles::kTileBytes, &v_map, at.kv * kHeadWidth, tile * kKeys, at.b, full);
       }
     }
     return;
   }
 
-  take_registers<Tiles::kConsumerRegisters>();
+  warpgroup_reg_alloc<Tiles::kConsumerRegisters>();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const bool signals = lane == 0;
+  const bool elected = lane == 0;
   unsigned char* const own_tile = shared + Tiles::kTiles + warp * Tiles::kWarpTile;
   const int gain_rows = (a.queries + Tiles::kGainRows - 1) / Tiles::kGainRows;
   PipelineState key = PipelineState::of_consumer(), query = PipelineState::of_consumer();
@@ -95,11 +95,11 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
     const int tiles = own_first < a.queries ? at.tiles_until(a, own_first + Tiles::kOwnQueries) : 0;
     const unsigned query_slot = 3 * query.stage * Tiles::kQueryBytes;
     const std::uint64_t own_rows =
-        descriptor(uniform(queries + query_slot + warpgroup * Tiles::kOwnQueries * kHeadRowBytes));
-    const std::uint64_t own_d_o = behind(own_rows, Tiles::kQueryBytes);
+        matrix_descriptor(uniform(queries + query_slot + warpgroup * Tiles::kOwnQueries * kHeadRowBytes));
+    const std::uint64_t own_d_o = advance_descriptor(own_rows, Tiles::kQueryBytes);
     unsigned char* const warp_rows = shared + query_slot + warp * Tiles::kWarpTile;
     const i64 first_row = a.row_at(at.b, at.h);
-    const float gain = a.gain[at.h], scale = exponent_scale(gain, a.root);
+    const float gain = a.gain[at.h], scale = softmax_scale_log2(gain, a.root);
     float lse[2];
 #pragma unroll
     for (int half_row = 0; half_row < 2; ++half_row) {
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       delta[0] = __shfl_sync(0xffffffffu, sum, 2 * lane_row(0));
       delta[1] = __shfl_sync(0xffffffffu, sum, 2 * lane_row(2));
     }
-    // What dO⊙O was made of and the tile for dq are free until dq is there: so long they have the angles.
+    // O's rows and the output tile are not needed until dq is stored: meanwhile they hold the angles.
     const bool past_norms = g.norms.cos != nullptr && tiles > 0;
     const SharedAngles angles{warp_rows + 2 * Tiles::kQueryBytes, own_tile};
     float factors[2];
@@ -148,53 +148,54 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       }
     }
 
-    Scores<1, kKeys> p, ds;
-    Scores<1, kHeadWidth> dq = {};
+    Accumulator<1, kKeys> p, ds;
+    Accumulator<1, kHeadWidth> dq = {};
     unsigned rounded[kKeys / 16][4];  // ds of the tile before
     int last = 0;                     // its stage
     const auto begin_sum = [&] {
-      const std::uint64_t keys = descriptor(uniform(keys_at(last)));
-      products_begin();
+      const std::uint64_t keys = matrix_descriptor(uniform(keys_at(last)));
+      wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k)
-        multiply_add_64x64<S, Second::plain>(dq[0], rounded[k], behind(keys, k * 16 * kHeadRowBytes));
-      products_commit();
+        wgmma_m64n64k16<S, Major::mn>(dq[0], rounded[k], advance_descriptor(keys, k * 16 * kHeadRowBytes));
+      wgmma_commit_group();
     };
     const auto step = [&](int tile, auto starts) {
-      constexpr int kPending = starts ? 0 : 1;  // products of the tile before, beside this tile's
-      const std::uint64_t keys = descriptor(uniform(keys_at(key.stage))), values = behind(keys, Tiles::kTileBytes);
+      constexpr int kPending = starts ? 0 : 1;  // wgmma groups of the tile before, beside this tile's
+      const std::uint64_t keys = matrix_descriptor(uniform(keys_at(key.stage))),
+                          values = advance_descriptor(keys, Tiles::kTileBytes);
       key_pipeline.wait(key);
-      products_begin();
+      wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kHeadWidth / 16; ++k)
-        multiply_add_64x128<S>(p[0], behind(own_rows, k * 32), behind(keys, k * 32), k > 0);
-      products_commit();
+        wgmma_m64n128k16<S>(p[0], advance_descriptor(own_rows, k * 32), advance_descriptor(keys, k * 32), k > 0);
+      wgmma_commit_group();
 #pragma unroll
       for (int k = 0; k < kHeadWidth / 16; ++k)
-        multiply_add_64x128<S>(ds[0], behind(own_d_o, k * 32), behind(values, k * 32), k > 0);
-      products_commit();
+        wgmma_m64n128k16<S>(ds[0], advance_descriptor(own_d_o, k * 32), advance_descriptor(values, k * 32), k > 0);
+      wgmma_commit_group();
       if constexpr (!starts) begin_sum();
-      products_wait<1 + kPending>();
-      products_done(p[0]);
-      hide_later_keys<false, 1, kKeys>(p, warp_position, tile * kKeys, copysignf(INFINITY, -scale));
+      wgmma_wait_group<1 + kPending>();
+      fence_operand(p[0]);
+      causal_mask<false, 1, kKeys>(p, warp_position, tile * kKeys, copysignf(INFINITY, -scale));
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) p[0][n][i] = exp2_approximate(fmaf(p[0][n][i], scale, -lse[i / 2]));
-      if (a.T < 0) {  // the exponentials are not put off until after the wait
+      if (a.T < 0) {  // keep_live: ptxas else sinks the exponentials below the wait
 #pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) keep(p[0][n], queries);
+        for (int n = 0; n < kKeys / 8; ++n) keep_live(p[0][n], queries);
       }
-      products_wait<kPending>();
-      products_done(ds[0]);
+      wgmma_wait_group<kPending>();
+      fence_operand(ds[0]);
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) ds[0][n][i] = p[0][n][i] * (ds[0][n][i] - delta[i / 2]);
       if constexpr (!starts) {
-        products_wait<0>();
-        products_done(dq[0]);
-        if (signals) key_pipeline.release(last);
+        wgmma_wait_group<0>();
+        fence_operand(dq[0]);
+        if (elected) key_pipeline.release(last);
       }
       round_fragments<S, kKeys>(rounded, ds[0]);
       last = key.stage;
@@ -204,13 +205,13 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       step(0, std::true_type{});
       for (int tile = 1; tile < tiles; ++tile) step(tile, std::false_type{});
       begin_sum();
-      products_wait<0>();
-      products_done(dq[0]);
-      if (signals) key_pipeline.release(last);
+      wgmma_wait_group<0>();
+      fence_operand(dq[0]);
+      if (elected) key_pipeline.release(last);
     }
     for (int tile = tiles; tile < at.tiles; ++tile, key_pipeline.advance(key)) {  // that only later queries see
       key_pipeline.wait(key);
-      if (signals) key_pipeline.release(key.stage);
+      if (elected) key_pipeline.release(key.stage);
     }
 
     const auto query_at = [&](int n, int half_row) {
@@ -223,10 +224,10 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
 #pragma unroll
     for (int offset = kWarp / 2; offset >= 4; offset /= 2) dgain += __shfl_xor_sync(0xffffffffu, dgain, offset);
     if (past_norms) {
-      copies_landed();
+      cp_async_wait_all();
       __syncwarp();
       rows_backward(dq[0], dots, angles, factors, query_at);
-      shared_stores_before_copies();
+      fence_proxy_async_shared();
     } else {
 #pragma unroll
       for (int n = 0; n < kHeadWidth / 8; ++n)
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
     query_pipeline.release_warp(query.stage);
     query_pipeline.advance(query);
     if (tiles == 0) continue;
-    if (signals && warp_query < a.queries)
+    if (elected && warp_query < a.queries)
       g.dgain[(i64{at.h} * a.batch + at.b) * gain_rows + warp_query / Tiles::kGainRows] = a.root * dgain;
     store_rows<S, kHeadWidth, 1>(own_tile, dq, g.head(a, at.b, at.h), g.stride(a), warp_position, a.T, a.D);
     __syncwarp();  // the tile is free for the next rows
@@ -264,7 +265,7 @@ template <class S>
 __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
     attention_dkdv(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap d_o_map,
                    const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
-                   const AttentionArgs<S> a, const AttentionGradArgs<S> g, const BlockOrder order) {
+                   const AttentionArgs<S> a, const AttentionGradArgs<S> g, const TileScheduler order) {
   using Tiles = DkdvTiles;
   constexpr int kQueries = Tiles::kQueries;
   extern __shared__ unsigned char raw[];
@@ -276,7 +277,7 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
   if (threadIdx.x == 0) {
     query_pipeline.init(Tiles::kWarps * kWarpArrivals);
     key_pipeline.init(Tiles::kWarps * kWarpArrivals);
-    barriers_ready();
+    mbarrier_init_fence();
   }
   __syncthreads();
 
@@ -286,35 +287,35 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
   // What a block has to do: keys [first_key, first_key + kKeys) of one head, and the queries from first_tile on.
   struct KeyTile {
     int b, kv, first_key, first_tile;
-    __device__ KeyTile(const AttentionArgs<S>& a, const BlockOrder::Place& place)
+    __device__ KeyTile(const AttentionArgs<S>& a, const TileScheduler::Place& place)
         : b(place.head / a.K),
           kv(place.head % a.K),
           first_key(place.rank * Tiles::kKeys),
           first_tile(max(0, first_key - a.first()) / kQueries) {}
   };
   if (warpgroup == Tiles::kConsumers) {
-    give_registers<Tiles::kProducerRegisters>();
+    warpgroup_reg_dealloc<Tiles::kProducerRegisters>();
     if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
     PipelineState query = PipelineState::of_producer(), key = PipelineState::of_producer();
     for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, key_pipeline.advance(key)) {
       const KeyTile at(a, order.at(block));
       const unsigned keys_full = key_pipeline.acquire(key, 2 * Tiles::kKeyBytes);
-      copy_box(keys, &k_map, at.kv * kHeadWidth, at.first_key, at.b, keys_full);
-      copy_box(keys + Tiles::kKeyBytes, &v_map, at.kv * kHeadWidth, at.first_key, at.b, keys_full);
+      tma_load(keys, &k_map, at.kv * kHeadWidth, at.first_key, at.b, keys_full);
+      tma_load(keys + Tiles::kKeyBytes, &v_map, at.kv * kHeadWidth, at.first_key, at.b, keys_full);
       for (int h = at.kv * a.group(); h < (at.kv + 1) * a.group(); ++h)
         for (int tile = at.first_tile; tile < query_tiles; ++tile, query_pipeline.advance(query)) {
           const unsigned full = query_pipeline.acquire(query, 2 * Tiles::kTileBytes + QueryRows::kBytes);
           const unsigned to = queries_at(query.stage);
-          copy_box(to, &q_map, h * kHeadWidth, tile * kQueries, at.b, full);
-          copy_box(to + Tiles::kTileBytes, &d_o_map, h * kHeadWidth, tile * kQueries, at.b, full);
-          copy_bytes(keys + Tiles::kRows + query.stage * QueryRows::kBytes, g.delta + QueryRows::at(a, at.b, h, tile),
-                     QueryRows::kBytes, full);
+          tma_load(to, &q_map, h * kHeadWidth, tile * kQueries, at.b, full);
+          tma_load(to + Tiles::kTileBytes, &d_o_map, h * kHeadWidth, tile * kQueries, at.b, full);
+          tma_load_bulk(keys + Tiles::kRows + query.stage * QueryRows::kBytes,
+                        g.delta + QueryRows::at(a, at.b, h, tile), QueryRows::kBytes, full);
         }
     }
     return;
   }
 
-  take_registers<Tiles::kConsumerRegisters>();
+  warpgroup_reg_alloc<Tiles::kConsumerRegisters>();
   const int warp = threadIdx.x / kWarp;
   unsigned char* const own_tile = shared + Tiles::kTiles + warp * Tiles::kWarpTile;
   PipelineState query = PipelineState::of_consumer(), key = PipelineState::of_consumer();
@@ -340,31 +341,32 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
       }
     }
 
-    Scores<1, kHeadWidth> dk = {}, dv = {};
-    Scores<1, kQueries> p, ds;
-    int last = -1;  // the stage of the tile before, if products may still read it
+    Accumulator<1, kHeadWidth> dk = {}, dv = {};
+    Accumulator<1, kQueries> p, ds;
+    int last = -1;  // the stage of the tile before, if wgmma may still read it
     for (int h = at.kv * a.group(); h < (at.kv + 1) * a.group(); ++h) {
-      const float gain = a.gain[h], scale = exponent_scale(gain, a.root);
+      const float gain = a.gain[h], scale = softmax_scale_log2(gain, a.root);
       for (int tile = at.first_tile; tile < query_tiles; ++tile, query_pipeline.advance(query)) {
         const int position = a.first() + tile * kQueries;
         query_pipeline.wait(query);
         if (position + kQueries <= own_first) {  // they see none of these keys
           query_pipeline.release_warp(query.stage);
         } else {
-          const std::uint64_t queries = descriptor(queries_at(query.stage)), d_o = behind(queries, Tiles::kTileBytes);
-          products_begin();
+          const std::uint64_t queries = matrix_descriptor(queries_at(query.stage)),
+                              d_o = advance_descriptor(queries, Tiles::kTileBytes);
+          wgmma_fence();
 #pragma unroll
           for (int i = 0; i < kHeadWidth / 16; ++i)
-            multiply_add_64x64<S, Second::transposed>(p[0], k[0][i], behind(queries, i * 32), i > 0);
-          products_commit();
+            wgmma_m64n64k16<S, Major::k>(p[0], k[0][i], advance_descriptor(queries, i * 32), i > 0);
+          wgmma_commit_group();
 #pragma unroll
           for (int i = 0; i < kHeadWidth / 16; ++i)
-            multiply_add_64x64<S, Second::transposed>(ds[0], v[0][i], behind(d_o, i * 32), i > 0);
-          products_commit();
-          products_wait<1>();  // the tile before is done with, too
-          products_done(p[0]);
+            wgmma_m64n64k16<S, Major::k>(ds[0], v[0][i], advance_descriptor(d_o, i * 32), i > 0);
+          wgmma_commit_group();
+          wgmma_wait_group<1>();  // and so are those of the tile before
+          fence_operand(p[0]);
           if (last >= 0) query_pipeline.release_warp(last);
-          hide_later_keys<true, 1, kQueries>(p, warp_key, position, copysignf(INFINITY, -scale));
+          causal_mask<true, 1, kQueries>(p, warp_key, position, copysignf(INFINITY, -scale));
           float4 rows[kQueries / 8];  // of this lane's queries, two by two
           const float* const own_rows =
               reinterpret_cast<const float*>(shared + Tiles::kRows + query.stage * QueryRows::kBytes) +
@@ -378,44 +380,44 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           }
           unsigned rounded_p[kQueries / 16][4], rounded_ds[kQueries / 16][4];
           round_fragments<S, kQueries>(rounded_p, p[0]);
-          products_begin();
+          wgmma_fence();
 #pragma unroll
           for (int i = 0; i < kQueries / 16; ++i)
-            multiply_add_64x64<S, Second::plain>(dv[0], rounded_p[i], behind(d_o, i * 16 * kHeadRowBytes));
-          products_commit();
-          products_wait<1>();
-          products_done(ds[0]);
+            wgmma_m64n64k16<S, Major::mn>(dv[0], rounded_p[i], advance_descriptor(d_o, i * 16 * kHeadRowBytes));
+          wgmma_commit_group();
+          wgmma_wait_group<1>();
+          fence_operand(ds[0]);
 #pragma unroll
           for (int n = 0; n < kQueries / 8; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
               ds[0][n][i] = p[0][n][i] * fmaf(ds[0][n][i], gain, i % 2 == 0 ? -rows[n].z : -rows[n].w);
           }
-          __syncwarp();  // all have read the numbers: the tile may be given back after the products
+          __syncwarp();  // all lanes have read `rows`: the stage may be released after the GEMMs
           round_fragments<S, kQueries>(rounded_ds, ds[0]);
-          products_begin();
+          wgmma_fence();
 #pragma unroll
           for (int i = 0; i < kQueries / 16; ++i)
-            multiply_add_64x64<S, Second::plain>(dk[0], rounded_ds[i], behind(queries, i * 16 * kHeadRowBytes));
-          products_commit();
+            wgmma_m64n64k16<S, Major::mn>(dk[0], rounded_ds[i], advance_descriptor(queries, i * 16 * kHeadRowBytes));
+          wgmma_commit_group();
           last = query.stage;
         }
-        if (a.T < 0) {
+        if (a.T < 0) {  // keep_live: ptxas else reuses the fragments' registers
 #pragma unroll
           for (int i = 0; i < kHeadWidth / 16; ++i) {
-            keep(k[0][i], keys);
-            keep(v[0][i], keys);
+            keep_live(k[0][i], keys);
+            keep_live(v[0][i], keys);
           }
         }
       }
     }
-    products_wait<0>();
-    products_done(dk[0]);
-    products_done(dv[0]);
+    wgmma_wait_group<0>();
+    fence_operand(dk[0]);
+    fence_operand(dv[0]);
     if (last >= 0) query_pipeline.release_warp(last);
 
     if (g.norms.cos) {
-      copies_landed();
+      cp_async_wait_all();
       __syncwarp();
       const auto key_at = [&](int n, int half_row) { return unpack<S>(k[0][n / 2][n % 2 * 2 + half_row]); };
       float dots[2];
@@ -442,14 +444,14 @@ void launch_attention_backward(const CudaBackend& backend, const AttentionArgs<S
     return tensor_map(x, dtype, a.batch, a.queries, a.H * a.D, rows);
   };
   const auto of_keys = [&](const S* x) { return tensor_map(x, dtype, a.batch, a.T, a.K * a.D, DqTiles::kKeys); };
-  const auto blocks = [&](const BlockOrder& order) {
-    return std::min(order.blocks(), static_cast<unsigned>(backend.processors()));
+  const auto blocks = [&](const TileScheduler& order) {
+    return std::min(order.blocks(), static_cast<unsigned>(backend.sm_count()));
   };
-  const BlockOrder by_query(a.batch * a.H, blocks_for(a.queries, DqTiles::kQueries), a.group(), head_bytes);
+  const TileScheduler by_query(a.batch * a.H, blocks_for(a.queries, DqTiles::kQueries), a.group(), head_bytes);
   launch("attention_dq", attention_dq<S>, blocks(by_query), DqTiles::kThreads, DqTiles::kSharedBytes, backend.stream(),
          of_queries(a.q, DqTiles::kQueries), of_queries(g.d_o, DqTiles::kQueries), of_queries(g.o, DqTiles::kQueries),
          of_keys(a.k), of_keys(a.v), a, g, by_query);
-  const BlockOrder by_key(a.batch * a.K, blocks_for(a.T, DkdvTiles::kKeys), 1, head_bytes * a.group());
+  const TileScheduler by_key(a.batch * a.K, blocks_for(a.T, DkdvTiles::kKeys), 1, head_bytes * a.group());
   static_assert(DkdvTiles::kKeys == DqTiles::kKeys);
   launch("attention_dkdv", attention_dkdv<S>, blocks(by_key), DkdvTiles::kThreads, DkdvTiles::kSharedBytes,
          backend.stream(), of_queries(a.q, DkdvTiles::kQueries), of_queries(g.d_o, DkdvTiles::kQueries), of_keys(a.k),

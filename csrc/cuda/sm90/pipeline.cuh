@@ -19,7 +19,7 @@ struct PipelineState {
 
 // A ring of stages. Each has two mbarriers side by side: `full`, on which the producer arrives and which counts the
 // bytes of its TMA loads, and `empty`, on which the consumers arrive. A barrier tells only one phase from the next:
-// nobody may wait for a stage before all have seen the end of the phase before the last.
+// nobody may wait for a phase of a stage before all have seen the end of the phase two before it.
 template <int kStages>
 struct Pipeline {
   static constexpr int kBarrierBytes = 16 * kStages;
@@ -29,11 +29,11 @@ struct Pipeline {
   __device__ unsigned full(int stage) const { return barriers + 16 * stage; }
   __device__ unsigned empty(int stage) const { return barriers + 16 * stage + 8; }
 
-  // By one thread; barriers_ready and a __syncthreads have to follow. consumers: arrivals that empty a stage.
+  // By one thread; mbarrier_init_fence and a __syncthreads have to follow. consumers: arrivals that empty a stage.
   __device__ void init(unsigned consumers) const {
     for (int stage = 0; stage < stages; ++stage) {
-      barrier_init(full(stage), 1);
-      barrier_init(empty(stage), consumers);
+      mbarrier_init(full(stage), 1);
+      mbarrier_init(empty(stage), consumers);
     }
   }
   __device__ void advance(PipelineState& at) const {
@@ -44,20 +44,20 @@ struct Pipeline {
 
   // The producer: waits until the stage is empty. With bytes, the stage is full when so many have come by TMA loads,
   // which get the barrier that is returned; without, commit says so.
-  __device__ void acquire(const PipelineState& at) const { barrier_wait(empty(at.stage), at.phase); }
+  __device__ void acquire(const PipelineState& at) const { mbarrier_wait(empty(at.stage), at.phase); }
   __device__ unsigned acquire(const PipelineState& at, unsigned bytes) const {
     acquire(at);
-    barrier_expect(full(at.stage), bytes);
+    mbarrier_arrive_expect_tx(full(at.stage), bytes);
     return full(at.stage);
   }
-  __device__ void commit(const PipelineState& at) const { barrier_arrive(full(at.stage)); }
+  __device__ void commit(const PipelineState& at) const { mbarrier_arrive(full(at.stage)); }
 
   // A consumer: waits until the stage is full, and gives it back.
   __device__ void wait(const PipelineState& at) const { wait(at.stage, at.phase); }
-  __device__ void wait(int stage, int phase) const { barrier_wait(full(stage), phase); }
-  __device__ void release(int stage) const { barrier_arrive(empty(stage)); }
-  // For a warp, whose lanes have read the stage by instructions of their own and met since; kWarpArrivals arrivals.
-  __device__ void release_warp(int stage) const { warp_arrive(empty(stage)); }
+  __device__ void wait(int stage, int phase) const { mbarrier_wait(full(stage), phase); }
+  __device__ void release(int stage) const { mbarrier_arrive(empty(stage)); }
+  // For a warp that has converged since its lanes read the stage by ordinary loads; kWarpArrivals arrivals.
+  __device__ void release_warp(int stage) const { mbarrier_arrive_warp(empty(stage)); }
 };
 
 // `count` stages further on, for a thread that leaves them to others: both numbers are worked out once.
@@ -82,13 +82,13 @@ struct PingPong {
 
   __device__ void init() const {
     for (int warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup)
-      barrier_init(barriers + 8 * warpgroup, kWarpgroup / kWarp);
+      mbarrier_init(barriers + 8 * warpgroup, kWarpgroup / kWarp);
   }
   // The first warpgroup's first wait ends at once.
   static __device__ int first_phase(int warpgroup) { return warpgroup == 0; }
-  __device__ void wait(int warpgroup, int phase) const { barrier_wait(barriers + 8 * warpgroup, phase); }
+  __device__ void wait(int warpgroup, int phase) const { mbarrier_wait(barriers + 8 * warpgroup, phase); }
   // By one lane of each warp.
-  __device__ void pass_on(int warpgroup) const { barrier_arrive(barriers + 8 * (1 - warpgroup)); }
+  __device__ void pass_on(int warpgroup) const { mbarrier_arrive(barriers + 8 * (1 - warpgroup)); }
 };
 
 }  // namespace pgolf::cuda::sm90

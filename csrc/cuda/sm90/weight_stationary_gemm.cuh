@@ -1,18 +1,17 @@
-// y = epilogue(x·wᵀ) for x [rows, depth] and w [columns, depth] of 16-bit numbers, or epilogue(x·w) for w [depth,
-// columns], on Hopper's tensor cores.
+// A persistent, weight-stationary GEMM by wgmma: y = epilogue(x·wᵀ) for x [rows, depth] and w [columns, depth] of
+// 16-bit numbers, or epilogue(x·w) for w [depth, columns].
 //
-// The models here are narrow: all of depth of 128 columns of the result, 128 KiB of w at a depth of 512, fits a
-// multiprocessor's shared memory. So a block keeps them there and streams rows of x past them, 128 at a time, which
-// halves what comes from the second-level cache and leaves the epilogue, which reads and writes the rest of the layer's
-// memory traffic, to one of two warpgroups while the other one multiplies. One warp of a third feeds the copy engine.
+// The models here are narrow: all of depth of 128 columns of the result, 128 KiB of w at a depth of 512, fits an SM's
+// shared memory. So a block keeps them there and streams tiles of 128 rows of x past them, which halves the traffic
+// from L2. Two consumer warpgroups take turns (ping-pong): one is in its epilogue, which makes the rest of the layer's
+// memory traffic, while the other one issues its wgmma. A producer thread of a third warpgroup loads by TMA.
 //
-// An epilogue is called by each warp with 16 rows: operator()(tile, x, row, column) gets the products of rows
-// row … row+15 and columns column … column+127 as sixteen 16×8 results side by side, and 4 KiB of shared memory that
+// An epilogue is called by each warp with 16 rows: operator()(tile, accumulator, row, column) gets the accumulator of
+// rows row … row+15 and columns column … column+127 as sixteen 16×8 tiles side by side, and 4 KiB of shared memory that
 // no other warp uses; it says itself which rows exist. One that reads memory may have a method ahead(row, column) that
-// returns what it reads: for the first half of a tile that is called before the products, behind which its loads hide,
-// and operator() gets the result after the products. Where registers do not suffice, a method prefetch(row, column) may
-// ask for what the epilogue of a tile of 128 rows reads: the thread that feeds the copy engine calls it before the
-// tile's boxes of x.
+// returns what it reads: for the first half of a tile it is called before the main loop, which hides its loads, and
+// operator() gets the result after the main loop. Where registers do not suffice, a method prefetch(row, column) may
+// ask for what the epilogue of a tile of 128 rows reads: the producer calls it before it loads the tile's boxes of x.
 #pragma once
 
 #include <algorithm>
@@ -23,14 +22,14 @@
 
 namespace pgolf::cuda::sm90 {
 
-using WarpRows = Scores<1, 128>;
+using WarpAccumulator = Accumulator<1, 128>;
 
 template <class Epilogue>
 inline constexpr bool kReadsAhead = requires(const Epilogue& epilogue) { epilogue.ahead(i64{}, int{}); };
 template <class Epilogue>
 inline constexpr bool kPrefetches = requires(const Epilogue& epilogue) { epilogue.prefetch(i64{}, int{}); };
 
-struct ResidentTiles {
+struct GemmTiles {
   static constexpr int kRows = 128, kColumns = 128;  // of a tile of the result
   static constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * kWarpgroup;
   static constexpr int kHalfRows = kRows / 2;                // of one wgmma
@@ -46,21 +45,21 @@ struct ResidentTiles {
   static constexpr int bytes(int depth_boxes, int stages) {
     return kSwizzleBytes + (depth_boxes + stages) * kBoxBytes + kWarps * kWarpTile + kBarrierBytes;
   }
-  // Boxes of x under way or at work.
+  // Boxes of x in flight or in use.
   static constexpr int stages(int depth_boxes) {
     int count = kMostStages;
     while (count > 0 && bytes(depth_boxes, count) > kMostShared) --count;
     return count;
   }
 };
-static_assert(ResidentTiles::kConsumers == PingPong::kWarpgroups);
-static_assert(ResidentTiles::stages(8) == 4 && ResidentTiles::stages(10) == 2);
+static_assert(GemmTiles::kConsumers == PingPong::kWarpgroups);
+static_assert(GemmTiles::stages(8) == 4 && GemmTiles::stages(10) == 2);
 
-template <class S, Second kSecond, class Epilogue>
-__global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
-    resident_product(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w, int row_tiles,
-                     int column_tiles, int depth_boxes, int stages, const __grid_constant__ Epilogue epilogue) {
-  using Tiles = ResidentTiles;
+template <class S, Major kMajorB, class Epilogue>
+__global__ void __launch_bounds__(GemmTiles::kThreads, 1)
+    weight_stationary_gemm(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w, int row_tiles,
+                           int column_tiles, int depth_boxes, int stages, const __grid_constant__ Epilogue epilogue) {
+  using Tiles = GemmTiles;
   extern __shared__ unsigned char raw[];
   unsigned char* const shared = align_shared(raw);
   const unsigned weights = shared_address(shared), boxes = weights + depth_boxes * Tiles::kBoxBytes;
@@ -70,9 +69,9 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
   const PingPong turns{weights_full + 8};
   if (threadIdx.x == 0) {
     pipeline.init(kWarpgroup / kWarp);
-    barrier_init(weights_full, 1);
+    mbarrier_init(weights_full, 1);
     turns.init();
-    barriers_ready();
+    mbarrier_init_fence();
   }
   __syncthreads();
 
@@ -80,17 +79,17 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
   const int column = static_cast<int>(blockIdx.x) % column_tiles * Tiles::kColumns;
   const int first_tile = static_cast<int>(blockIdx.x) / column_tiles, step = static_cast<int>(gridDim.x) / column_tiles;
   if (warpgroup == Tiles::kConsumers) {
-    give_registers<Tiles::kProducerRegisters>();
+    warpgroup_reg_dealloc<Tiles::kProducerRegisters>();
     if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
-    prefetch(&x);
-    barrier_expect(weights_full, depth_boxes * Tiles::kBoxBytes);
+    prefetch_tensor_map(&x);
+    mbarrier_arrive_expect_tx(weights_full, depth_boxes * Tiles::kBoxBytes);
     for (int k = 0; k < depth_boxes; ++k) {
       const unsigned to = weights + k * Tiles::kBoxBytes;
-      if constexpr (kSecond == Second::transposed) {
-        copy_box(to, &w, k * kBoxColumns, column, 0, weights_full);
+      if constexpr (kMajorB == Major::k) {
+        tma_load(to, &w, k * kBoxColumns, column, 0, weights_full);
       } else {
-        copy_box(to, &w, column, k * kBoxColumns, 0, weights_full);
-        copy_box(to + Tiles::kBoxBytes / 2, &w, column + kBoxColumns, k * kBoxColumns, 0, weights_full);
+        tma_load(to, &w, column, k * kBoxColumns, 0, weights_full);
+        tma_load(to + Tiles::kBoxBytes / 2, &w, column + kBoxColumns, k * kBoxColumns, 0, weights_full);
       }
     }
     PipelineState box = PipelineState::of_producer();
@@ -98,16 +97,16 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
       if constexpr (kPrefetches<Epilogue>) epilogue.prefetch(i64{tile} * Tiles::kRows, column);
       for (int k = 0; k < depth_boxes; ++k, pipeline.advance(box)) {
         const unsigned full = pipeline.acquire(box, Tiles::kBoxBytes);
-        copy_box(boxes + box.stage * Tiles::kBoxBytes, &x, k * kBoxColumns, tile * Tiles::kRows, 0, full);
+        tma_load(boxes + box.stage * Tiles::kBoxBytes, &x, k * kBoxColumns, tile * Tiles::kRows, 0, full);
       }
     }
     return;
   }
 
-  take_registers<Tiles::kConsumerRegisters>();
+  warpgroup_reg_alloc<Tiles::kConsumerRegisters>();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   unsigned char* const own_tile = tiles + warp * Tiles::kWarpTile;
-  barrier_wait(weights_full, 0);
+  mbarrier_wait(weights_full, 0);
   // The warpgroups take turns, tile by tile; a tile's boxes are depth_boxes in a row of all that come. Nobody waits for
   // a box before the other one has seen the last of its own (Pipeline).
   PipelineState box = PipelineState::of_consumer();
@@ -125,25 +124,26 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
         return 0;
     };
     [[maybe_unused]] auto ahead = read_ahead(0);
-    float sums[2][16][4];
+    float accumulator[2][16][4];
     int before = 0;
-    // That the first product overwrites its sums must be plain to the compiler: else it keeps their 128 registers
-    // through the epilogue of the tile before.
+    // The compiler must see that the first wgmma overwrites the accumulator: else it keeps 128 registers live through
+    // the epilogue of the tile before.
     const auto multiply_box = [&](int k, auto first) {
       pipeline.wait(box);
-      products_begin();
-      const std::uint64_t rows = descriptor(boxes + box.stage * Tiles::kBoxBytes);
+      wgmma_fence();
+      const std::uint64_t rows = matrix_descriptor(boxes + box.stage * Tiles::kBoxBytes);
       const std::uint64_t columns =
-          descriptor(weights + k * Tiles::kBoxBytes, kSecond == Second::transposed ? 0 : Tiles::kBoxBytes / 2);
-      constexpr int kStep = kSecond == Second::transposed ? 32 : 16 * kBoxColumns * int(sizeof(S));  // of 16 numbers
+          matrix_descriptor(weights + k * Tiles::kBoxBytes, kMajorB == Major::k ? 0 : Tiles::kBoxBytes / 2);
+      constexpr int kStep = kMajorB == Major::k ? 32 : 16 * kBoxColumns * int(sizeof(S));  // of 16 numbers
 #pragma unroll
       for (int part = 0; part < kBoxColumns / 16; ++part)
 #pragma unroll
         for (int half_tile = 0; half_tile < 2; ++half_tile)
-          multiply_add_64x128<S, kSecond>(sums[half_tile], behind(rows, half_tile * (Tiles::kBoxBytes / 2) + part * 32),
-                                          behind(columns, part * kStep), !first() || part > 0);
-      products_commit();
-      products_wait<1>();
+          wgmma_m64n128k16<S, kMajorB>(accumulator[half_tile],
+                                       advance_descriptor(rows, half_tile * (Tiles::kBoxBytes / 2) + part * 32),
+                                       advance_descriptor(columns, part * kStep), !first() || part > 0);
+      wgmma_commit_group();
+      wgmma_wait_group<1>();
       if (!first() && lane == 0) pipeline.release(before);
       before = box.stage;
       pipeline.advance(box);
@@ -153,48 +153,48 @@ __global__ void __launch_bounds__(ResidentTiles::kThreads, 1)
     multiply_box(0, std::true_type{});
     for (int k = 1; k < depth_boxes; ++k) multiply_box(k, std::false_type{});
     if (lane == 0) turns.pass_on(warpgroup);
-    products_wait<0>();
-    products_done(sums[0]);
-    products_done(sums[1]);
+    wgmma_wait_group<0>();
+    fence_operand(accumulator[0]);
+    fence_operand(accumulator[1]);
     if (lane == 0) pipeline.release(before);
     skip_other_tile(pipeline, box);
 #pragma unroll
     for (int half_tile = 0; half_tile < 2; ++half_tile) {
-      __syncwarp();  // the half before has left the tile
-      WarpRows& products = *reinterpret_cast<WarpRows*>(&sums[half_tile]);
+      __syncwarp();  // all lanes have read the half before from the tile
+      WarpAccumulator& half = *reinterpret_cast<WarpAccumulator*>(&accumulator[half_tile]);
       if constexpr (kReadsAhead<Epilogue>) {
         const auto read = ahead;
         if (half_tile == 0) ahead = read_ahead(1);
-        epilogue(own_tile, products, read, row_of(half_tile), column);
+        epilogue(own_tile, half, read, row_of(half_tile), column);
       } else {
-        epilogue(own_tile, products, row_of(half_tile), column);
+        epilogue(own_tile, half, row_of(half_tile), column);
       }
     }
   }
 }
 
-// Whether resident_product computes a product of these sizes.
-inline bool takes(const CudaBackend& backend, i64 rows, i64 columns, i64 depth) {
+// Whether weight_stationary_gemm takes these sizes.
+inline bool gemm_fits(const CudaBackend& backend, i64 rows, i64 columns, i64 depth) {
   constexpr i64 kMostRows = i64{1} << 30;
   return backend.has_wgmma() && backend.dtype() != DType::f32 && rows <= kMostRows &&
-         columns % ResidentTiles::kColumns == 0 && depth % kBoxColumns == 0 &&
-         ResidentTiles::stages(static_cast<int>(std::min<i64>(depth, 1 << 20) / kBoxColumns)) >= 2;
+         columns % GemmTiles::kColumns == 0 && depth % kBoxColumns == 0 &&
+         GemmTiles::stages(static_cast<int>(std::min<i64>(depth, 1 << 20) / kBoxColumns)) >= 2;
 }
 
-template <class S, Second kSecond = Second::transposed, class Epilogue>
-void launch_resident_product(const CudaBackend& backend, const char* name, const void* x, const void* w, i64 rows,
-                             i64 columns, i64 depth, const Epilogue& epilogue) {
-  using Tiles = ResidentTiles;
+template <class S, Major kMajorB = Major::k, class Epilogue>
+void launch_weight_stationary_gemm(const CudaBackend& backend, const char* name, const void* x, const void* w, i64 rows,
+                                   i64 columns, i64 depth, const Epilogue& epilogue) {
+  using Tiles = GemmTiles;
   const int row_tiles = static_cast<int>(blocks_for(rows, Tiles::kRows));
   const int column_tiles = static_cast<int>(columns / Tiles::kColumns), boxes = static_cast<int>(depth / kBoxColumns);
-  const int groups = std::clamp(backend.processors() / column_tiles, 1, row_tiles);
+  const int groups = std::clamp(backend.sm_count() / column_tiles, 1, row_tiles);
   const int stages = Tiles::stages(boxes), shared = Tiles::bytes(boxes, stages);
-  const auto kernel = resident_product<S, kSecond, Epilogue>;
+  const auto kernel = weight_stationary_gemm<S, kMajorB, Epilogue>;
   PGOLF_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   kernel<<<column_tiles * groups, Tiles::kThreads, shared, backend.stream()>>>(
       tensor_map(x, backend.dtype(), 1, rows, depth, Tiles::kRows),
-      kSecond == Second::transposed ? tensor_map(w, backend.dtype(), 1, columns, depth, Tiles::kColumns)
-                                    : tensor_map(w, backend.dtype(), 1, depth, columns, kBoxColumns),
+      kMajorB == Major::k ? tensor_map(w, backend.dtype(), 1, columns, depth, Tiles::kColumns)
+                          : tensor_map(w, backend.dtype(), 1, depth, columns, kBoxColumns),
       row_tiles, column_tiles, boxes, stages, epilogue);
   PGOLF_LAUNCHED(name);
 }
