@@ -1,4 +1,4 @@
-// Final norm, output product, softcap and cross-entropy, in chunks of rows whose logits stay in L2.
+// Final norm, output GEMM, softcap and cross-entropy, in chunks of rows whose logits stay in L2.
 //
 // Rounded to S: normed = rms(x); dlogits, the gradient before the softcap; dnormed = dlogits·w; dx. Logits are float32
 // and never rounded; the norm's backward uses normed before it is rounded. With adapters: u, du, and dnormed once more,

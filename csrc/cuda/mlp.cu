@@ -1,6 +1,6 @@
-// Norm, the first MLP product and ReLU². Its slope is projection.cu's, from h: u itself is not kept.
+// Norm, the first MLP GEMM and ReLU². Its slope is projection.cu's, from h: u itself is not kept.
 //
-// Rounded to S. Forward: normed = rms(x), unless the product is x·wᵀ, whose rows the epilogue multiplies by their rms
+// Rounded to S. Forward: normed = rms(x), unless the GEMM is x·wᵀ, whose rows the epilogue multiplies by their rms
 // factors; h, whose value in f16 stays at the largest finite number.
 // Backward: dnormed = du·w; normed, recomputed for the weight gradient; dx. The norm's backward uses normed before
 // it is rounded.

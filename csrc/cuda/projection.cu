@@ -1,9 +1,9 @@
-// Projections back into the residual stream. Their scale is part of w, so that all is plain products onto the residual.
+// Projections back into the residual stream. Their scale is part of w, so that all are plain GEMMs onto the residual.
 // The slope of ReLU², on the way back to an MLP's hidden values. And the bare GEMM.
 //
-// Rounded to S. Forward onto x: out. Forward onto the mixed input: first the product a·wᵀ, which is small against the
+// Rounded to S. Forward onto x: out. Forward onto the mixed input: first the GEMM a·wᵀ, which is small against the
 // residual, then out, of the positions that it has. Backward: da; where it is to be the gradient before ReLU², the one
-// at h is rounded as well unless the slope is in the product's epilogue.
+// at h is rounded as well unless the slope is in the GEMM's epilogue.
 #include "cuda/elementwise.cuh"
 #include "cuda/gemm_args.h"
 #include "cuda/row_ops.cuh"

@@ -113,14 +113,14 @@ __device__ __forceinline__ void store_unit(S* to, const Unit<kUnit>& u) {
 }
 
 // What adapters add to q and v: u·bᵀ. The b's of a sequence, [out, rank] in S, are read by all its
-// tokens, from the cache.
+// tokens, from L2.
 template <class S>
 struct Delta {
   const S *u, *b;    // u: [N, 2·rank]; b: the first sequence's b of q
   i64 step, b_of_v;  // from one sequence's to the next; from q's to v's
   int rank;
 
-  // `column` of the head's product, kUnit numbers
+  // `column` of the head, kUnit numbers
   template <int kUnit>
   __device__ __forceinline__ void add_to(Unit<kUnit>& x, const HeadLane<kUnit>& lane, const Heads& s,
                                          int column) const {

@@ -1,11 +1,11 @@
-// Mixed input, norm, the three projections in one product, head norms and RoPE.
+// Mixed input, norm, the three projections in one GEMM, norm and RoPE of q and k.
 //
-// Rounded to S. Forward: normed = rms(m); the product normed·wᵀ of each of q, k, v; q and k after norm and rotation.
+// Rounded to S. Forward: normed = rms(m); the GEMM normed·wᵀ of each of q, k, v; q and k after norm and rotation.
 // Backward: dnormed, the sum over q, k, v of their gradients times the weights; normed, recomputed for the weights'
 // gradients; dskip; dx. The gradient at m and the norm's backward are not rounded, dx0 takes float32, and a pending
 // dskip is added as rounded. By itself, the heads' norm and RoPE backward rounds once more. With adapters: u, du; u·b
 // is added in float32, and so is du·a, to dnormed as rounded, after which that is rounded once more where the sum is a
-// product's.
+// GEMM's.
 #include "cuda/adapters.h"
 #include "cuda/gemm_args.h"
 #include "cuda/qk_norm_rope.cuh"
@@ -40,7 +40,7 @@ struct Saved : HeadFactors {
       : HeadFactors(layout, s.N, s.query_rows() * s.H, s.N * s.K), u(layout.take(S, s.N * 2 * s.rank)) {}
 };
 
-// Whether heads are normed and rotated before a product leaves the registers.
+// Whether norm and RoPE of q and k are in the GEMM's epilogue.
 bool fuses(const CudaBackend& backend, const Dims& s) {
   using Tiles = sm90::GemmTiles;
   const bool whole_heads = s.H * s.D % Tiles::kColumns == 0 && s.K * s.D % Tiles::kColumns == 0;
@@ -126,7 +126,7 @@ void CudaBackend::qkv_forward(const Qkv& op) {
     const auto norm = [&](i64 rows, i64 first) {
       norm_input<S>(stream(), op, s, rows, first, scratch.normed, saved.input);
     };
-    // Heads from the product of normed with the rows of the packed weights from `weight_row` on.
+    // Heads from the GEMM of normed with the rows of the packed weights from `weight_row` on.
     const auto project = [&](const ProductPart& part, i64 weight_row) {
       const void* w = weights + static_cast<std::size_t>(weight_row * s.d) * sizeof(S);
       const i64 width = (part.H + 2 * part.K) * s.D;

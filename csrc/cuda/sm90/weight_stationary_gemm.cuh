@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(GemmTiles::kThreads, 1)
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   unsigned char* const own_tile = tiles + warp * Tiles::kWarpTile;
   mbarrier_wait(weights_full, 0);
-  // The warpgroups take turns, tile by tile; a tile's boxes are depth_boxes in a row of all that come. Nobody waits for
-  // a box before the other one has seen the last of its own (Pipeline).
+  // The warpgroups take turns, tile by tile, and a tile has depth_boxes consecutive stages: each skips those of the
+  // other one's tile. Nobody waits for a box before the other one has seen the last of its own (Pipeline).
   PipelineState box = PipelineState::of_consumer();
   int turn_phase = PingPong::first_phase(warpgroup);
   const PipelineSkip skip_other_tile(pipeline, depth_boxes);
@@ -161,13 +161,13 @@ __global__ void __launch_bounds__(GemmTiles::kThreads, 1)
 #pragma unroll
     for (int half_tile = 0; half_tile < 2; ++half_tile) {
       __syncwarp();  // all lanes have read the half before from the tile
-      WarpAccumulator& half = *reinterpret_cast<WarpAccumulator*>(&accumulator[half_tile]);
+      WarpAccumulator& rows = *reinterpret_cast<WarpAccumulator*>(&accumulator[half_tile]);
       if constexpr (kReadsAhead<Epilogue>) {
         const auto read = ahead;
         if (half_tile == 0) ahead = read_ahead(1);
-        epilogue(own_tile, half, read, row_of(half_tile), column);
+        epilogue(own_tile, rows, read, row_of(half_tile), column);
       } else {
-        epilogue(own_tile, half, row_of(half_tile), column);
+        epilogue(own_tile, rows, row_of(half_tile), column);
       }
     }
   }
