@@ -4,8 +4,8 @@ python dev/fragments.py build/gpu/libpgolf_cuda.so    # needs cuobjdump: require
 
 A loop's product may read registers that were filled before the loop, in it before the product, or at its end for the
 next turn. Where the loop uses them for something else behind the product, its second turn reads that: ptxas gives the
-registers of such an operand away. csrc/cuda/sm90/instructions.cuh (keep) says how that is kept from happening; here it
-is looked at.
+registers of such an operand away. csrc/cuda/sm90/instructions.cuh (keep_live) says how that is kept from happening;
+here it is looked at.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def test_a_library_that_is_no_backend(tmp_path: Path) -> None:
     library = stand_in(tmp_path / "other.so", "int other(void) { return 0; }")
     assert missing(PGOLF_CUDA_LIBRARY=library) == (
         "working backend",
-        f"{library} is no CUDA backend of pgolf: it has no function pgolf_cuda_open.",
+        f"{library} is not a CUDA backend of pgolf: it has no function pgolf_cuda_open.",
     )
 
 

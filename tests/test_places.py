@@ -76,7 +76,7 @@ CASES = [
     attention_case(1, 2047, 2, 1, 64),
     attention_case(1, 4096, 2, 2, 64),
     attention_case(2, 65, 4, 2, 64, normed=1.5),
-    attention_case(24, 260, 8, 4, 64),  # more work than multiprocessors: blocks that stay do several tiles
+    attention_case(24, 260, 8, 4, 64),  # more work than SMs: persistent blocks do several tiles
     project_residual_case(2, 65, 64, 48, "other"),
     project_residual_case(1, 1, 32, 32),
     project_residual_case(1, 63, 64, 32, "x"),

@@ -1,4 +1,4 @@
-// The low-rank products of an operation's adapters (backend.h), each one batched product over the sequences.
+// Arguments of the low-rank GEMMs of an operation's adapters (backend.h), each batched over the sequences.
 #pragma once
 
 #include "cuda/cuda_backend.h"

@@ -49,7 +49,7 @@ Status guard(Text& message, Body&& body) noexcept {
     message.set(e.what());
     return kOtherError;
   } catch (...) {
-    message.set("Something was thrown that is no error.");
+    message.set("Unknown exception.");
     return kOtherError;
   }
 }

@@ -40,10 +40,10 @@ AttentionArgs<S> arguments(const Attention& op) {
           .lse = op.saved.as<float>()};
 }
 
-// Whether Hopper's own kernels compute it.
+// Whether the wgmma kernels take it.
 template <class S>
-bool on_hopper(const CudaBackend& backend, const AttentionArgs<S>& a) {
-  return sizeof(S) == 2 && backend.path() >= Path::sm90 && a.D == sm90::kHeadWidth;
+bool has_wgmma_attention(const CudaBackend& backend, const AttentionArgs<S>& a) {
+  return sizeof(S) == 2 && backend.has_wgmma() && a.D == sm90::kHeadWidth;
 }
 
 struct BackwardScratch {
@@ -69,7 +69,7 @@ OpBytes CudaBackend::bytes(const Attention& op) const {
     const auto a = arguments<decltype(storage)>(op);
     Layout saved, backward;
     saved.take<float>(static_cast<i64>(a.batch) * a.H * a.queries);
-    BackwardScratch(backward, a, on_hopper(*this, a));
+    BackwardScratch(backward, a, has_wgmma_attention(*this, a));
     return {saved.used(), 0, backward.used()};
   });
 }
@@ -80,7 +80,7 @@ void CudaBackend::attention_forward(const Attention& op) {
     const AttentionArgs<S> a = arguments<S>(op);
     if (a.queries == 1 && a.T > 1) return launch_attention_last(a, stream());  // keeps nothing: no backward follows
     if constexpr (sizeof(S) == 2)
-      if (on_hopper(*this, a)) return sm90::launch_attention_forward(*this, a);
+      if (has_wgmma_attention(*this, a)) return sm90::launch_attention_forward(*this, a);
     AttentionKernels<S>::forward(a, stream());
   });
 }
@@ -90,16 +90,16 @@ void CudaBackend::attention_backward(const Attention& op, const AttentionGrads& 
     using S = decltype(storage);
     const AttentionArgs<S> a = arguments<S>(op);
     Layout layout(grads.scratch.data);
-    const BackwardScratch scratch(layout, a, on_hopper(*this, a));
+    const BackwardScratch scratch(layout, a, has_wgmma_attention(*this, a));
     const i64 N = i64{a.batch} * a.T;
     Layout norms_layout(grads.norms.saved.data);
     const HeadFactors factors(norms_layout, N, N * a.H, N * a.K);
-    const HeadNormArgs norms{grads.norms.cos.as<float>(), grads.norms.sin.as<float>(), factors.q, factors.k};
+    const QkNormRopeArgs norms{grads.norms.cos.as<float>(), grads.norms.sin.as<float>(), factors.q, factors.k};
     const AttentionGradArgs<S> g{op.o.as<S>(),  grads.d_o.as<S>(), grads.dqkv.as<S>(),
                                  scratch.delta, scratch.dgain,     norms};
     const auto run = [&] {
       if constexpr (sizeof(S) == 2)
-        if (on_hopper(*this, a)) return sm90::launch_attention_backward(*this, a, g);
+        if (has_wgmma_attention(*this, a)) return sm90::launch_attention_backward(*this, a, g);
       AttentionKernels<S>::backward(a, g, stream());
       if (!grads.norms.saved) return;
       Qkv heads;

@@ -1,24 +1,25 @@
-// What the attention kernels share: the tensors of a call, the order in which blocks start, the launchers.
+// What the attention kernels share: their arguments, the tile scheduler, the launchers.
 //
 // Three kernels, each of which loads tiles of rows into shared memory while it works on those before:
 //   forward  a block owns a tile of queries of one head and walks over the keys they see
 //   dq       the same walk again
 //   dkdv     a block owns a tile of keys of one key/value head and walks over the queries that see them, head by head
-// Nothing of size T×T is stored: backward makes the probabilities again from the log-sum-exp of each row.
+// Nothing of size T×T is stored: backward recomputes the probabilities from the log-sum-exp of each row.
 #pragma once
 
 #include <algorithm>
 
 #include "cuda/common.cuh"
-#include "cuda/head_norms.cuh"
 #include "cuda/head_width.h"
+#include "cuda/qk_norm_rope_tiles.cuh"
 
 namespace pgolf::cuda {
 
 inline constexpr i64 kMostElements = i64{1} << 30;  // of a sequence: offsets in one are 32 bits wide
 
-// The least that a block may have on any GPU from sm_75 on, and what it has without asking.
-inline constexpr std::size_t kSharedEverywhere = 64 * 1024, kSharedUnasked = 48 * 1024;
+// Shared memory of a block: what every GPU from sm_75 on allows, and what needs no opt-in
+// (cudaFuncAttributeMaxDynamicSharedMemorySize).
+inline constexpr std::size_t kSharedOnEveryGpu = 64 * 1024, kSharedWithoutOptIn = 48 * 1024;
 
 template <class S>
 struct AttentionArgs {
@@ -43,10 +44,10 @@ struct AttentionArgs {
 template <class S>
 struct AttentionGradArgs {
   const S *o, *d_o;
-  S* dqkv;             // [batch, T, H + 2K, D]
-  float* delta;        // [batch, H, T] gain·Σ dO⊙O of a row (sm90/: QueryRows); dq writes it, dkdv reads it
-  float* dgain;        // [H, batch, tiles of queries] what each block of dq (sm90/: each warp) adds to its head's gain
-  HeadNormArgs norms;  // sm90/ alone: past them
+  S* dqkv;       // [batch, T, H + 2K, D]
+  float* delta;  // [batch, H, T] gain·Σ dO⊙O of a row (sm90/: QueryRows); dq writes it, dkdv reads it
+  float* dgain;  // [H, batch, tiles of queries] what each block of dq (sm90/: each warp) adds to its head's gain
+  QkNormRopeArgs norms;  // sm90/ alone: past them
 
   // Of dqkv: the row of a sequence's first position, for query head h, key/value head H + kv, or value head H + K + kv;
   // and from a position's row to the next.
@@ -56,14 +57,14 @@ struct AttentionGradArgs {
   __device__ static int stride(const AttentionArgs<S>& a) { return (a.H + 2 * a.K) * a.D; }
 };
 
-// The order of blocks. Sections of heads whose walks read no more than a second-level cache holds, one after the
-// other; within a section the tiles of all its heads by rank, and rank 0 is the longest walk.
-struct BlockOrder {
+// The order of blocks: longest first, and L2-aware. Sections of heads whose keys and values fit L2 follow each other;
+// within a section the tiles of all its heads are ordered by rank, and rank 0 has the most work.
+struct TileScheduler {
   static constexpr i64 kSectionBytes = 16 << 20;
   int heads, tiles, section;
 
   // `group` neighbouring heads read the same `bytes`.
-  BlockOrder(int all_heads, int tiles_of_head, int group, i64 bytes)
+  TileScheduler(int all_heads, int tiles_of_head, int group, i64 bytes)
       : heads(all_heads),
         tiles(tiles_of_head),
         section(static_cast<int>(std::min<i64>(all_heads, std::max<i64>(1, kSectionBytes / bytes) * group))) {}
@@ -83,7 +84,7 @@ struct BlockOrder {
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), unsigned blocks, int threads, std::size_t shared,
             cudaStream_t stream, const Args&... args) {
-  if (shared > kSharedUnasked)
+  if (shared > kSharedWithoutOptIn)
     PGOLF_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   kernel<<<blocks, threads, shared, stream>>>(args...);
   PGOLF_LAUNCHED(name);

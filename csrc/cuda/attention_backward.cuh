@@ -1,5 +1,5 @@
 // Attention backward on tensor cores, in two kernels without atomics: dq by tiles of queries, dk and dv by tiles of
-// keys. Both make scores and probabilities again: 7 products for the 5 that are counted, and the same bits every time.
+// keys. Both recompute scores and probabilities: 7 GEMMs for the 5 that are counted, and the same bits every time.
 //   p = softmax(s), dp = dO·vᵀ, ds = p⊙(dp − Σ dO⊙O)
 //   dv = pᵀ·dO, dk = gain/√D·dsᵀ·q, dq = gain/√D·ds·k, dgain = 1/√D·Σ (ds·k)⊙q
 #pragma once
@@ -21,20 +21,20 @@ struct DqTiles {
   // Queries and dO come in where the second slot is, and beyond.
   static constexpr int kDeltas = kSlotBytes + std::max(kSlotBytes, 2 * kRowBytes);
   static constexpr int kSharedBytes = kDeltas + kQueries * static_cast<int>(sizeof(float));
-  static constexpr int kBlocks = 2;  // on a multiprocessor, by registers
-  static_assert(kSharedBytes <= kSharedEverywhere);
+  static constexpr int kBlocks = 2;  // an SM, by registers
+  static_assert(kSharedBytes <= kSharedOnEveryGpu);
 };
 
 template <class S, int kWidth>
 __global__ void __launch_bounds__(DqTiles<kWidth>::kThreads, DqTiles<kWidth>::kBlocks)
-    attention_dq(const AttentionArgs<S> a, const AttentionGradArgs<S> g, const BlockOrder order) {
+    attention_dq(const AttentionArgs<S> a, const AttentionGradArgs<S> g, const TileScheduler order) {
   using Tiles = DqTiles<kWidth>;
   constexpr int kRowTiles = Tiles::kRowTiles, kKeys = Tiles::kKeys, kStep = Tiles::kStep;
   extern __shared__ __align__(128) unsigned char shared[];
   const unsigned slots = shared_address(shared), rows = slots + Tiles::kSlotBytes;
   float* deltas = reinterpret_cast<float*>(shared + Tiles::kDeltas);
 
-  const BlockOrder::Place place = order.at(blockIdx.x);
+  const TileScheduler::Place place = order.at(blockIdx.x);
   const int b = place.head / a.H, h = place.head % a.H, kv = h / a.group();
   const int query_tile = order.tiles - 1 - place.rank, first_query = query_tile * Tiles::kQueries;
   const int warp_row = threadIdx.x / kWarp * Tiles::kWarpRows, warp_query = first_query + warp_row;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(DqTiles<kWidth>::kThreads, DqTiles<kWidth>::kB
                                                          a.T, a.D);
   load(0);
 
-  const float gain = a.gain[h], scale = exponent_scale(gain, a.root);
+  const float gain = a.gain[h], scale = softmax_scale_log2(gain, a.root);
   constexpr int kLanes = 8;  // on a row's delta
 #pragma unroll 4
   for (int row = threadIdx.x / kLanes; row < Tiles::kQueries; row += Tiles::kThreads / kLanes) {
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(DqTiles<kWidth>::kThreads, DqTiles<kWidth>::kB
       if (query < a.T) g.delta[head_row + query] = gain * sum;
     }
   }
-  copies_landed();
+  cp_async_wait_all();
   __syncthreads();
 
   Fragments<kRowTiles, kWidth> q, d_o;
@@ -87,10 +87,10 @@ __global__ void __launch_bounds__(DqTiles<kWidth>::kThreads, DqTiles<kWidth>::kB
       lse[r][half_row] = first_query + row < a.T ? a.lse[head_row + first_query + row] : 0.0f;
     }
 
-  Scores<kRowTiles, kWidth> sum = {};
+  Accumulator<kRowTiles, kWidth> sum = {};
   const int tiles = (min(first_query + Tiles::kQueries, a.T) + kKeys - 1) / kKeys;
   for (int tile = 0; tile < tiles; ++tile) {
-    copies_landed();
+    cp_async_wait_all();
     __syncthreads();
     if (tile + 1 < tiles) load(tile + 1);
 #pragma unroll 1
@@ -98,9 +98,9 @@ __global__ void __launch_bounds__(DqTiles<kWidth>::kThreads, DqTiles<kWidth>::kB
       const int first_key = tile * kKeys + step;
       if (first_key >= warp_query + Tiles::kWarpRows) break;  // no row of this warp sees them
       const unsigned key_rows = slots + tile % 2 * Tiles::kSlotBytes + SharedTile<kWidth>::bytes(step);
-      Scores<kRowTiles, kStep> p, ds;
+      Accumulator<kRowTiles, kStep> p, ds;
       multiply_transposed<S, kWidth, kRowTiles, kStep>(p, q, key_rows);
-      hide_later_keys<false, kRowTiles, kStep>(p, warp_query, first_key, copysignf(INFINITY, -scale));
+      causal_mask<false, kRowTiles, kStep>(p, warp_query, first_key, copysignf(INFINITY, -scale));
       multiply_transposed<S, kWidth, kRowTiles, kStep>(ds, d_o, key_rows + Tiles::kTileBytes);
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r)
@@ -148,20 +148,20 @@ struct DkdvTiles {
   static constexpr int kRowBytes = SharedTile<kWidth>::bytes(kKeys);
   // Keys and values come in where the second slot is, and beyond.
   static constexpr int kSharedBytes = kSlotBytes + std::max(kSlotBytes, 2 * kRowBytes);
-  static constexpr int kBlocks = 2;         // on a multiprocessor, by registers
+  static constexpr int kBlocks = 2;         // an SM, by registers
   static_assert(2 * kQueries <= kThreads);  // each thread copies at most one lse or delta
-  static_assert(kSharedBytes <= kSharedEverywhere);
+  static_assert(kSharedBytes <= kSharedOnEveryGpu);
 };
 
 template <class S, int kWidth>
 __global__ void __launch_bounds__(DkdvTiles<kWidth>::kThreads, DkdvTiles<kWidth>::kBlocks)
-    attention_dkdv(const AttentionArgs<S> a, const AttentionGradArgs<S> g, const BlockOrder order) {
+    attention_dkdv(const AttentionArgs<S> a, const AttentionGradArgs<S> g, const TileScheduler order) {
   using Tiles = DkdvTiles<kWidth>;
   constexpr int kRowTiles = Tiles::kRowTiles, kQueries = Tiles::kQueries, kStep = Tiles::kStep;
   extern __shared__ __align__(128) unsigned char shared[];
   const unsigned slots = shared_address(shared), rows = slots + Tiles::kSlotBytes;
 
-  const BlockOrder::Place place = order.at(blockIdx.x);
+  const TileScheduler::Place place = order.at(blockIdx.x);
   const int b = place.head / a.K, kv = place.head % a.K, first_key = place.rank * Tiles::kKeys;
   const int warp_row = threadIdx.x / kWarp * Tiles::kWarpRows, warp_key = first_key + warp_row;
   const int q_stride = a.H * a.D, kv_stride = a.K * a.D;
@@ -177,28 +177,28 @@ __global__ void __launch_bounds__(DkdvTiles<kWidth>::kThreads, DkdvTiles<kWidth>
     if (threadIdx.x < 2 * kQueries) {
       const int query = first_query + threadIdx.x % kQueries;
       const float* from = (threadIdx.x < kQueries ? a.lse : g.delta) + head_row + (h * a.T + query);
-      copy4(slot + Tiles::kLse + threadIdx.x * sizeof(float), from, query < a.T);
+      cp_async_4(slot + Tiles::kLse + threadIdx.x * sizeof(float), from, query < a.T);
     }
   };
   load_tile<S, kWidth, Tiles::kKeys, Tiles::kThreads>(rows, a.k + kv_head, kv_stride, first_key, a.T, a.D);
   load_tile<S, kWidth, Tiles::kKeys, Tiles::kThreads>(rows + Tiles::kRowBytes, a.v + kv_head, kv_stride, first_key, a.T,
                                                       a.D);
   load(0, first_tile, slots);
-  copies_landed();
+  cp_async_wait_all();
   __syncthreads();
   Fragments<kRowTiles, kWidth> k, v;
   load_fragments<kWidth, kRowTiles>(k, rows, warp_row);
   load_fragments<kWidth, kRowTiles>(v, rows + Tiles::kRowBytes, warp_row);
 
-  Scores<kRowTiles, kWidth> dk = {}, dv = {};
+  Accumulator<kRowTiles, kWidth> dk = {}, dv = {};
   for (int h = 0, tile = first_tile, slot = 0; h < a.group(); slot ^= 1) {
-    copies_landed();
+    cp_async_wait_all();
     __syncthreads();
     const bool last_tile = tile + 1 == tiles;
     const int next_h = last_tile ? h + 1 : h, next_tile = last_tile ? first_tile : tile + 1;
     if (next_h < a.group()) load(next_h, next_tile, slots + (slot ^ 1) * Tiles::kSlotBytes);
 
-    const float gain = a.gain[first_head + h], scale = exponent_scale(gain, a.root);
+    const float gain = a.gain[first_head + h], scale = softmax_scale_log2(gain, a.root);
 #pragma unroll 1
     for (int step = 0; step < kQueries; step += kStep) {
       const int first_query = tile * kQueries + step;
@@ -207,9 +207,9 @@ __global__ void __launch_bounds__(DkdvTiles<kWidth>::kThreads, DkdvTiles<kWidth>
       const unsigned query_rows = slots + slot_at + step_at, d_o_rows = query_rows + Tiles::kTileBytes;
       const float* lses = reinterpret_cast<const float*>(shared + slot_at + Tiles::kLse) + step;
       const float* deltas = reinterpret_cast<const float*>(shared + slot_at + Tiles::kDelta) + step;
-      Scores<kRowTiles, kStep> p, ds;
+      Accumulator<kRowTiles, kStep> p, ds;
       multiply_transposed<S, kWidth, kRowTiles, kStep>(p, k, query_rows);
-      hide_later_keys<true, kRowTiles, kStep>(p, warp_key, first_query, copysignf(INFINITY, -scale));
+      causal_mask<true, kRowTiles, kStep>(p, warp_key, first_query, copysignf(INFINITY, -scale));
       multiply_transposed<S, kWidth, kRowTiles, kStep>(ds, v, d_o_rows);
 #pragma unroll
       for (int n = 0; n < kStep / 8; ++n) {
@@ -253,11 +253,11 @@ void AttentionKernels<S>::backward(const AttentionArgs<S>& a, const AttentionGra
   with_width(a.D, [&](auto width) {
     const i64 head_bytes = static_cast<i64>(a.T) * a.D * 2 * sizeof(S);  // keys and values, or queries and dO
     using Dq = DqTiles<width()>;
-    const BlockOrder by_query(a.batch * a.H, blocks_for(a.T, Dq::kQueries), a.group(), head_bytes);
+    const TileScheduler by_query(a.batch * a.H, blocks_for(a.T, Dq::kQueries), a.group(), head_bytes);
     launch("attention_dq", attention_dq<S, width()>, by_query.blocks(), Dq::kThreads, Dq::kSharedBytes, stream, a, g,
            by_query);
     using Dkdv = DkdvTiles<width()>;
-    const BlockOrder by_key(a.batch * a.K, blocks_for(a.T, Dkdv::kKeys), 1, head_bytes * a.group());
+    const TileScheduler by_key(a.batch * a.K, blocks_for(a.T, Dkdv::kKeys), 1, head_bytes * a.group());
     launch("attention_dkdv", attention_dkdv<S, width()>, by_key.blocks(), Dkdv::kThreads, Dkdv::kSharedBytes, stream, a,
            g, by_key);
   });

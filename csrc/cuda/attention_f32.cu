@@ -1,8 +1,7 @@
-// Attention in float32 without tensor cores: the path for trust. Exact exponentials, plain sums, one warp for four
-// rows.
+// Attention in float32 without tensor cores, for reference: exact exponentials, plain sums, one warp for four rows.
 //
-// The three kernels have one shape. A block owns kRows rows (queries, or keys for dkdv); tiles of kTile rows that they
-// meet pass through shared memory. For scores a lane owns a row of the tile, for sums of rows it owns columns.
+// The three kernels have one shape. A block owns kRows rows (queries, or keys for dkdv) and loads tiles of kTile rows
+// of the other side into shared memory. For scores a lane owns a row of the tile, for sums of rows it owns columns.
 #include <cfloat>
 
 #include "cuda/attention.cuh"
@@ -75,13 +74,13 @@ __device__ void store_rows(float* head, const Sums& x, int stride, int first, in
         head[static_cast<i64>(first + r) * stride + c * kWarp + lane] = x[r][c];
 }
 
-__global__ void __launch_bounds__(kThreads) attention_forward(const AttentionArgs<float> a, const BlockOrder order) {
+__global__ void __launch_bounds__(kThreads) attention_forward(const AttentionArgs<float> a, const TileScheduler order) {
   extern __shared__ __align__(16) float shared[];
   const int stride = stride_of(a.D), warp_row = threadIdx.x / kWarp * kWarpRows, lane = threadIdx.x % kWarp;
   float *rows = shared, *keys = rows + kRows * stride, *values = keys + kTile * stride;
   float* weights = values + kTile * stride + warp_row * kTile;
 
-  const BlockOrder::Place place = order.at(blockIdx.x);
+  const TileScheduler::Place place = order.at(blockIdx.x);
   const int b = place.head / a.H, h = place.head % a.H;
   const int first_query = (order.tiles - 1 - place.rank) * kRows, warp_query = first_query + warp_row;
   const i64 head = a.head_at(b, h), kv_head = a.kv_head_at(b, h / a.group());
@@ -89,9 +88,9 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const AttentionArg
   load_rows(rows, a.q + head, a.H * a.D, first_query, kRows, a.queries, a.D);
 
   Sums o = {};
-  float top[kWarpRows], sum[kWarpRows] = {};
+  float row_max[kWarpRows], row_sum[kWarpRows] = {};
 #pragma unroll
-  for (float& x : top) x = -INFINITY;
+  for (float& x : row_max) x = -INFINITY;
   for (int first_key = 0; first_key < min(a.first() + first_query + kRows, a.T); first_key += kTile) {
     __syncthreads();
     load_rows(keys, a.k + kv_head, a.K * a.D, first_key, kTile, a.T, a.D);
@@ -102,32 +101,32 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const AttentionArg
 #pragma unroll
     for (int r = 0; r < kWarpRows; ++r) {
       const float score = first_key + lane <= a.first() + warp_query + r ? scale * p[r] : -INFINITY;
-      const float best = fmaxf(top[r], warp_max(score)), shrink = expf(top[r] - best);
+      const float best = fmaxf(row_max[r], warp_max(score)), rescale = expf(row_max[r] - best);
       p[r] = expf(score - best);
-      sum[r] = sum[r] * shrink + warp_sum(p[r]);
-      top[r] = best;
+      row_sum[r] = row_sum[r] * rescale + warp_sum(p[r]);
+      row_max[r] = best;
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) o[r][c] *= shrink;
+      for (int c = 0; c < kColumns; ++c) o[r][c] *= rescale;
     }
     multiply_accumulate(o, p, weights, values, a.D);
   }
 #pragma unroll
   for (int r = 0; r < kWarpRows; ++r) {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) o[r][c] /= sum[r];
-    if (lane == 0 && warp_query + r < a.queries) a.lse[a.row_at(b, h) + warp_query + r] = top[r] + logf(sum[r]);
+    for (int c = 0; c < kColumns; ++c) o[r][c] /= row_sum[r];
+    if (lane == 0 && warp_query + r < a.queries) a.lse[a.row_at(b, h) + warp_query + r] = row_max[r] + logf(row_sum[r]);
   }
   store_rows(a.o + head, o, a.H * a.D, warp_query, a.queries, a.D);
 }
 
 __global__ void __launch_bounds__(kThreads)
-    attention_dq(const AttentionArgs<float> a, const AttentionGradArgs<float> g, const BlockOrder order) {
+    attention_dq(const AttentionArgs<float> a, const AttentionGradArgs<float> g, const TileScheduler order) {
   extern __shared__ __align__(16) float shared[];
   const int stride = stride_of(a.D), warp_row = threadIdx.x / kWarp * kWarpRows, lane = threadIdx.x % kWarp;
   float *q = shared, *d_o = q + kRows * stride, *keys = d_o + kRows * stride, *values = keys + kTile * stride;
   float* weights = values + kTile * stride + warp_row * kTile;
 
-  const BlockOrder::Place place = order.at(blockIdx.x);
+  const TileScheduler::Place place = order.at(blockIdx.x);
   const int b = place.head / a.H, h = place.head % a.H;
   const int query_tile = order.tiles - 1 - place.rank, first_query = query_tile * kRows;
   const int warp_query = first_query + warp_row;
@@ -182,13 +181,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    attention_dkdv(const AttentionArgs<float> a, const AttentionGradArgs<float> g, const BlockOrder order) {
+    attention_dkdv(const AttentionArgs<float> a, const AttentionGradArgs<float> g, const TileScheduler order) {
   extern __shared__ __align__(16) float shared[];
   const int stride = stride_of(a.D), warp_row = threadIdx.x / kWarp * kWarpRows, lane = threadIdx.x % kWarp;
   float *keys = shared, *values = keys + kRows * stride, *q = values + kRows * stride, *d_o = q + kTile * stride;
   float *p_weights = d_o + kTile * stride + warp_row * kTile, *ds_weights = p_weights + kRows * kTile;
 
-  const BlockOrder::Place place = order.at(blockIdx.x);
+  const TileScheduler::Place place = order.at(blockIdx.x);
   const int b = place.head / a.K, kv = place.head % a.K, first_key = place.rank * kRows;
   const int warp_key = first_key + warp_row;
   const i64 kv_head = a.kv_head_at(b, kv);
@@ -230,7 +229,7 @@ __global__ void __launch_bounds__(kThreads)
 constexpr std::size_t forward_bytes(int D) { return shared_bytes(D, 1, 1); }
 constexpr std::size_t dq_bytes(int D) { return shared_bytes(D, 2, 1); }
 constexpr std::size_t dkdv_bytes(int D) { return shared_bytes(D, 2, 2); }
-static_assert(dkdv_bytes(kMostHeadWidth) <= kSharedEverywhere);
+static_assert(dkdv_bytes(kMostHeadWidth) <= kSharedOnEveryGpu);
 
 }  // namespace
 
@@ -242,7 +241,7 @@ int AttentionKernels<float>::dq_rows(int) {
 template <>
 void AttentionKernels<float>::forward(const AttentionArgs<float>& a, cudaStream_t stream) {
   const i64 head_bytes = static_cast<i64>(a.T) * a.D * 2 * sizeof(float);
-  const BlockOrder order(a.batch * a.H, blocks_for(a.queries, kRows), a.group(), head_bytes);
+  const TileScheduler order(a.batch * a.H, blocks_for(a.queries, kRows), a.group(), head_bytes);
   launch("attention_forward", attention_forward, order.blocks(), kThreads, forward_bytes(a.D), stream, a, order);
 }
 
@@ -250,9 +249,9 @@ template <>
 void AttentionKernels<float>::backward(const AttentionArgs<float>& a, const AttentionGradArgs<float>& g,
                                        cudaStream_t stream) {
   const i64 head_bytes = static_cast<i64>(a.T) * a.D * 2 * sizeof(float);
-  const BlockOrder by_query(a.batch * a.H, blocks_for(a.T, kRows), a.group(), head_bytes);
+  const TileScheduler by_query(a.batch * a.H, blocks_for(a.T, kRows), a.group(), head_bytes);
   launch("attention_dq", attention_dq, by_query.blocks(), kThreads, dq_bytes(a.D), stream, a, g, by_query);
-  const BlockOrder by_key(a.batch * a.K, blocks_for(a.T, kRows), 1, head_bytes * a.group());
+  const TileScheduler by_key(a.batch * a.K, blocks_for(a.T, kRows), 1, head_bytes * a.group());
   launch("attention_dkdv", attention_dkdv, by_key.blocks(), kThreads, dkdv_bytes(a.D), stream, a, g, by_key);
 }
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cuda/attention.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/row_ops.cuh"
 
 namespace pgolf::cuda {
 
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kLastThreads) attention_last(const AttentionAr
   float best = -INFINITY, total = 0.0f, weight = 0.0f;
   for (int t = 0; t < kTeams; ++t) best = fmaxf(best, tops[t]);
   for (int t = 0; t < kTeams; ++t) {
-    const float share = expf(tops[t] - best);  // 0 of a team that met no key
+    const float share = expf(tops[t] - best);  // 0 of a team without keys
     total = fmaf(share, rows[t][own], total);
     weight = fmaf(share, sums[t], weight);
   }

@@ -1,8 +1,8 @@
-// Tiles of 16-bit rows in shared memory and the warp's products with them: what the attention kernels on tensor cores
-// are made of.
+// Tiles of 16-bit rows in shared memory and a warp's MMA with them: the building blocks of attention on tensor cores.
 //
-// A warp has kRowTiles·16 rows as fragments in registers; tiles of the rows that it meets lie in shared memory, kWidth
-// columns wide: D rounded up to 16. Columns from D on and rows from T on are zeros there, so that they change no sum.
+// A warp has kRowTiles·16 rows as fragments in registers; tiles of the rows that it is multiplied with lie in shared
+// memory, kWidth columns wide: D rounded up to 16. Columns from D on and rows from T on are zeros there, so that they
+// change no sum.
 #pragma once
 
 #include <cfloat>
@@ -15,16 +15,16 @@ namespace pgolf::cuda {
 
 inline constexpr unsigned kSignBits = 0x80008000u;  // of a pair of 16-bit numbers
 
-// A score's factor before exp2, never 0, so that it leaves −∞ what it is.
-__device__ __forceinline__ float exponent_scale(float gain, float root) {
+// A score's factor before exp2, never 0, so that −∞ stays −∞.
+__device__ __forceinline__ float softmax_scale_log2(float gain, float root) {
   const float scale = gain * root * 1.44269504088896340736f;  // log₂ e
   return fabsf(scale) < FLT_MIN ? copysignf(FLT_MIN, scale) : scale;
 }
 
-// Makes the scores of keys behind their query `hidden`. Rows are queries and columns keys, or the other way round.
+// Sets the scores of keys after their query to `hidden`. Rows are queries and columns keys, or the other way round.
 template <bool kRowsAreKeys, int kRowTiles, int kColumns>
-__device__ __forceinline__ void hide_later_keys(Scores<kRowTiles, kColumns>& s, int first_row, int first_column,
-                                                float hidden) {
+__device__ __forceinline__ void causal_mask(Accumulator<kRowTiles, kColumns>& s, int first_row, int first_column,
+                                            float hidden) {
   const int last = kRowsAreKeys ? first_row + kRowTiles * 16 - 1 : first_column + kColumns - 1;
   if (last <= (kRowsAreKeys ? first_column : first_row)) return;
 #pragma unroll
@@ -52,8 +52,8 @@ __device__ __forceinline__ void load_tile(unsigned tile, const S* head, int stri
   for (int i = 0; i < kRows; i += kPass)
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; chunk += kLanes)
-      copy16(to + Tile::bytes(i) + chunk * 16, from + (i * stride + chunk * kVector),
-             first + row + i < T && (chunk + lane) * kVector < D);
+      cp_async_16(to + Tile::bytes(i) + chunk * 16, from + (i * stride + chunk * kVector),
+                  first + row + i < T && (chunk + lane) * kVector < D);
 }
 
 // The fragments of the kRowTiles·16 rows from `row` on.
@@ -65,12 +65,12 @@ __device__ __forceinline__ void load_fragments(Fragments<kRowTiles, kWidth>& a, 
   for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
     for (int k = 0; k < kWidth / 16; ++k)
-      load_matrices(a[r][k], tile + Tile::offset(row + 16 * r + lane % 16, 2 * k + lane / 16));
+      ldmatrix_x4(a[r][k], tile + Tile::offset(row + 16 * r + lane % 16, 2 * k + lane / 16));
 }
 
 // s = a·tileᵀ for kColumns rows of the tile, the first of which is a multiple of 8.
 template <class S, int kWidth, int kRowTiles, int kColumns>
-__device__ __forceinline__ void multiply_transposed(Scores<kRowTiles, kColumns>& s,
+__device__ __forceinline__ void multiply_transposed(Accumulator<kRowTiles, kColumns>& s,
                                                     const Fragments<kRowTiles, kWidth>& a, unsigned tile) {
   using Tile = SharedTile<kWidth>;
   const int lane = threadIdx.x % kWarp, row = lane % 8 + lane / 16 * 8;
@@ -86,19 +86,19 @@ __device__ __forceinline__ void multiply_transposed(Scores<kRowTiles, kColumns>&
 #pragma unroll
     for (int n = 0; n < kColumns / 16; ++n) {
       unsigned b[4];
-      load_matrices(b, lane_tile + n * Tile::bytes(16) + (2 * k ^ lane_chunk) * 16);
+      ldmatrix_x4(b, lane_tile + n * Tile::bytes(16) + (2 * k ^ lane_chunk) * 16);
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
-        multiply_add<S>(s[r][2 * n], a[r][k], b[0], b[1]);
-        multiply_add<S>(s[r][2 * n + 1], a[r][k], b[2], b[3]);
+        mma_m16n8k16<S>(s[r][2 * n], a[r][k], b[0], b[1]);
+        mma_m16n8k16<S>(s[r][2 * n + 1], a[r][k], b[2], b[3]);
       }
     }
 }
 
 // sum += round(p)·tile for kColumns rows of the tile, the first of which is a multiple of 8.
 template <class S, int kWidth, int kRowTiles, int kColumns>
-__device__ __forceinline__ void multiply_accumulate(Scores<kRowTiles, kWidth>& sum,
-                                                    const Scores<kRowTiles, kColumns>& p, unsigned tile) {
+__device__ __forceinline__ void multiply_accumulate(Accumulator<kRowTiles, kWidth>& sum,
+                                                    const Accumulator<kRowTiles, kColumns>& p, unsigned tile) {
   using Tile = SharedTile<kWidth>;
   const int lane = threadIdx.x % kWarp, row = lane % 16;
   const unsigned lane_tile = tile + row * Tile::kRowBytes, lane_chunk = lane / 16 ^ Tile::permutation(row);
@@ -110,27 +110,28 @@ __device__ __forceinline__ void multiply_accumulate(Scores<kRowTiles, kWidth>& s
 #pragma unroll
     for (int n = 0; n < kWidth / 16; ++n) {
       unsigned b[4];
-      load_matrices_transposed(b, lane_tile + k * Tile::bytes(16) + (2 * n ^ lane_chunk) * 16);
+      ldmatrix_x4_trans(b, lane_tile + k * Tile::bytes(16) + (2 * n ^ lane_chunk) * 16);
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
-        multiply_add<S>(sum[r][2 * n], a[r], b[0], b[1]);
-        multiply_add<S>(sum[r][2 * n + 1], a[r], b[2], b[3]);
+        mma_m16n8k16<S>(sum[r][2 * n], a[r], b[0], b[1]);
+        mma_m16n8k16<S>(sum[r][2 * n + 1], a[r], b[2], b[3]);
       }
     }
   }
 }
 
-// The end of a forward softmax: o, sums of products with probabilities under a row's greatest product `top`, becomes
-// their quotient by `sum`, of which each lane has its columns' share; and the log-sum-exp of the rows from `first` on.
+// The end of an online softmax: divides o by row_sum, of which each lane has its columns' part, and writes the
+// log-sum-exp of the rows from `first` on; row_max is a row's greatest product.
 template <int kRowTiles, int kWidth>
-__device__ __forceinline__ void finish_softmax(Scores<kRowTiles, kWidth>& o, const float (&top)[kRowTiles][2],
-                                               const float (&sum)[kRowTiles][2], float scale, float* lse, int first,
-                                               int queries) {
+__device__ __forceinline__ void finalize_softmax(Accumulator<kRowTiles, kWidth>& o,
+                                                 const float (&row_max)[kRowTiles][2],
+                                                 const float (&row_sum)[kRowTiles][2], float scale, float* lse,
+                                                 int first, int queries) {
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
     for (int half_row = 0; half_row < 2; ++half_row) {
-      float total = sum[r][half_row];
+      float total = row_sum[r][half_row];
       total += __shfl_xor_sync(0xffffffffu, total, 1);
       total += __shfl_xor_sync(0xffffffffu, total, 2);
       const float inverse = 1.0f / total;
@@ -138,12 +139,12 @@ __device__ __forceinline__ void finish_softmax(Scores<kRowTiles, kWidth>& o, con
       for (int n = 0; n < kWidth / 8; ++n)
 #pragma unroll
         for (int i = 2 * half_row; i < 2 * half_row + 2; ++i) {
-          // The quotient, refined: exact where it can be, as it must be for equal probabilities.
+          // The quotient with one Newton step: exact where it can be, as it must be for equal probabilities.
           const float quotient = o[r][n][i] * inverse;
           o[r][n][i] = fmaf(fmaf(-quotient, total, o[r][n][i]), inverse, quotient);
         }
       const int query = first + 16 * r + lane_row(2 * half_row);
-      if (lane_column(0) == 0 && query < queries) lse[query] = fmaf(top[r][half_row], scale, log2f(total));
+      if (lane_column(0) == 0 && query < queries) lse[query] = fmaf(row_max[r][half_row], scale, log2f(total));
     }
 }
 

@@ -16,7 +16,7 @@ namespace pgolf::cuda {
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  (void)cudaGetLastError();  // a sticky error stays, any other must not be reported twice
+  (void)cudaGetLastError();  // clears an error that is not sticky, so that it is not reported twice
   throw DeviceError(sentence("CUDA failed in ", what, ": ", cudaGetErrorString(status), "."));
 }
 #define PGOLF_CUDA(call) ::pgolf::cuda::check((call), #call)
@@ -105,13 +105,14 @@ __device__ __forceinline__ T block_sum(T x, T* shared) {
   return x;
 }
 
-// Between blocks of one launch: counts what this thread has stored, and what threads have with which it has met at a
-// barrier since, as done.
-__device__ __forceinline__ void add_done(unsigned* counter, unsigned count) {
+// Release-increment of a global counter, between blocks of one launch: covers the stores of this thread, and of threads
+// that have synchronised with it since.
+__device__ __forceinline__ void release_increment(unsigned* counter, unsigned count) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(count) : "memory");
 }
-// Until *counter ≥ count; this thread, and threads that meet it at a barrier next, see what was counted.
-__device__ __forceinline__ void wait_until(const unsigned* counter, unsigned count) {
+// Spins until an acquire-load finds *counter ≥ count: then this thread, and threads that synchronise with it next, see
+// the stores before those increments.
+__device__ __forceinline__ void acquire_at_least(const unsigned* counter, unsigned count) {
   unsigned found;
   while (true) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
@@ -124,8 +125,8 @@ inline unsigned blocks_for(i64 count, i64 per_block) {
   return static_cast<unsigned>((count + per_block - 1) / per_block);
 }
 
-// Lays buffers into an operation's saved or scratch area. Run once with a null base to learn the size, again with the
-// real base to get the pointers: the two can never disagree.
+// Places buffers in an operation's saved or scratch area. Run once with a null base to learn the size, and again with
+// the real base to get the pointers: the two cannot disagree.
 class Layout {
  public:
   static constexpr std::size_t kAlign = 256;

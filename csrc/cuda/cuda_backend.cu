@@ -14,14 +14,12 @@
 namespace pgolf::cuda {
 namespace {
 
-// The instructions that the code which this GPU loaded was compiled for, as a Path's number.
-__global__ void report_path(int* path) {
+// The kernels of the code that this GPU has loaded.
+__global__ void report_kernel_set(KernelSet* set) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  *path = 90;
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  *path = 80;
-#else
-  *path = 75;
+  *set = kernel_set_of(__CUDA_ARCH__, true);
+#elif defined(__CUDA_ARCH__)
+  *set = kernel_set_of(__CUDA_ARCH__, false);
 #endif
 }
 
@@ -46,14 +44,15 @@ void check_usable(cudaError_t status, const std::string& gpu) {
   }
 }
 
-Path choose_path(int best, const std::string& gpu) {
+KernelSet choose_kernel_set(KernelSet best, const std::string& gpu) {
   const std::string_view forced = environment("PGOLF_CUDA_PATH");
-  if (forced.empty()) return static_cast<Path>(best);
+  if (forced.empty()) return best;
   require(forced == "75" || forced == "80" || forced == "90", "PGOLF_CUDA_PATH is \"", forced,
           "\"; expected 75, 80 or 90.");
   const int path = (forced[0] - '0') * 10 + (forced[1] - '0');
-  require(path <= best, "PGOLF_CUDA_PATH is ", path, ", but ", gpu, " runs at most path ", best, " of this build.");
-  return static_cast<Path>(path);
+  const int most = static_cast<int>(best);
+  require(path <= most, "PGOLF_CUDA_PATH is ", path, ", but ", gpu, " runs at most path ", most, " of this build.");
+  return static_cast<KernelSet>(path);
 }
 
 std::size_t choose_limit(std::size_t total) {
@@ -90,14 +89,14 @@ CudaBackend::CudaBackend(int device, DType storage) : CudaBackend(device, storag
   check_usable(cudaSetDevice(device), gpu);
   check_usable(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), gpu);
   partials_ = static_cast<double*>(allocate(kPartials * sizeof(double)));
-  int best = 0;
-  report_path<<<1, 1, 0, stream_>>>(reinterpret_cast<int*>(partials_));
+  KernelSet best = KernelSet::sm75;
+  report_kernel_set<<<1, 1, 0, stream_>>>(reinterpret_cast<KernelSet*>(partials_));
   check_usable(cudaGetLastError(), gpu);
   check_usable(cudaMemcpyAsync(&best, partials_, sizeof best, cudaMemcpyDeviceToHost, stream_), gpu);
   check_usable(cudaStreamSynchronize(stream_), gpu);
-  path_ = choose_path(best, gpu);
-  if (storage == DType::bf16 && path_ < Path::sm80)
-    throw DeviceError(sentence(gpu, best < 80 ? " has" : " on path 75 has",
+  kernel_set_ = choose_kernel_set(best, gpu);
+  if (storage == DType::bf16 && !has_bf16(kernel_set_))
+    throw DeviceError(sentence(gpu, has_bf16(best) ? " on path 75 has" : " has",
                                " no bfloat16 arithmetic; use dtype float16, or float32."));
   blas_ = std::make_unique<Blas>(*this);
   transfer_ = std::make_unique<Transfer>(stream_);
@@ -117,7 +116,7 @@ CudaBackend::~CudaBackend() {
 
 std::string CudaBackend::description() const {
   const char* dtype = storage_ == DType::bf16 ? "bfloat16" : storage_ == DType::f16 ? "float16" : "float32";
-  return sentence("cuda ", properties_.name, ", ", dtype, ", path ", static_cast<int>(path_));
+  return sentence("cuda ", properties_.name, ", ", dtype, ", path ", static_cast<int>(kernel_set_));
 }
 
 std::size_t CudaBackend::memory_limit() const { return limit_; }

@@ -1,4 +1,5 @@
-// The CUDA backend: one GPU, one stream. The files of this folder have the names of cpu/ and compute the same.
+// The CUDA backend: one GPU, one stream. The files of this folder have the names of cpu/ and compute the same;
+// what is one file there, optim.cpp, is grad_norm.cu, adam.cu, muon.cu, adapter_optim.cu and axpby.cu here.
 //
 // Rules of this folder
 //   Everything runs on `stream()`, in order; nothing but download, wait and synchronize waits for it; nothing allocates
@@ -15,13 +16,11 @@
 
 #include "backend.h"
 #include "core/error.h"
+#include "cuda/kernel_set.h"
 
 namespace pgolf::cuda {
 
 using i64 = std::int64_t;
-
-// The portable ways an operation can run: which instructions it may use. `PGOLF_CUDA_PATH=75|80|90` forces a lower one.
-enum class Path { sm75 = 75, sm80 = 80, sm90 = 90 };
 
 // D[m, n] = alpha·op(A)[m, k]·op(B)[k, n] + beta·C, row-major, `count` of them `*_step` elements apart. C may be D.
 // A and B have one dtype (f32: no TF32; bf16, f16), C and D another of f32 and that of A. Sums are float32.
@@ -112,8 +111,8 @@ class CudaBackend final : public Backend {
     use();
     return stream_;
   }
-  Path path() const { return path_; }
-  int processors() const { return properties_.multiProcessorCount; }
+  bool has_wgmma() const { return cuda::has_wgmma(kernel_set_); }
+  int sm_count() const { return properties_.multiProcessorCount; }
   void gemm(const Gemm& product) const;  // blas.cpp
 
   static constexpr int kPartials = 1024;  // room for the partial sums of add_sum and grad_norm
@@ -126,7 +125,7 @@ class CudaBackend final : public Backend {
   int device_;
   DType storage_;
   cudaDeviceProp properties_{};
-  Path path_ = Path::sm80;
+  KernelSet kernel_set_ = KernelSet::sm80;
   cudaStream_t stream_ = nullptr;
   std::size_t allocated_ = 0, peak_ = 0, limit_ = 0;  // bytes
   bool graphs_ = true;

@@ -13,7 +13,7 @@ constexpr int kLeastCapability = 75;          // 10·major + minor: Turing
 
 constexpr const char* kShowsState = ". `nvidia-smi` shows its state.";
 
-// The release of the driver's kernel module, "580.65.06"; empty: none is loaded, or this is no Linux.
+// The release of the driver's kernel module, "580.65.06"; empty: none is loaded, or this is not Linux.
 std::string driver_release() {
   std::string release;
   std::getline(std::ifstream("/sys/module/nvidia/version"), release);

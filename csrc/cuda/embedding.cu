@@ -7,8 +7,8 @@
 // gradient dP at P, float32, sums dsum over the tokens that read a row. The rest is float32.
 #include <cub/device/device_radix_sort.cuh>
 
-#include "cuda/columns.cuh"
-#include "cuda/linear.h"
+#include "cuda/column_reduce.cuh"
+#include "cuda/gemm_args.h"
 
 namespace pgolf::cuda {
 namespace {
@@ -175,7 +175,7 @@ __device__ __forceinline__ void load_gate(const float* gate, const Team& team, i
   }
 }
 
-// x0 and the rms factors; the tables lie in the second-level cache, so that memory sees 1 write.
+// x0 and the rms factors; the tables stay in L2, so that memory sees 1 write.
 template <class S, int kVectors>
 __global__ void __launch_bounds__(kRowThreads)
     embed_rows(Source<S> from, int warps, S* __restrict__ x0, float* __restrict__ factors) {

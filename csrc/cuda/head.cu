@@ -1,11 +1,11 @@
-// Final norm, output product, softcap and cross-entropy, in chunks of rows whose logits stay in the second-level cache.
+// Final norm, output GEMM, softcap and cross-entropy, in chunks of rows whose logits stay in L2.
 //
 // Rounded to S: normed = rms(x); dlogits, the gradient before the softcap; dnormed = dlogits·w; dx. Logits are float32
 // and never rounded; the norm's backward uses normed before it is rounded. With adapters: u, du, and dnormed once more,
 // before du·a is added.
 #include "cuda/adapters.h"
-#include "cuda/linear.h"
-#include "cuda/rows.cuh"
+#include "cuda/gemm_args.h"
+#include "cuda/row_ops.cuh"
 
 namespace pgolf::cuda {
 namespace {
@@ -33,8 +33,8 @@ struct Dims {
     while (B % sequences) --sequences;
     return sequences;
   }
-  // At most 32 MiB of logits, which is what an H100's cache holds beside the operands; a product needs 128 rows. The
-  // same in all three operations: how a product sums may depend on its height.
+  // At most 32 MiB of logits, what an H100's L2 holds beside the operands; a GEMM needs 128 rows. The
+  // same in all three operations: how a GEMM sums may depend on its height.
   static i64 rows_of_chunk(i64 V) {
     constexpr i64 kLogits = (i64{32} << 20) / sizeof(float), kLeast = 128, kMost = 16384;
     return std::clamp(kLogits / V / kLeast * kLeast, kLeast, kMost);
@@ -77,7 +77,7 @@ struct Softcap {
   }
 };
 
-// Memory-bound: 1 read, 1 write, in the cache.
+// Memory-bound: 1 read, 1 write, in L2.
 __global__ void __launch_bounds__(kThreads) cap_logits(float* logits, i64 count, Softcap softcap) {
   const i64 at = (i64{blockIdx.x} * kThreads + threadIdx.x) * kVector;
   if (at + kVector <= count) {
@@ -128,7 +128,7 @@ struct Loss {
   __device__ void store_loss(i64 row, float top, float sum) const {
     losses[row] = logf(sum) + (top - softcap(logits[row * stride + target(row)]));
   }
-  // dlogits = scale·(softmax − onehot)·slope; those beyond V are no one's.
+  // dlogits = scale·(softmax − onehot)·slope; those from V on are never read.
   __device__ void store_gradient(i64 row, int column, const Vector8& y, float top, float over_sum, int at_target,
                                  float factor) const {
     Vector8 g;

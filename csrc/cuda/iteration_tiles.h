@@ -1,15 +1,15 @@
-// The work of Muon on many matrices, numbered: plain arithmetic, tested without a GPU.
+// The tile scheduler of Muon's kernels on many matrices: plain arithmetic, tested without a GPU.
 #pragma once
 
 namespace pgolf::cuda {
 
-// One tile of the result of one product; row and column count tiles.
+// One tile of one GEMM's result; row and column count tiles.
 struct ProductTile {
   int matrix, row, column;
 };
 
-// `count` results of rows × columns tiles. Symmetric ones have as many columns as rows, and only the tiles on and below
-// the diagonal have numbers: row by row (0,0), (1,0), (1,1), (2,0), …
+// The tiles of `count` results, of rows × columns tiles each. Of symmetric ones, which have as many columns as rows,
+// only the tiles on and below the diagonal have numbers: row by row (0,0), (1,0), (1,1), (2,0), …
 struct ProductTiles {
   int count, rows, columns;
   bool symmetric;
@@ -28,7 +28,7 @@ struct ProductTiles {
   }
 };
 
-// The three products of an iteration, each of which needs the whole of the one before it, of the same matrix.
+// The three GEMMs of an iteration, each of which needs the whole result of the one before it, of the same matrix.
 enum class Stage { gram, quartic, quintic };
 
 struct IterationTile {
@@ -36,7 +36,7 @@ struct IterationTile {
   Stage stage;
   int group;
   ProductTile at;
-  int before;  // tiles of this matrix in all that comes before this product
+  int before;  // tiles of this matrix in all GEMMs before this one
 };
 
 // Groups of matrices X [rows, columns], counted in tiles. Numbers go through step by step, stage by stage, group by
@@ -75,7 +75,7 @@ struct IterationTiles {
 };
 
 // What is done with `count` matrices before the iterations, numbered 0 … 2·count − 1: each is gathered, and normalised
-// two gatherings later, when its sum is there and it still lies in the cache.
+// two gatherings later, when its sum is there and it is still in L2.
 struct PreparationStep {
   int matrix;
   bool normalizes;
@@ -88,7 +88,7 @@ constexpr PreparationStep preparation_step(int number, int count) {
                                    : PreparationStep{(number - ahead) / 2, true};
 }
 
-// How a warp reads a 16-row tile of 16-bit numbers by ldmatrix.trans so that each lane gets eight numbers of one
+// How a warp reads a 16-row tile of 16-bit numbers by ldmatrix .trans so that each lane gets eight numbers of one
 // column, from row 8·half on. One instruction reads four 8×8 matrices whose rows may lie anywhere: row `row` of matrix
 // `matrix` is a chunk of eight columns of one row of the tile. Lane l then holds, of its column, rows 2·matrix and
 // 2·matrix + 1 of the half in its register `matrix`. `pass` counts the instructions that read 128 columns: 0 … 7.

@@ -78,7 +78,7 @@ void* CudaBackend::allocate(std::size_t bytes) {
     (void)cudaGetLastError();
     std::size_t free = 0, total = 0;
     PGOLF_CUDA(cudaMemGetInfo(&free, &total));
-    throw DeviceError(sentence("The GPU's memory is used up: ", mebibytes(bytes), " MiB more were asked for, ",
+    throw DeviceError(sentence("Out of GPU memory: tried to allocate ", mebibytes(bytes), " MiB; ",
                                mebibytes(allocated_), " MiB are taken, the limit is ", limit_ / kMiB, " MiB, and ",
                                free / kMiB, " MiB of the GPU's ", total / kMiB, " MiB are free."));
   }

@@ -1,13 +1,13 @@
-// Norm, the first MLP product and ReLU². Its slope is projection.cu's, from h: u itself is not kept.
+// Norm, the first MLP GEMM and ReLU². Its slope is projection.cu's, from h: u itself is not kept.
 //
-// Rounded to S. Forward: normed = rms(x), unless the product is x·wᵀ, whose rows the epilogue multiplies by their rms
+// Rounded to S. Forward: normed = rms(x), unless the GEMM is x·wᵀ, whose rows the epilogue multiplies by their rms
 // factors; h, whose value in f16 stays at the largest finite number.
 // Backward: dnormed = du·w; normed, recomputed for the weight gradient; dx. The norm's backward uses normed before
 // it is rounded.
-#include "cuda/linear.h"
-#include "cuda/numbers.cuh"
-#include "cuda/rows.cuh"
-#include "cuda/sm90/resident_product.cuh"
+#include "cuda/elementwise.cuh"
+#include "cuda/gemm_args.h"
+#include "cuda/row_ops.cuh"
+#include "cuda/sm90/weight_stationary_gemm.cuh"
 
 namespace pgolf::cuda {
 namespace {
@@ -21,8 +21,8 @@ struct Dims {
 
 constexpr float kHalfMax = 65504.0f;
 
-// Rows whose u, float32, is made at a time: what is squared at once still lies in the second-level cache (50 MB on
-// Hopper), and whole tiles of 256 rows are left of it. 5,632 rows at F = 1,536 are two waves of 132 tiles of 256×128.
+// Rows whose u, float32, is computed at a time: the kernel that squares it reads it from L2 (50 MB on Hopper). A
+// multiple of the tile's 256 rows. 5,632 rows at F = 1,536 are two waves of 132 tiles of 256×128.
 i64 rows_at_once(const Dims& s) {
   constexpr i64 kBytes = 35'000'000, kTileRows = 256;
   const i64 rows = kBytes / (static_cast<i64>(sizeof(float)) * s.F) / kTileRows * kTileRows;
@@ -50,18 +50,18 @@ class SquareRelu {
   unsigned found_ = 0;
 };
 
-// h from u. Memory-bound: 1 write, and 1 read of what the cache holds.
+// h from u. Memory-bound: 1 write, and 1 read from L2.
 template <class S>
-__global__ void __launch_bounds__(kNumberThreads)
+__global__ void __launch_bounds__(kElementThreads)
     square_relu(const float* u, S* h, i64 count, float h_scale, std::int64_t* saturated) {
   SquareRelu<S> square(h_scale);
-  for_each_number<S>(h, u, count, [&](float, float at) { return square(at); });
+  for_each_element<S>(h, u, count, [&](float, float at) { return square(at); });
   square.count_in(saturated);
 }
 
-// h from x·wᵀ while it is in registers.
+// The same as an epilogue: the accumulator is x·wᵀ.
 template <class S>
-struct StoreHidden {
+struct SquareReluEpilogue {
   struct Factors {
     float of_row[2];  // of a lane
   };
@@ -80,7 +80,8 @@ struct StoreHidden {
     }
     return read;
   }
-  __device__ void operator()(unsigned char* tile, sm90::WarpRows& u, const Factors& read, i64 row, int column) const {
+  __device__ void operator()(unsigned char* tile, sm90::WarpAccumulator& u, const Factors& read, i64 row,
+                             int column) const {
     SquareRelu<S> square(h_scale);
 #pragma unroll
     for (int n = 0; n < 16; ++n)
@@ -97,7 +98,7 @@ OpBytes CudaBackend::bytes(const MlpUp& op) const {
   const Dims s(op);
   Layout saved, forward, backward;
   saved.take<float>(s.N);  // rms factors
-  if (!sm90::takes(*this, s.N, s.F, s.d)) {
+  if (!sm90::gemm_fits(*this, s.N, s.F, s.d)) {
     forward.take(storage_, s.N * s.d);           // normed
     forward.take<float>(rows_at_once(s) * s.F);  // u
   }
@@ -119,10 +120,11 @@ void CudaBackend::mlp_up_forward(const MlpUp& op) {
       });
     };
     if constexpr (sizeof(S) == 2)
-      if (sm90::takes(*this, s.N, s.F, s.d)) {
+      if (sm90::gemm_fits(*this, s.N, s.F, s.d)) {
         norm(nullptr);
-        return sm90::launch_resident_product<S>(*this, "mlp_up", op.x.data, op.w.data, s.N, s.F, s.d,
-                                                StoreHidden<S>{factors, op.h.as<S>(), s.N, s.F, h_scale, op.saturated});
+        return sm90::launch_weight_stationary_gemm<S>(
+            *this, "mlp_up", op.x.data, op.w.data, s.N, s.F, s.d,
+            SquareReluEpilogue<S>{factors, op.h.as<S>(), s.N, s.F, h_scale, op.saturated});
       }
     Layout scratch(op.scratch.data);
     S* const normed = scratch.take<S>(s.N * s.d);
@@ -131,8 +133,8 @@ void CudaBackend::mlp_up_forward(const MlpUp& op) {
     for (i64 row = 0; row < s.N; row += rows_at_once(s)) {
       const i64 rows = std::min(rows_at_once(s), s.N - row);
       gemm(Linear{storage_, rows, s.d, s.F}.forward(normed + row * s.d, op.w.data, u, DType::f32));
-      square_relu<S><<<number_blocks(rows * s.F), kNumberThreads, 0, stream()>>>(u, op.h.as<S>() + row * s.F,
-                                                                                 rows * s.F, h_scale, op.saturated);
+      square_relu<S><<<element_blocks(rows * s.F), kElementThreads, 0, stream()>>>(u, op.h.as<S>() + row * s.F,
+                                                                                   rows * s.F, h_scale, op.saturated);
       PGOLF_LAUNCHED("square_relu");
     }
   });

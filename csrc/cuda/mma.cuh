@@ -1,11 +1,11 @@
-// Single instructions of the matrix units and of asynchronous copies, with what stands in for them below sm_80.
+// PTX of tensor cores (ldmatrix, mma) and asynchronous copies (cp.async), with fallbacks below sm_80.
 //
 // Fragments of 16-bit numbers as a warp holds them (PTX ISA, "Matrix Fragments for mma.m16n8k16"). With g = lane/4 and
 // t = lane%4, each register being two neighbours,
 //   A [16, 16]  a[0] row g, columns 2t, 2t+1; a[1] row g+8; a[2] and a[3] the same rows, columns 2t+8, 2t+9
 //   B [16, 8]   b[0] rows 2t, 2t+1 of column g; b[1] rows 2t+8, 2t+9
 //   C [16, 8]   c[0], c[1] row g, columns 2t, 2t+1; c[2], c[3] row g+8; float32
-// So two C side by side, rounded, are an A.
+// So two rounded C fragments side by side are an A fragment.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -18,13 +18,13 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
 
 // Four 8×8 matrices; lane l gives the address of row l%8 of matrix l/8. Matrix i arrives in r[i] as an A fragment's
 // quarter; transposed, it is half a B fragment of what is stored.
-__device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned address) {
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
 }
-__device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsigned address) {
+__device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsig
 
 // c += a·b
 template <class S>
-__device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   static_assert(std::is_same_v<S, bf16> || std::is_same_v<S, half>);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<S, bf16>)
@@ -63,9 +63,9 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[
 #endif
 }
 
-// Copies 16 or 4 bytes to shared memory, or writes zeros there if not `valid`: then nothing is read. Done once
-// copies_landed was called; below sm_80 at once.
-__device__ __forceinline__ void copy16(unsigned to, const void* from, bool valid) {
+// Copies 16 or 4 bytes to shared memory, or writes zeros there if not `valid`: then nothing is read. Complete after
+// cp_async_wait_all; below sm_80 at once.
+__device__ __forceinline__ void cp_async_16(unsigned to, const void* from, bool valid) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 #else
@@ -73,7 +73,7 @@ __device__ __forceinline__ void copy16(unsigned to, const void* from, bool valid
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 #endif
 }
-__device__ __forceinline__ void copy4(unsigned to, const void* from, bool valid) {
+__device__ __forceinline__ void cp_async_4(unsigned to, const void* from, bool valid) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
 #else
@@ -81,8 +81,8 @@ __device__ __forceinline__ void copy4(unsigned to, const void* from, bool valid)
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 #endif
 }
-// Waits for this thread's copies; a __syncthreads makes everybody's visible.
-__device__ __forceinline__ void copies_landed() {
+// Waits for this thread's copies; a __syncthreads after it makes those of the block visible.
+__device__ __forceinline__ void cp_async_wait_all() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif

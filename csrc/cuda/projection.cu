@@ -1,13 +1,13 @@
-// Projections back into the residual stream. Their scale is part of w, so that all is plain products onto the residual.
-// The slope of ReLU², on the way back to an MLP's hidden values. And the bare product.
+// Projections back into the residual stream. Their scale is part of w, so that all are plain GEMMs onto the residual.
+// The slope of ReLU², on the way back to an MLP's hidden values. And the bare GEMM.
 //
-// Rounded to S. Forward onto x: out. Forward onto the mixed input: first the product a·wᵀ, which is small against the
+// Rounded to S. Forward onto x: out. Forward onto the mixed input: first the GEMM a·wᵀ, which is small against the
 // residual, then out, of the positions that it has. Backward: da; where it is to be the gradient before ReLU², the one
-// at h is rounded as well unless the slope is in the product's epilogue.
-#include "cuda/linear.h"
-#include "cuda/numbers.cuh"
-#include "cuda/rows.cuh"
-#include "cuda/sm90/resident_product.cuh"
+// at h is rounded as well unless the slope is in the GEMM's epilogue.
+#include "cuda/elementwise.cuh"
+#include "cuda/gemm_args.h"
+#include "cuda/row_ops.cuh"
+#include "cuda/sm90/weight_stationary_gemm.cuh"
 
 namespace pgolf::cuda {
 namespace {
@@ -20,7 +20,7 @@ struct Dims {
 
 // Adds the mixed input to what is to become eight columns of a row of out.
 template <class S>
-struct AddMixed {
+struct AddResidualMix {
   Mixed<S> in;
   Positions positions;  // of the rows of out
   i64 rows;
@@ -39,34 +39,34 @@ struct AddMixed {
   }
 };
 
-// The same while the products are in registers. Few warps wait here: what they read has come to the second-level cache
-// before, and each has the loads of kAtOnce vectors under way.
+// The same as an epilogue. Few warps can hide its latency: what they read has been prefetched into L2, and each warp
+// has the loads of kAtOnce vectors in flight.
 template <class S>
-struct AddMixedToProduct {
+struct AddResidualMixEpilogue {
   static constexpr int kAtOnce = 4;
-  AddMixed<S> add;
+  AddResidualMix<S> add;
   CUtensorMap x, x0, skip;  // of all tokens, in boxes of a tile's rows
 
-  // Where the rows of a tile are of two sequences, the second one's may be others than asked for.
+  // Where the rows of a tile are of two sequences, the second one's may not be those that are prefetched.
   __device__ void prefetch(i64 row, int first_column) const {
     const int token = static_cast<int>(add.positions.token(row));
-    for (int column = first_column; column < first_column + sm90::ResidentTiles::kColumns;
-         column += sm90::kBoxColumns) {
-      sm90::prefetch_box(&x, column, token, 0);
-      sm90::prefetch_box(&x0, column, token, 0);
-      if (add.in.skip) sm90::prefetch_box(&skip, column, token, 0);
+    for (int column = first_column; column < first_column + sm90::GemmTiles::kColumns; column += sm90::kBoxColumns) {
+      sm90::tma_prefetch_l2(&x, column, token, 0);
+      sm90::tma_prefetch_l2(&x0, column, token, 0);
+      if (add.in.skip) sm90::tma_prefetch_l2(&skip, column, token, 0);
     }
   }
-  __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, i64 first_row, int first_column) const {
+  __device__ void operator()(unsigned char* tile, sm90::WarpAccumulator& accumulator, i64 first_row,
+                             int first_column) const {
     using Tile = SharedTile<128>;
     constexpr int kPassRows = kWarp / Tile::kChunks;
-    round_rows<S, 128, 1>(tile, product);
+    round_rows<S, 128, 1>(tile, accumulator);
     const Mixed<S>& in = add.in;
     const int lane_row = threadIdx.x % kWarp / Tile::kChunks, chunk = threadIdx.x % Tile::kChunks;
     const int column = first_column + chunk * kVector;
     const Vector8 mix0 = load8(in.mix0 + column), mix1 = load8(in.mix1 + column);
     const Vector8 weight = in.skip ? load8(in.weight + column) : Vector8{};
-    const i64 lanes_row = first_row + threadIdx.x % 16;  // its token, which others ask for
+    const i64 lanes_row = first_row + threadIdx.x % 16;  // whose token other lanes get by shuffles
     const unsigned lanes_token =
         static_cast<unsigned>(add.positions.token(lanes_row < add.rows ? lanes_row : add.rows - 1));
 #pragma unroll
@@ -97,8 +97,8 @@ struct AddMixedToProduct {
 
 // out += the mixed input. Memory-bound: 3 or 4 reads, 1 write.
 template <class S>
-__global__ void __launch_bounds__(kNumberThreads) add_mixed(AddMixed<S> add) {
-  const i64 index = i64{blockIdx.x} * kNumberThreads + threadIdx.x;
+__global__ void __launch_bounds__(kElementThreads) add_residual_mix(AddResidualMix<S> add) {
+  const i64 index = i64{blockIdx.x} * kElementThreads + threadIdx.x;
   const unsigned vectors = static_cast<unsigned>(add.d / kVector);
   if (index >= add.rows * vectors) return;
   const unsigned row = static_cast<unsigned>(index) / vectors;
@@ -109,14 +109,14 @@ __global__ void __launch_bounds__(kNumberThreads) add_mixed(AddMixed<S> add) {
 // The gradient at h = h_scale·relu(u)² → that at u: times h_scale·2·relu(u), where relu(u) = √(h/h_scale).
 // Memory-bound: 2 reads, 1 write.
 template <class S>
-__global__ void __launch_bounds__(kNumberThreads)
+__global__ void __launch_bounds__(kElementThreads)
     square_relu_backward(S* dh_to_du, const S* h, i64 count, float h_scale) {
-  for_each_number<S>(dh_to_du, h, count, [=](float dh, float at) { return dh * (2.0f * sqrtf(h_scale * at)); });
+  for_each_element<S>(dh_to_du, h, count, [=](float dh, float at) { return dh * (2.0f * sqrtf(h_scale * at)); });
 }
 
-// The same while the gradient at h is in registers.
+// The same as an epilogue: the accumulator is the gradient at h.
 template <class S>
-struct SquareReluBackward {
+struct SquareReluBackwardEpilogue {
   using Tile = SharedTile<128>;
   static constexpr int kPassRows = kWarp / Tile::kChunks, kPasses = 16 / kPassRows;
   struct Ahead {
@@ -137,7 +137,7 @@ struct SquareReluBackward {
     }
     return read;
   }
-  __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, const Ahead& read, i64 row,
+  __device__ void operator()(unsigned char* tile, sm90::WarpAccumulator& accumulator, const Ahead& read, i64 row,
                              int column) const {
     const int pass_row = threadIdx.x % kWarp / Tile::kChunks, chunk = threadIdx.x % Tile::kChunks;
 #pragma unroll
@@ -150,11 +150,11 @@ struct SquareReluBackward {
       for (int i = 0; i < 4; i += 2) {
         const auto at = tile + Tile::offset(lane_row(i), n) + lane_column(i) * sizeof(S);
         const float2 here = unpack<S>(*reinterpret_cast<const unsigned*>(at));
-        product[0][n][i] *= 2.0f * sqrt_approximate(h_scale * here.x);
-        product[0][n][i + 1] *= 2.0f * sqrt_approximate(h_scale * here.y);
+        accumulator[0][n][i] *= 2.0f * sqrt_approximate(h_scale * here.x);
+        accumulator[0][n][i + 1] *= 2.0f * sqrt_approximate(h_scale * here.y);
       }
-    store_rows<S, 128, 1>(tile, product, du + row * F + column, static_cast<int>(F), 0, static_cast<int>(rows - row),
-                          128);
+    store_rows<S, 128, 1>(tile, accumulator, du + row * F + column, static_cast<int>(F), 0,
+                          static_cast<int>(rows - row), 128);
   }
 };
 
@@ -176,18 +176,18 @@ void CudaBackend::project_residual_forward(const ProjectResidual& op) {
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
     const auto tiles = [&](const TensorView& of) {
-      return sm90::tensor_map(of.data, storage_, 1, of.shape[0] * T, s.d, sm90::ResidentTiles::kRows);
+      return sm90::tensor_map(of.data, storage_, 1, of.shape[0] * T, s.d, sm90::GemmTiles::kRows);
     };
-    const AddMixed<S> add{Mixed<S>(op.mixed), positions, s.N, static_cast<int>(s.d), op.out.as<S>()};
+    const AddResidualMix<S> add{Mixed<S>(op.mixed), positions, s.N, static_cast<int>(s.d), op.out.as<S>()};
     if constexpr (sizeof(S) == 2)
-      if (sm90::takes(*this, s.N, s.d, s.c))
-        return sm90::launch_resident_product<S>(
+      if (sm90::gemm_fits(*this, s.N, s.d, s.c))
+        return sm90::launch_weight_stationary_gemm<S>(
             *this, "attention_out", op.a.data, op.w.data, s.N, s.d, s.c,
-            AddMixedToProduct<S>{add, tiles(op.mixed.x), tiles(op.mixed.x0),
-                                 op.mixed.skip ? tiles(op.mixed.skip) : CUtensorMap{}});
+            AddResidualMixEpilogue<S>{add, tiles(op.mixed.x), tiles(op.mixed.x0),
+                                      op.mixed.skip ? tiles(op.mixed.skip) : CUtensorMap{}});
     gemm(product);
-    add_mixed<S><<<number_blocks(s.N * s.d), kNumberThreads, 0, stream()>>>(add);
-    PGOLF_LAUNCHED("add_mixed");
+    add_residual_mix<S><<<element_blocks(s.N * s.d), kElementThreads, 0, stream()>>>(add);
+    PGOLF_LAUNCHED("add_residual_mix");
   });
 }
 
@@ -198,14 +198,14 @@ void CudaBackend::project_residual_backward(const ProjectResidual& op, const Pro
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
     if constexpr (sizeof(S) == 2)
-      if (slopes && sm90::takes(*this, s.N, s.c, s.d))
-        return sm90::launch_resident_product<S, sm90::Second::plain>(
+      if (slopes && sm90::gemm_fits(*this, s.N, s.c, s.d))
+        return sm90::launch_weight_stationary_gemm<S, sm90::Major::mn>(
             *this, "mlp_out_backward", grads.dout.data, op.w.data, s.N, s.c, s.d,
-            SquareReluBackward<S>{op.a.as<S>(), grads.da.as<S>(), s.N, s.c, h_scale});
+            SquareReluBackwardEpilogue<S>{op.a.as<S>(), grads.da.as<S>(), s.N, s.c, h_scale});
     gemm(s.linear(storage_).backward(grads.dout.data, op.w.data, grads.da.data));
     if (!slopes) return;
-    square_relu_backward<S>
-        <<<number_blocks(s.N * s.c), kNumberThreads, 0, stream()>>>(grads.da.as<S>(), op.a.as<S>(), s.N * s.c, h_scale);
+    square_relu_backward<S><<<element_blocks(s.N * s.c), kElementThreads, 0, stream()>>>(grads.da.as<S>(), op.a.as<S>(),
+                                                                                         s.N * s.c, h_scale);
     PGOLF_LAUNCHED("square_relu_backward");
   });
   if (grads.w) gemm(s.linear(storage_).weights(grads.dout.data, op.a.data, grads.w.data));

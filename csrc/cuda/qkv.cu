@@ -1,15 +1,15 @@
-// Mixed input, norm, the three projections in one product, head norms and RoPE.
+// Mixed input, norm, the three projections in one GEMM, norm and RoPE of q and k.
 //
-// Rounded to S. Forward: normed = rms(m); the product normed·wᵀ of each of q, k, v; q and k after norm and rotation.
+// Rounded to S. Forward: normed = rms(m); the GEMM normed·wᵀ of each of q, k, v; q and k after norm and rotation.
 // Backward: dnormed, the sum over q, k, v of their gradients times the weights; normed, recomputed for the weights'
 // gradients; dskip; dx. The gradient at m and the norm's backward are not rounded, dx0 takes float32, and a pending
 // dskip is added as rounded. By itself, the heads' norm and RoPE backward rounds once more. With adapters: u, du; u·b
 // is added in float32, and so is du·a, to dnormed as rounded, after which that is rounded once more where the sum is a
-// product's.
+// GEMM's.
 #include "cuda/adapters.h"
-#include "cuda/heads.cuh"
-#include "cuda/linear.h"
-#include "cuda/mixed.cuh"
+#include "cuda/gemm_args.h"
+#include "cuda/qk_norm_rope.cuh"
+#include "cuda/residual_mix.cuh"
 
 namespace pgolf::cuda {
 namespace {
@@ -40,15 +40,15 @@ struct Saved : HeadFactors {
       : HeadFactors(layout, s.N, s.query_rows() * s.H, s.N * s.K), u(layout.take(S, s.N * 2 * s.rank)) {}
 };
 
-// Whether heads are normed and rotated before a product leaves the registers.
+// Whether norm and RoPE of q and k are in the GEMM's epilogue.
 bool fuses(const CudaBackend& backend, const Dims& s) {
-  using Tiles = sm90::ResidentTiles;
+  using Tiles = sm90::GemmTiles;
   const bool whole_heads = s.H * s.D % Tiles::kColumns == 0 && s.K * s.D % Tiles::kColumns == 0;
   const bool whole_ranks = s.rank % kVector == 0 && (s.rank == 0 || s.T % 16 == 0);  // Delta::add_to_rows
-  return whole_ranks && whole_heads && (s.D == 64 || s.D == 128) && sm90::takes(backend, s.N, s.width, s.d);
+  return whole_ranks && whole_heads && (s.D == 64 || s.D == 128) && sm90::gemm_fits(backend, s.N, s.width, s.d);
 }
 
-// Whether mixed_backward adds du·a of adapters (Added), a warp a row.
+// Whether residual_mix_backward adds du·a of adapters (Added), a warp a row.
 bool adds_in_rows(const CudaBackend& backend, const Dims& s) {
   constexpr i64 kMostWidth = 640;  // for which 64 KiB of shared memory suffice, the least that a GPU has
   return backend.dtype() != DType::f32 && 2 * s.rank == kAddedWidth && s.T % kRowWarps == 0 && s.d % 128 == 0 &&
@@ -93,10 +93,10 @@ const void* packed_weights(cudaStream_t stream, const Qkv& op, void* room) {
 template <class S>
 void norm_input(cudaStream_t stream, const Qkv& op, const Dims& s, i64 rows, i64 first, void* normed, float* factors) {
   with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
-    norm_mixed<S, vectors><<<row_blocks(rows, warps), kRowThreads, 0, stream>>>(
+    norm_residual_mix<S, vectors><<<row_blocks(rows, warps), kRowThreads, 0, stream>>>(
         Mixed<S>(op.in), Positions{0, static_cast<unsigned>(s.T), static_cast<unsigned>(first)}, rows,
         static_cast<int>(s.d), warps, static_cast<S*>(normed), factors);
-    PGOLF_LAUNCHED("norm_mixed");
+    PGOLF_LAUNCHED("norm_residual_mix");
   });
 }
 
@@ -126,7 +126,7 @@ void CudaBackend::qkv_forward(const Qkv& op) {
     const auto norm = [&](i64 rows, i64 first) {
       norm_input<S>(stream(), op, s, rows, first, scratch.normed, saved.input);
     };
-    // Heads from the product of normed with the rows of the packed weights from `weight_row` on.
+    // Heads from the GEMM of normed with the rows of the packed weights from `weight_row` on.
     const auto project = [&](const ProductPart& part, i64 weight_row) {
       const void* w = weights + static_cast<std::size_t>(weight_row * s.d) * sizeof(S);
       const i64 width = (part.H + 2 * part.K) * s.D;
@@ -135,9 +135,9 @@ void CudaBackend::qkv_forward(const Qkv& op) {
       if (s.rank) gemm(adapters.down(scratch.normed, op.adapters.data, saved.u));
       if constexpr (sizeof(S) == 2) {
         const auto fused = [&](auto head_width, auto adapted) {
-          sm90::launch_resident_product<S>(
+          sm90::launch_weight_stationary_gemm<S>(
               *this, "qkv", scratch.normed, w, part.rows, width, s.d,
-              NormRotate<S, head_width(), adapted()>{part.rows, int(part.T), int(part.first), int(part.H), int(part.K),
+              QkNormRope<S, head_width(), adapted()>{part.rows, int(part.T), int(part.first), int(part.H), int(part.K),
                                                      op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(), op.k.as<S>(),
                                                      op.v.as<S>(), saved.q, saved.k, delta});
         };
@@ -151,10 +151,10 @@ void CudaBackend::qkv_forward(const Qkv& op) {
       with_unit(s.D, [&](auto unit) {
         const auto launch = [&](auto adapted) {
           const Heads heads(part, s.D, unit);
-          norm_rotate<S, unit, adapted><<<heads.blocks(heads.H + 2 * heads.K), kRowThreads, 0, stream()>>>(
+          qk_norm_rope<S, unit, adapted><<<heads.blocks(heads.H + 2 * heads.K), kRowThreads, 0, stream()>>>(
               heads, static_cast<const S*>(scratch.packed), delta, op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(),
               op.k.as<S>(), op.v.as<S>(), saved.q, saved.k);
-          PGOLF_LAUNCHED("norm_rotate");
+          PGOLF_LAUNCHED("qk_norm_rope");
         };
         if (s.rank)
           launch(std::true_type{});
@@ -178,10 +178,10 @@ void CudaBackend::heads_backward(const Qkv& op, const TensorView& dqkv) {
     using S = decltype(type);
     with_unit(s.D, [&](auto unit) {
       const Heads heads({s.N, s.T, 0, s.H, s.K}, s.D, unit);
-      norm_rotate_backward<S, unit><<<heads.blocks(heads.H + heads.K), kRowThreads, 0, stream()>>>(
-          heads, op.q.as<S>(), op.k.as<S>(), HeadNormArgs{op.cos.as<float>(), op.sin.as<float>(), saved.q, saved.k},
+      qk_norm_rope_backward<S, unit><<<heads.blocks(heads.H + heads.K), kRowThreads, 0, stream()>>>(
+          heads, op.q.as<S>(), op.k.as<S>(), QkNormRopeArgs{op.cos.as<float>(), op.sin.as<float>(), saved.q, saved.k},
           dqkv.as<S>());
-      PGOLF_LAUNCHED("norm_rotate_backward");
+      PGOLF_LAUNCHED("qk_norm_rope_backward");
     });
   });
 }
@@ -214,13 +214,13 @@ void CudaBackend::qkv_backward(const Qkv& op, const QkvGrads& grads) {
     // The column sums leave a thread room for two or three vectors.
     with_row_team<sizeof(S) == 4 ? 2 : 3>(s.d, [&](auto vectors, int warps) {
       const auto launch = [&](auto skips, auto sums, auto adding) {
-        const auto kernel = mixed_backward<S, vectors, skips, sums, adding>;
+        const auto kernel = residual_mix_backward<S, vectors, skips, sums, adding>;
         const int d = static_cast<int>(s.d), shared = d * int(sizeof(float)) + (adding ? Added<S>::bytes(d) : 0);
         if (adding) PGOLF_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
         kernel<<<static_cast<unsigned>(blocks), kRowThreads, shared, stream()>>>(
             Mixed<S>(op.in), s.N, d, warps, saved.input, static_cast<S*>(scratch.dnormed), input_grads(grads),
             scratch.columns, added);
-        PGOLF_LAUNCHED("mixed_backward");
+        PGOLF_LAUNCHED("residual_mix_backward");
       };
       const auto choose = [&](auto skips, auto sums) {
         if constexpr (sizeof(S) == 2)

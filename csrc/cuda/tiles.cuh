@@ -1,4 +1,4 @@
-// A warp's results of matrix products, in registers and as tiles of 16-bit rows in shared memory.
+// A warp's MMA fragments and accumulators in registers, and tiles of 16-bit rows in shared memory.
 #pragma once
 
 #include "cuda/mma.cuh"
@@ -20,7 +20,7 @@ struct SharedTile {
 };
 
 template <int kRowTiles, int kColumns>
-using Scores = float[kRowTiles][kColumns / 8][4];
+using Accumulator = float[kRowTiles][kColumns / 8][4];
 template <int kRowTiles, int kWidth>
 using Fragments = unsigned[kRowTiles][kWidth / 16][4];
 
@@ -44,7 +44,7 @@ __device__ __forceinline__ void round_fragments(unsigned (&a)[kColumns / 16][4],
 
 // Rounds a warp's rows into `tile`: shared memory for these rows that no other warp uses.
 template <class S, int kWidth, int kRowTiles>
-__device__ __forceinline__ void round_rows(unsigned char* tile, const Scores<kRowTiles, kWidth>& x) {
+__device__ __forceinline__ void round_rows(unsigned char* tile, const Accumulator<kRowTiles, kWidth>& x) {
   using Tile = SharedTile<kWidth>;
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r)
@@ -59,8 +59,8 @@ __device__ __forceinline__ void round_rows(unsigned char* tile, const Scores<kRo
 
 // Rounds a warp's rows and writes them to rows [first, first + kRowTiles·16) of T, D numbers of each, by way of `tile`.
 template <class S, int kWidth, int kRowTiles>
-__device__ __forceinline__ void store_rows(unsigned char* tile, const Scores<kRowTiles, kWidth>& x, S* rows, int stride,
-                                           int first, int T, int D) {
+__device__ __forceinline__ void store_rows(unsigned char* tile, const Accumulator<kRowTiles, kWidth>& x, S* rows,
+                                           int stride, int first, int T, int D) {
   using Tile = SharedTile<kWidth>;
   round_rows<S, kWidth, kRowTiles>(tile, x);
 #pragma unroll

@@ -1,6 +1,6 @@
 // What a step does to weights besides its optimizer: working copies, the gradients of projections, quantised rows.
 // All of it is memory-bound, a warp a row. Divisions are IEEE's and roundings go half to even, as on the CPU.
-#include "cuda/batch.cuh"
+#include "cuda/multi_tensor.cuh"
 
 namespace pgolf::cuda {
 namespace {
@@ -10,7 +10,7 @@ constexpr int kRows = kThreads / kWarp;  // of a block
 __device__ __forceinline__ int lane() { return threadIdx.x % kWarp; }
 __device__ __forceinline__ i64 row_in(unsigned block) { return i64{block} * kRows + threadIdx.x / kWarp; }
 
-// A lane's neighbours in a row: eight, or one where the row's length is no multiple of eight.
+// A lane's neighbours in a row: eight, or one where the row's length is not a multiple of eight.
 template <int kCount>
 struct Piece {
   float x[kCount];
@@ -82,9 +82,9 @@ struct CopyEntry {
   int clip;
 };
 
-// 1 read (2 where rows are quantised, the second from the cache), 1 write of S.
+// 1 read (2 where rows are quantised, the second from L2), 1 write of S.
 template <class S>
-__global__ void __launch_bounds__(kThreads) make_working_copies(const __grid_constant__ Batch<CopyEntry> copies) {
+__global__ void __launch_bounds__(kThreads) make_working_copies(const __grid_constant__ TensorList<CopyEntry> copies) {
   const int index = copies.entry_of(blockIdx.x);
   const CopyEntry& copy = copies.entries[index];
   const i64 row = row_in(blockIdx.x - copies.first[index]);
@@ -110,7 +110,7 @@ struct EndEntry {
 };
 
 // 2 reads, 1 write.
-__global__ void __launch_bounds__(kThreads) end_projections(const __grid_constant__ Batch<EndEntry> projections) {
+__global__ void __launch_bounds__(kThreads) end_projections(const __grid_constant__ TensorList<EndEntry> projections) {
   const int index = projections.entry_of(blockIdx.x);
   const EndEntry& end = projections.entries[index];
   const i64 row = row_in(blockIdx.x - projections.first[index]);
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void CudaBackend::working_copies(std::span<const WorkingCopy> copies) {
-  in_batches(
+  multi_tensor_apply(
       copies,
       [](const WorkingCopy& c) {
         return CopyEntry{c.w.as<float>(), c.scale ? c.scale.as<float>() : nullptr,
@@ -205,7 +205,7 @@ void CudaBackend::working_copies(std::span<const WorkingCopy> copies) {
                          c.clip};
       },
       [](const CopyEntry& e) { return e.cols == 0 ? 0 : (e.rows + kRows - 1) / kRows; },
-      [&](const Batch<CopyEntry>& batch) {
+      [&](const TensorList<CopyEntry>& batch) {
         with_storage(storage_, [&](auto storage) {
           make_working_copies<decltype(storage)><<<batch.blocks, kThreads, 0, stream()>>>(batch);
           PGOLF_LAUNCHED("make_working_copies");
@@ -214,7 +214,7 @@ void CudaBackend::working_copies(std::span<const WorkingCopy> copies) {
 }
 
 void CudaBackend::finish_projections(std::span<const ProjectionEnd> projections) {
-  in_batches(
+  multi_tensor_apply(
       projections,
       [](const ProjectionEnd& p) {
         return EndEntry{p.w.as<float>(),
@@ -227,7 +227,7 @@ void CudaBackend::finish_projections(std::span<const ProjectionEnd> projections)
                         p.clip};
       },
       [](const EndEntry& e) { return e.cols == 0 ? 0 : (e.rows + kRows - 1) / kRows; },
-      [&](const Batch<EndEntry>& batch) {
+      [&](const TensorList<EndEntry>& batch) {
         end_projections<<<batch.blocks, kThreads, 0, stream()>>>(batch);
         PGOLF_LAUNCHED("end_projections");
       });

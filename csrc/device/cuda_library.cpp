@@ -48,7 +48,7 @@ const Api& open_at(const std::string& path) {
   const SharedLibrary library = SharedLibrary::open(path, why);
   if (!library) throw DeviceError(sentence("The CUDA backend cannot be opened: ", why, "."));
   auto* open = library.symbol<Open>(kOpenName);
-  if (!open) throw DeviceError(sentence(path, " is no CUDA backend of pgolf: it has no function ", kOpenName, "."));
+  if (!open) throw DeviceError(sentence(path, " is not a CUDA backend of pgolf: it has no function ", kOpenName, "."));
   const Api& api = *open();
   if (std::strcmp(api.stamp, build_stamp()) != 0)
     throw DeviceError(sentence("The CUDA backend ", path,

@@ -1,4 +1,4 @@
-// What the CUDA backend computes of places in matrices, which needs no GPU.
+// What the CUDA backend decides and computes without a GPU: which kernels run, and places in matrices.
 #include <array>
 #include <map>
 #include <utility>
@@ -6,11 +6,24 @@
 
 #include "check.h"
 #include "cuda/iteration_tiles.h"
+#include "cuda/kernel_set.h"
 
 namespace pgolf::test {
 namespace {
 
 using namespace cuda;
+
+// wgmma and TMA run in code for sm_90a's own features and nowhere else: not in sm_90's portable code, and not on a GPU
+// that comes later.
+void kernel_sets() {
+  CHECK_EQUAL(has_wgmma(kernel_set_of(900, true)), true);
+  CHECK_EQUAL(has_bf16(kernel_set_of(900, true)), true);
+  for (const int arch : {750, 800, 860, 890, 900, 1000, 1030, 1200, 1210, 2000}) {
+    CHECK_EQUAL(has_wgmma(kernel_set_of(arch, false)), false);
+    CHECK_EQUAL(has_bf16(kernel_set_of(arch, false)), arch >= 800);
+  }
+  for (const KernelSet set : {KernelSet::sm75, KernelSet::sm80}) CHECK_EQUAL(has_wgmma(set), false);
+}
 
 // Every tile of every matrix once, in order of matrices; symmetric ones on and below the diagonal alone.
 void product_tiles() {
@@ -105,6 +118,7 @@ void transposed_read() {
 }  // namespace
 
 void test_cuda() {
+  kernel_sets();
   product_tiles();
   iteration_tiles();
   preparation_steps();

@@ -1,17 +1,17 @@
-// Attention backward on Hopper's tensor cores for heads of 64 numbers: the two kernels and formulas of
-// cuda/attention_backward.cuh, each with two warpgroups of 64 rows past which one warp streams tiles by the copy
-// engine. A warpgroup's exponentials run beside its own next product and those of the other one.
+// Attention backward by wgmma for heads of 64 numbers: the two kernels and formulas of cuda/attention_backward.cuh,
+// each with two consumer warpgroups of 64 rows and a producer warp that streams tiles to them by TMA. A warpgroup's
+// exponentials overlap its own next GEMM and those of the other warpgroup.
 //
-// dq hands each query's log-sum-exp and gain·Σ dO⊙O to dkdv by the 64, in one piece; a query behind the last one has an
-// infinite log-sum-exp, so that its probabilities are 0.
+// dq leaves each query's log-sum-exp and gain·Σ dO⊙O for dkdv in contiguous blocks of 64 queries; a query past the last
+// one has an infinite log-sum-exp, so that its probabilities are 0.
 #pragma once
 
 #include "cuda/sm90/attention_tiles.cuh"
 
 namespace pgolf::cuda::sm90 {
 
-// The queries that dkdv meets at a time, and what dq leaves of each: [batch, H, tiles, kQueries / 2, 4] float32:
-// log-sum-exp of two neighbours, then gain·Σ dO⊙O of both.
+// A tile of queries in dkdv, and what dq leaves of each query: [batch, H, tiles, kQueries / 2, 4] float32: log-sum-exp
+// of two neighbours, then gain·Σ dO⊙O of both.
 struct QueryRows {
   static constexpr int kQueries = 64, kNumbers = 2 * kQueries, kBytes = kNumbers * static_cast<int>(sizeof(float));
   static __host__ __device__ i64 tiles(int queries) { return (queries + kQueries - 1) / kQueries; }
@@ -31,7 +31,9 @@ struct DqTiles {
   static constexpr int kWarpTile = SharedTile<kHeadWidth>::bytes(16);
   static constexpr int kSlots = 3 * kQueryStages * kQueryBytes, kTiles = kSlots + 2 * kStages * kTileBytes;
   static constexpr int kBarriers = kTiles + kWarps * kWarpTile;
-  static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + 16 * (kQueryStages + kStages);
+  using Keys = Pipeline<kStages>;
+  using Queries = Pipeline<kQueryStages>;
+  static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + Keys::kBarrierBytes + Queries::kBarrierBytes;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static constexpr int kGainRows = 16;  // queries of each partial sum of the gain's gradient: a warp's
 };
@@ -41,85 +43,71 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
     attention_dq(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap d_o_map,
                  const __grid_constant__ CUtensorMap o_map, const __grid_constant__ CUtensorMap k_map,
                  const __grid_constant__ CUtensorMap v_map, const AttentionArgs<S> a, const AttentionGradArgs<S> g,
-                 const BlockOrder order) {
+                 const TileScheduler order) {
   using Tiles = DqTiles;
   using Rows = SharedTile<kHeadWidth>;
   constexpr int kKeys = Tiles::kKeys;
   extern __shared__ unsigned char raw[];
   unsigned char* const shared = align_shared(raw);
   const unsigned queries = shared_address(shared), slots = queries + Tiles::kSlots;
-  const unsigned barriers = queries + Tiles::kBarriers, query_barriers = barriers + 16 * Tiles::kStages;
+  const Tiles::Keys key_pipeline{queries + Tiles::kBarriers};
+  const Tiles::Queries query_pipeline{key_pipeline.barriers + Tiles::Keys::kBarrierBytes};
   const auto keys_at = [&](int stage) { return slots + 2 * stage * Tiles::kTileBytes; };
-  const auto full = [&](int stage) { return barriers + 16 * stage; };
-  const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
-  const auto queries_full = [&](int stage) { return query_barriers + 16 * stage; };
-  const auto queries_empty = [&](int stage) { return query_barriers + 16 * stage + 8; };
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Tiles::kStages; ++stage) {
-      barrier_init(full(stage), 1);
-      barrier_init(empty(stage), Tiles::kWarps);
-    }
-    for (int stage = 0; stage < Tiles::kQueryStages; ++stage) {
-      barrier_init(queries_full(stage), 1);
-      barrier_init(queries_empty(stage), Tiles::kWarps * kWarpArrivals);
-    }
-    barriers_ready();
+    key_pipeline.init(Tiles::kWarps);
+    query_pipeline.init(Tiles::kWarps * kWarpArrivals);
+    mbarrier_init_fence();
   }
   __syncthreads();
 
   const unsigned blocks = static_cast<unsigned>(order.heads) * static_cast<unsigned>(order.tiles);
   const int warpgroup = static_cast<int>(uniform(threadIdx.x / kWarpgroup));
-  int stage = 0, query_stage = 0;
   if (warpgroup == Tiles::kConsumers) {
-    give_registers<Tiles::kProducerRegisters>();
+    warpgroup_reg_dealloc<Tiles::kProducerRegisters>();
     if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
-    int parity = 1, query_parity = 1;
-    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x) {
+    PipelineState key = PipelineState::of_producer(), query = PipelineState::of_producer();
+    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, query_pipeline.advance(query)) {
       const QueryTile<Tiles> at(a, order, block);
-      const unsigned to = queries + 3 * query_stage * Tiles::kQueryBytes, filled = queries_full(query_stage);
-      barrier_wait(queries_empty(query_stage), query_parity);
-      barrier_expect(filled, 3 * Tiles::kQueryBytes);
-      copy_box(to, &q_map, at.h * kHeadWidth, at.first_query, at.b, filled);
-      copy_box(to + Tiles::kQueryBytes, &d_o_map, at.h * kHeadWidth, at.first_query, at.b, filled);
-      copy_box(to + 2 * Tiles::kQueryBytes, &o_map, at.h * kHeadWidth, at.first_query, at.b, filled);
-      if (++query_stage == Tiles::kQueryStages) query_stage = 0, query_parity ^= 1;
-      for (int tile = 0; tile < at.tiles; ++tile) {
-        barrier_wait(empty(stage), parity);
-        barrier_expect(full(stage), 2 * Tiles::kTileBytes);
-        copy_box(keys_at(stage), &k_map, at.kv * kHeadWidth, tile * kKeys, at.b, full(stage));
-        copy_box(keys_at(stage) + Tiles::kTileBytes, &v_map, at.kv * kHeadWidth, tile * kKeys, at.b, full(stage));
-        if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+      const unsigned to = queries + 3 * query.stage * Tiles::kQueryBytes;
+      const unsigned queries_full = query_pipeline.acquire(query, 3 * Tiles::kQueryBytes);
+      tma_load(to, &q_map, at.h * kHeadWidth, at.first_query, at.b, queries_full);
+      tma_load(to + Tiles::kQueryBytes, &d_o_map, at.h * kHeadWidth, at.first_query, at.b, queries_full);
+      tma_load(to + 2 * Tiles::kQueryBytes, &o_map, at.h * kHeadWidth, at.first_query, at.b, queries_full);
+      for (int tile = 0; tile < at.tiles; ++tile, key_pipeline.advance(key)) {
+        const unsigned full = key_pipeline.acquire(key, 2 * Tiles::kTileBytes);
+        tma_load(keys_at(key.stage), &k_map, at.kv * kHeadWidth, tile * kKeys, at.b, full);
+        tma_load(keys_at(key.stage) + Tiles::kTileBytes, &v_map, at.kv * kHeadWidth, tile * kKeys, at.b, full);
       }
     }
     return;
   }
 
-  take_registers<Tiles::kConsumerRegisters>();
+  warpgroup_reg_alloc<Tiles::kConsumerRegisters>();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const bool signals = lane == 0;
+  const bool elected = lane == 0;
   unsigned char* const own_tile = shared + Tiles::kTiles + warp * Tiles::kWarpTile;
   const int gain_rows = (a.queries + Tiles::kGainRows - 1) / Tiles::kGainRows;
-  int parity = 0, query_parity = 0;
+  PipelineState key = PipelineState::of_consumer(), query = PipelineState::of_consumer();
   for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x) {
     const QueryTile<Tiles> at(a, order, block);
     const int own_first = at.first_query + warpgroup * Tiles::kOwnQueries;
     const int warp_query = own_first + warp % 4 * 16, warp_position = warp_query + a.first();
     const int tiles = own_first < a.queries ? at.tiles_until(a, own_first + Tiles::kOwnQueries) : 0;
-    const unsigned query_slot = 3 * query_stage * Tiles::kQueryBytes;
+    const unsigned query_slot = 3 * query.stage * Tiles::kQueryBytes;
     const std::uint64_t own_rows =
-        descriptor(uniform(queries + query_slot + warpgroup * Tiles::kOwnQueries * kHeadRowBytes));
-    const std::uint64_t own_d_o = behind(own_rows, Tiles::kQueryBytes);
+        matrix_descriptor(uniform(queries + query_slot + warpgroup * Tiles::kOwnQueries * kHeadRowBytes));
+    const std::uint64_t own_d_o = advance_descriptor(own_rows, Tiles::kQueryBytes);
     unsigned char* const warp_rows = shared + query_slot + warp * Tiles::kWarpTile;
     const i64 first_row = a.row_at(at.b, at.h);
-    const float gain = a.gain[at.h], scale = exponent_scale(gain, a.root);
+    const float gain = a.gain[at.h], scale = softmax_scale_log2(gain, a.root);
     float lse[2];
 #pragma unroll
     for (int half_row = 0; half_row < 2; ++half_row) {
-      const int query = warp_query + lane_row(2 * half_row);
-      lse[half_row] = query < a.queries ? a.lse[first_row + query] : INFINITY;
+      const int row = warp_query + lane_row(2 * half_row);
+      lse[half_row] = row < a.queries ? a.lse[first_row + row] : INFINITY;
     }
 
-    barrier_wait(queries_full(query_stage), query_parity);
+    query_pipeline.wait(query);
     float delta[2];
     {
       // Two lanes a row, half of its numbers each.
@@ -137,7 +125,7 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       delta[0] = __shfl_sync(0xffffffffu, sum, 2 * lane_row(0));
       delta[1] = __shfl_sync(0xffffffffu, sum, 2 * lane_row(2));
     }
-    // What dO⊙O was made of and the tile for dq are free until dq is there: so long they have the angles.
+    // O's rows and the output tile are not needed until dq is stored: meanwhile they hold the angles.
     const bool past_norms = g.norms.cos != nullptr && tiles > 0;
     const SharedAngles angles{warp_rows + 2 * Tiles::kQueryBytes, own_tile};
     float factors[2];
@@ -146,8 +134,8 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       angles.begin(g.norms.cos, g.norms.sin, warp_position, a.T);
 #pragma unroll
       for (int half_row = 0; half_row < 2; ++half_row) {
-        const int query = min(warp_query + lane_row(2 * half_row), a.queries - 1);
-        factors[half_row] = gain * a.root * g.norms.q_factors[(i64{at.b} * a.queries + query) * a.H + at.h];
+        const int row = min(warp_query + lane_row(2 * half_row), a.queries - 1);
+        factors[half_row] = gain * a.root * g.norms.q_factors[(i64{at.b} * a.queries + row) * a.H + at.h];
       }
     }
     if (tiles > 0 && lane_column(0) == 0) {
@@ -160,70 +148,70 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
       }
     }
 
-    Scores<1, kKeys> p, ds;
-    Scores<1, kHeadWidth> dq = {};
+    Accumulator<1, kKeys> p, ds;
+    Accumulator<1, kHeadWidth> dq = {};
     unsigned rounded[kKeys / 16][4];  // ds of the tile before
     int last = 0;                     // its stage
     const auto begin_sum = [&] {
-      const std::uint64_t keys = descriptor(uniform(keys_at(last)));
-      products_begin();
+      const std::uint64_t keys = matrix_descriptor(uniform(keys_at(last)));
+      wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kKeys / 16; ++k)
-        multiply_add_64x64<S, Second::plain>(dq[0], rounded[k], behind(keys, k * 16 * kHeadRowBytes));
-      products_commit();
+        wgmma_m64n64k16<S, Major::mn>(dq[0], rounded[k], advance_descriptor(keys, k * 16 * kHeadRowBytes));
+      wgmma_commit_group();
     };
     const auto step = [&](int tile, auto starts) {
-      constexpr int kPending = starts ? 0 : 1;  // products of the tile before, beside this tile's
-      const std::uint64_t keys = descriptor(uniform(keys_at(stage))), values = behind(keys, Tiles::kTileBytes);
-      barrier_wait(full(stage), parity);
-      products_begin();
+      constexpr int kPending = starts ? 0 : 1;  // wgmma groups of the tile before, beside this tile's
+      const std::uint64_t keys = matrix_descriptor(uniform(keys_at(key.stage))),
+                          values = advance_descriptor(keys, Tiles::kTileBytes);
+      key_pipeline.wait(key);
+      wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kHeadWidth / 16; ++k)
-        multiply_add_64x128<S>(p[0], behind(own_rows, k * 32), behind(keys, k * 32), k > 0);
-      products_commit();
+        wgmma_m64n128k16<S>(p[0], advance_descriptor(own_rows, k * 32), advance_descriptor(keys, k * 32), k > 0);
+      wgmma_commit_group();
 #pragma unroll
       for (int k = 0; k < kHeadWidth / 16; ++k)
-        multiply_add_64x128<S>(ds[0], behind(own_d_o, k * 32), behind(values, k * 32), k > 0);
-      products_commit();
+        wgmma_m64n128k16<S>(ds[0], advance_descriptor(own_d_o, k * 32), advance_descriptor(values, k * 32), k > 0);
+      wgmma_commit_group();
       if constexpr (!starts) begin_sum();
-      products_wait<1 + kPending>();
-      products_done(p[0]);
-      hide_later_keys<false, 1, kKeys>(p, warp_position, tile * kKeys, copysignf(INFINITY, -scale));
+      wgmma_wait_group<1 + kPending>();
+      fence_operand(p[0]);
+      causal_mask<false, 1, kKeys>(p, warp_position, tile * kKeys, copysignf(INFINITY, -scale));
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) p[0][n][i] = exp2_approximate(fmaf(p[0][n][i], scale, -lse[i / 2]));
-      if (a.T < 0) {  // the exponentials are not put off until after the wait
+      if (a.T < 0) {  // keep_live: ptxas else sinks the exponentials below the wait
 #pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) keep(p[0][n], queries);
+        for (int n = 0; n < kKeys / 8; ++n) keep_live(p[0][n], queries);
       }
-      products_wait<kPending>();
-      products_done(ds[0]);
+      wgmma_wait_group<kPending>();
+      fence_operand(ds[0]);
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) ds[0][n][i] = p[0][n][i] * (ds[0][n][i] - delta[i / 2]);
       if constexpr (!starts) {
-        products_wait<0>();
-        products_done(dq[0]);
-        if (signals) barrier_arrive(empty(last));
+        wgmma_wait_group<0>();
+        fence_operand(dq[0]);
+        if (elected) key_pipeline.release(last);
       }
       round_fragments<S, kKeys>(rounded, ds[0]);
-      last = stage;
-      if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+      last = key.stage;
+      key_pipeline.advance(key);
     };
     if (tiles > 0) {
       step(0, std::true_type{});
       for (int tile = 1; tile < tiles; ++tile) step(tile, std::false_type{});
       begin_sum();
-      products_wait<0>();
-      products_done(dq[0]);
-      if (signals) barrier_arrive(empty(last));
+      wgmma_wait_group<0>();
+      fence_operand(dq[0]);
+      if (elected) key_pipeline.release(last);
     }
-    for (int tile = tiles; tile < at.tiles; ++tile) {  // that only later queries of the block see
-      barrier_wait(full(stage), parity);
-      if (signals) barrier_arrive(empty(stage));
-      if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+    for (int tile = tiles; tile < at.tiles; ++tile, key_pipeline.advance(key)) {  // that only later queries see
+      key_pipeline.wait(key);
+      if (elected) key_pipeline.release(key.stage);
     }
 
     const auto query_at = [&](int n, int half_row) {
@@ -236,10 +224,10 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
 #pragma unroll
     for (int offset = kWarp / 2; offset >= 4; offset /= 2) dgain += __shfl_xor_sync(0xffffffffu, dgain, offset);
     if (past_norms) {
-      copies_landed();
+      cp_async_wait_all();
       __syncwarp();
       rows_backward(dq[0], dots, angles, factors, query_at);
-      shared_stores_before_copies();
+      fence_proxy_async_shared();
     } else {
 #pragma unroll
       for (int n = 0; n < kHeadWidth / 8; ++n)
@@ -247,10 +235,10 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
         for (int i = 0; i < 4; ++i) dq[0][n][i] *= gain * a.root;
     }
     __syncwarp();
-    warp_arrive(queries_empty(query_stage));
-    if (++query_stage == Tiles::kQueryStages) query_stage = 0, query_parity ^= 1;
+    query_pipeline.release_warp(query.stage);
+    query_pipeline.advance(query);
     if (tiles == 0) continue;
-    if (signals && warp_query < a.queries)
+    if (elected && warp_query < a.queries)
       g.dgain[(i64{at.h} * a.batch + at.b) * gain_rows + warp_query / Tiles::kGainRows] = a.root * dgain;
     store_rows<S, kHeadWidth, 1>(own_tile, dq, g.head(a, at.b, at.h), g.stride(a), warp_position, a.T, a.D);
     __syncwarp();  // the tile is free for the next rows
@@ -267,7 +255,9 @@ struct DkdvTiles {
   static constexpr int kSlots = 2 * kKeyBytes, kTiles = kSlots + 2 * kStages * kTileBytes;
   static constexpr int kAngles = kTiles + kWarps * kWarpTile;  // two tiles of each warp
   static constexpr int kRows = kAngles + 2 * kWarps * kWarpTile, kBarriers = kRows + kStages * QueryRows::kBytes;
-  static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + 16 * (kStages + 1);
+  using Queries = Pipeline<kStages>;
+  using Keys = Pipeline<1>;
+  static constexpr int kSharedBytes = kSwizzleBytes + kBarriers + Queries::kBarrierBytes + Keys::kBarrierBytes;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 };
 
@@ -275,76 +265,70 @@ template <class S>
 __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
     attention_dkdv(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap d_o_map,
                    const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
-                   const AttentionArgs<S> a, const AttentionGradArgs<S> g, const BlockOrder order) {
+                   const AttentionArgs<S> a, const AttentionGradArgs<S> g, const TileScheduler order) {
   using Tiles = DkdvTiles;
   constexpr int kQueries = Tiles::kQueries;
   extern __shared__ unsigned char raw[];
   unsigned char* const shared = align_shared(raw);
-  const unsigned keys = shared_address(shared), slots = keys + Tiles::kSlots, barriers = keys + Tiles::kBarriers;
-  const unsigned keys_full = barriers + 16 * Tiles::kStages, keys_empty = keys_full + 8;
+  const unsigned keys = shared_address(shared), slots = keys + Tiles::kSlots;
+  const Tiles::Queries query_pipeline{keys + Tiles::kBarriers};
+  const Tiles::Keys key_pipeline{query_pipeline.barriers + Tiles::Queries::kBarrierBytes};
   const auto queries_at = [&](int stage) { return slots + 2 * stage * Tiles::kTileBytes; };
-  const auto full = [&](int stage) { return barriers + 16 * stage; };
-  const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Tiles::kStages + 1; ++stage) {
-      barrier_init(full(stage), 1);
-      barrier_init(empty(stage), Tiles::kWarps * kWarpArrivals);
-    }
-    barriers_ready();
+    query_pipeline.init(Tiles::kWarps * kWarpArrivals);
+    key_pipeline.init(Tiles::kWarps * kWarpArrivals);
+    mbarrier_init_fence();
   }
   __syncthreads();
 
   const unsigned blocks = static_cast<unsigned>(order.heads) * static_cast<unsigned>(order.tiles);
   const int warpgroup = static_cast<int>(uniform(threadIdx.x / kWarpgroup)),
             query_tiles = static_cast<int>(QueryRows::tiles(a.queries));
-  int stage = 0;
   // What a block has to do: keys [first_key, first_key + kKeys) of one head, and the queries from first_tile on.
   struct KeyTile {
     int b, kv, first_key, first_tile;
-    __device__ KeyTile(const AttentionArgs<S>& a, const BlockOrder::Place& place)
+    __device__ KeyTile(const AttentionArgs<S>& a, const TileScheduler::Place& place)
         : b(place.head / a.K),
           kv(place.head % a.K),
           first_key(place.rank * Tiles::kKeys),
           first_tile(max(0, first_key - a.first()) / kQueries) {}
   };
   if (warpgroup == Tiles::kConsumers) {
-    give_registers<Tiles::kProducerRegisters>();
+    warpgroup_reg_dealloc<Tiles::kProducerRegisters>();
     if (threadIdx.x != Tiles::kConsumers * kWarpgroup) return;
-    int parity = 1, keys_parity = 1;
-    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, keys_parity ^= 1) {
+    PipelineState query = PipelineState::of_producer(), key = PipelineState::of_producer();
+    for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, key_pipeline.advance(key)) {
       const KeyTile at(a, order.at(block));
-      barrier_wait(keys_empty, keys_parity);
-      barrier_expect(keys_full, 2 * Tiles::kKeyBytes);
-      copy_box(keys, &k_map, at.kv * kHeadWidth, at.first_key, at.b, keys_full);
-      copy_box(keys + Tiles::kKeyBytes, &v_map, at.kv * kHeadWidth, at.first_key, at.b, keys_full);
+      const unsigned keys_full = key_pipeline.acquire(key, 2 * Tiles::kKeyBytes);
+      tma_load(keys, &k_map, at.kv * kHeadWidth, at.first_key, at.b, keys_full);
+      tma_load(keys + Tiles::kKeyBytes, &v_map, at.kv * kHeadWidth, at.first_key, at.b, keys_full);
       for (int h = at.kv * a.group(); h < (at.kv + 1) * a.group(); ++h)
-        for (int tile = at.first_tile; tile < query_tiles; ++tile) {
-          barrier_wait(empty(stage), parity);
-          barrier_expect(full(stage), 2 * Tiles::kTileBytes + QueryRows::kBytes);
-          copy_box(queries_at(stage), &q_map, h * kHeadWidth, tile * kQueries, at.b, full(stage));
-          copy_box(queries_at(stage) + Tiles::kTileBytes, &d_o_map, h * kHeadWidth, tile * kQueries, at.b, full(stage));
-          copy_bytes(keys + Tiles::kRows + stage * QueryRows::kBytes, g.delta + QueryRows::at(a, at.b, h, tile),
-                     QueryRows::kBytes, full(stage));
-          if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+        for (int tile = at.first_tile; tile < query_tiles; ++tile, query_pipeline.advance(query)) {
+          const unsigned full = query_pipeline.acquire(query, 2 * Tiles::kTileBytes + QueryRows::kBytes);
+          const unsigned to = queries_at(query.stage);
+          tma_load(to, &q_map, h * kHeadWidth, tile * kQueries, at.b, full);
+          tma_load(to + Tiles::kTileBytes, &d_o_map, h * kHeadWidth, tile * kQueries, at.b, full);
+          tma_load_bulk(keys + Tiles::kRows + query.stage * QueryRows::kBytes,
+                        g.delta + QueryRows::at(a, at.b, h, tile), QueryRows::kBytes, full);
         }
     }
     return;
   }
 
-  take_registers<Tiles::kConsumerRegisters>();
+  warpgroup_reg_alloc<Tiles::kConsumerRegisters>();
   const int warp = threadIdx.x / kWarp;
   unsigned char* const own_tile = shared + Tiles::kTiles + warp * Tiles::kWarpTile;
-  int parity = 0, keys_parity = 0;
-  for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, keys_parity ^= 1) {
+  PipelineState query = PipelineState::of_consumer(), key = PipelineState::of_consumer();
+  for (unsigned block = blockIdx.x; block < blocks; block += gridDim.x, key_pipeline.advance(key)) {
     const KeyTile at(a, order.at(block));
     const int own_first = at.first_key + warpgroup * Tiles::kOwnKeys, warp_key = own_first + warp % 4 * 16;
     Fragments<1, kHeadWidth> k, v;
-    barrier_wait(keys_full, keys_parity);
+    key_pipeline.wait(key);
     __syncwarp();
     load_fragments<kHeadWidth, 1>(k, keys, warp * 16);
     load_fragments<kHeadWidth, 1>(v, keys + Tiles::kKeyBytes, warp * 16);
     __syncwarp();
-    warp_arrive(keys_empty);
+    key_pipeline.release_warp(key.stage);
     unsigned char* const angle_tiles = shared + Tiles::kAngles + 2 * warp * Tiles::kWarpTile;
     const SharedAngles angles{angle_tiles, angle_tiles + Tiles::kWarpTile};
     float factors[2];
@@ -352,39 +336,41 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
       angles.begin(g.norms.cos, g.norms.sin, warp_key, a.T);
 #pragma unroll
       for (int half_row = 0; half_row < 2; ++half_row) {
-        const int key = min(warp_key + lane_row(2 * half_row), a.T - 1);
-        factors[half_row] = a.root * g.norms.k_factors[(i64{at.b} * a.T + key) * a.K + at.kv];
+        const int row = min(warp_key + lane_row(2 * half_row), a.T - 1);
+        factors[half_row] = a.root * g.norms.k_factors[(i64{at.b} * a.T + row) * a.K + at.kv];
       }
     }
 
-    Scores<1, kHeadWidth> dk = {}, dv = {};
-    Scores<1, kQueries> p, ds;
-    int last = -1;  // the stage of the tile before, if products may still read it
+    Accumulator<1, kHeadWidth> dk = {}, dv = {};
+    Accumulator<1, kQueries> p, ds;
+    int last = -1;  // the stage of the tile before, if wgmma may still read it
     for (int h = at.kv * a.group(); h < (at.kv + 1) * a.group(); ++h) {
-      const float gain = a.gain[h], scale = exponent_scale(gain, a.root);
-      for (int tile = at.first_tile; tile < query_tiles; ++tile) {
+      const float gain = a.gain[h], scale = softmax_scale_log2(gain, a.root);
+      for (int tile = at.first_tile; tile < query_tiles; ++tile, query_pipeline.advance(query)) {
         const int position = a.first() + tile * kQueries;
-        barrier_wait(full(stage), parity);
+        query_pipeline.wait(query);
         if (position + kQueries <= own_first) {  // they see none of these keys
-          warp_arrive(empty(stage));
+          query_pipeline.release_warp(query.stage);
         } else {
-          const std::uint64_t queries = descriptor(queries_at(stage)), d_o = behind(queries, Tiles::kTileBytes);
-          products_begin();
+          const std::uint64_t queries = matrix_descriptor(queries_at(query.stage)),
+                              d_o = advance_descriptor(queries, Tiles::kTileBytes);
+          wgmma_fence();
 #pragma unroll
           for (int i = 0; i < kHeadWidth / 16; ++i)
-            multiply_add_64x64<S, Second::transposed>(p[0], k[0][i], behind(queries, i * 32), i > 0);
-          products_commit();
+            wgmma_m64n64k16<S, Major::k>(p[0], k[0][i], advance_descriptor(queries, i * 32), i > 0);
+          wgmma_commit_group();
 #pragma unroll
           for (int i = 0; i < kHeadWidth / 16; ++i)
-            multiply_add_64x64<S, Second::transposed>(ds[0], v[0][i], behind(d_o, i * 32), i > 0);
-          products_commit();
-          products_wait<1>();  // the tile before is done with, too
-          products_done(p[0]);
-          if (last >= 0) warp_arrive(empty(last));
-          hide_later_keys<true, 1, kQueries>(p, warp_key, position, copysignf(INFINITY, -scale));
+            wgmma_m64n64k16<S, Major::k>(ds[0], v[0][i], advance_descriptor(d_o, i * 32), i > 0);
+          wgmma_commit_group();
+          wgmma_wait_group<1>();  // and so are those of the tile before
+          fence_operand(p[0]);
+          if (last >= 0) query_pipeline.release_warp(last);
+          causal_mask<true, 1, kQueries>(p, warp_key, position, copysignf(INFINITY, -scale));
           float4 rows[kQueries / 8];  // of this lane's queries, two by two
           const float* const own_rows =
-              reinterpret_cast<const float*>(shared + Tiles::kRows + stage * QueryRows::kBytes) + 2 * lane_column(0);
+              reinterpret_cast<const float*>(shared + Tiles::kRows + query.stage * QueryRows::kBytes) +
+              2 * lane_column(0);
 #pragma unroll
           for (int n = 0; n < kQueries / 8; ++n) {
             rows[n] = *reinterpret_cast<const float4*>(own_rows + 16 * n);
@@ -394,45 +380,44 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
           }
           unsigned rounded_p[kQueries / 16][4], rounded_ds[kQueries / 16][4];
           round_fragments<S, kQueries>(rounded_p, p[0]);
-          products_begin();
+          wgmma_fence();
 #pragma unroll
           for (int i = 0; i < kQueries / 16; ++i)
-            multiply_add_64x64<S, Second::plain>(dv[0], rounded_p[i], behind(d_o, i * 16 * kHeadRowBytes));
-          products_commit();
-          products_wait<1>();
-          products_done(ds[0]);
+            wgmma_m64n64k16<S, Major::mn>(dv[0], rounded_p[i], advance_descriptor(d_o, i * 16 * kHeadRowBytes));
+          wgmma_commit_group();
+          wgmma_wait_group<1>();
+          fence_operand(ds[0]);
 #pragma unroll
           for (int n = 0; n < kQueries / 8; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
               ds[0][n][i] = p[0][n][i] * fmaf(ds[0][n][i], gain, i % 2 == 0 ? -rows[n].z : -rows[n].w);
           }
-          __syncwarp();  // all have read the numbers: the tile may be given back after the products
+          __syncwarp();  // all lanes have read `rows`: the stage may be released after the GEMMs
           round_fragments<S, kQueries>(rounded_ds, ds[0]);
-          products_begin();
+          wgmma_fence();
 #pragma unroll
           for (int i = 0; i < kQueries / 16; ++i)
-            multiply_add_64x64<S, Second::plain>(dk[0], rounded_ds[i], behind(queries, i * 16 * kHeadRowBytes));
-          products_commit();
-          last = stage;
+            wgmma_m64n64k16<S, Major::mn>(dk[0], rounded_ds[i], advance_descriptor(queries, i * 16 * kHeadRowBytes));
+          wgmma_commit_group();
+          last = query.stage;
         }
-        if (a.T < 0) {
+        if (a.T < 0) {  // keep_live: ptxas else reuses the fragments' registers
 #pragma unroll
           for (int i = 0; i < kHeadWidth / 16; ++i) {
-            keep(k[0][i], keys);
-            keep(v[0][i], keys);
+            keep_live(k[0][i], keys);
+            keep_live(v[0][i], keys);
           }
         }
-        if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
       }
     }
-    products_wait<0>();
-    products_done(dk[0]);
-    products_done(dv[0]);
-    if (last >= 0) warp_arrive(empty(last));
+    wgmma_wait_group<0>();
+    fence_operand(dk[0]);
+    fence_operand(dv[0]);
+    if (last >= 0) query_pipeline.release_warp(last);
 
     if (g.norms.cos) {
-      copies_landed();
+      cp_async_wait_all();
       __syncwarp();
       const auto key_at = [&](int n, int half_row) { return unpack<S>(k[0][n / 2][n % 2 * 2 + half_row]); };
       float dots[2];
@@ -459,14 +444,14 @@ void launch_attention_backward(const CudaBackend& backend, const AttentionArgs<S
     return tensor_map(x, dtype, a.batch, a.queries, a.H * a.D, rows);
   };
   const auto of_keys = [&](const S* x) { return tensor_map(x, dtype, a.batch, a.T, a.K * a.D, DqTiles::kKeys); };
-  const auto blocks = [&](const BlockOrder& order) {
-    return std::min(order.blocks(), static_cast<unsigned>(backend.processors()));
+  const auto blocks = [&](const TileScheduler& order) {
+    return std::min(order.blocks(), static_cast<unsigned>(backend.sm_count()));
   };
-  const BlockOrder by_query(a.batch * a.H, blocks_for(a.queries, DqTiles::kQueries), a.group(), head_bytes);
+  const TileScheduler by_query(a.batch * a.H, blocks_for(a.queries, DqTiles::kQueries), a.group(), head_bytes);
   launch("attention_dq", attention_dq<S>, blocks(by_query), DqTiles::kThreads, DqTiles::kSharedBytes, backend.stream(),
          of_queries(a.q, DqTiles::kQueries), of_queries(g.d_o, DqTiles::kQueries), of_queries(g.o, DqTiles::kQueries),
          of_keys(a.k), of_keys(a.v), a, g, by_query);
-  const BlockOrder by_key(a.batch * a.K, blocks_for(a.T, DkdvTiles::kKeys), 1, head_bytes * a.group());
+  const TileScheduler by_key(a.batch * a.K, blocks_for(a.T, DkdvTiles::kKeys), 1, head_bytes * a.group());
   static_assert(DkdvTiles::kKeys == DqTiles::kKeys);
   launch("attention_dkdv", attention_dkdv<S>, blocks(by_key), DkdvTiles::kThreads, DkdvTiles::kSharedBytes,
          backend.stream(), of_queries(a.q, DkdvTiles::kQueries), of_queries(g.d_o, DkdvTiles::kQueries), of_keys(a.k),

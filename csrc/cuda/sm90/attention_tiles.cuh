@@ -3,13 +3,13 @@
 #pragma once
 
 #include "cuda/attention_tiles.cuh"
-#include "cuda/sm90/instructions.cuh"
+#include "cuda/sm90/pipeline.cuh"
 #include "cuda/sm90/tensor_map.h"
 
 namespace pgolf::cuda::sm90 {
 
 inline constexpr int kHeadWidth = 64, kHeadRowBytes = kHeadWidth * 2;
-// What the copy engine writes is what the warp's own instructions read.
+// The layout that TMA writes is the one that ldmatrix and ordinary loads read.
 static_assert(SharedTile<kHeadWidth>::kRowBytes == kHeadRowBytes && SharedTile<kHeadWidth>::bytes(8) == kSwizzleBytes);
 
 // A block's work: a tile of queries of one head.
@@ -18,8 +18,8 @@ struct QueryTile {
   int b, h, kv, first_query, tiles;  // tiles: of keys that some query sees
 
   template <class S>
-  __device__ QueryTile(const AttentionArgs<S>& a, const BlockOrder& order, unsigned block) {
-    const BlockOrder::Place place = order.at(block);
+  __device__ QueryTile(const AttentionArgs<S>& a, const TileScheduler& order, unsigned block) {
+    const TileScheduler::Place place = order.at(block);
     b = place.head / a.H;
     h = place.head % a.H;
     kv = h / a.group();

@@ -1,22 +1,24 @@
-// Newton–Schulz iterations on all matrices in one launch, on Hopper's tensor cores. An iteration is three products,
+// Newton–Schulz iterations on all matrices in one launch, by wgmma. An iteration is three GEMMs,
 //   gram = x·xᵀ,  poly = q·gram² + b·gram,  next = poly·x + a·x
-// in 16-bit storage; sums are float32, rounded once. The first two are symmetric: only tiles on and below the diagonal
-// are computed, and each one below is written twice, as it is and transposed, so that both halves have the same bits.
+// in 16-bit storage, with float32 accumulators, rounded once. The first two are symmetric: only tiles on and below the
+// diagonal are computed, and each one below is written twice, as it is and transposed, so that both halves have the
+// same bits.
 //
-// One block stays on each multiprocessor and takes 128×128 tiles one after another, whichever has the next number
-// (iteration_tiles.h), so that no product waits for the last tile of another matrix, and all end together. Which block
-// computes a tile changes no bit. A tile waits until the product before it of the same matrix is finished; what it
-// waits for has smaller numbers, which blocks have taken that already run, so that one of them always goes on.
+// The kernel is persistent, a block an SM, with a dynamic tile scheduler: blocks take 128×128 tiles in the order of
+// their numbers (iteration_tiles.h), so that no GEMM waits for the last tile of another matrix, and all end together.
+// Which block computes a tile changes no bit. A tile waits until the GEMM before it of the same matrix is complete;
+// what it waits for has smaller numbers, taken by blocks that already run, so that there is no deadlock.
 //
-// Two warpgroups of a block take turns: while one multiplies, the other finishes its tile. Of a third, one warp
-// takes the next tile and tells them, and one feeds the copy engine.
+// Two consumer warpgroups of a block take turns (ping-pong): while one is in its main loop, the other is in its
+// epilogue. Of a third warpgroup, one warp is the scheduler, which puts the next tile into a queue, and one the
+// producer, which loads by TMA.
 #pragma once
 
 #include <algorithm>
 #include <span>
 
 #include "cuda/iteration_tiles.h"
-#include "cuda/sm90/instructions.cuh"
+#include "cuda/sm90/pipeline.cuh"
 #include "cuda/sm90/tensor_map.h"
 #include "cuda/tiles.cuh"
 
@@ -29,17 +31,21 @@ struct NewtonSchulzTiles {
   static constexpr int kBoxBytes = kHalf * kBoxColumns * 2, kOperandBytes = 2 * kBoxBytes;
   static constexpr int kStageBytes = 2 * kOperandBytes, kStages = 5;
   static constexpr int kWarpTile = SharedTile<kSide>::bytes(16), kWarps = kConsumers * kWarpgroup / kWarp;
-  static constexpr int kTurns = 2 * kConsumers;  // tiles that are announced and not yet begun
+  static constexpr int kQueueStages = 2 * kConsumers;  // tiles that are scheduled and not yet begun
+  using Operands = Pipeline<kStages>;
+  using Queue = Pipeline<kQueueStages>;
   static constexpr int kTiles = kStages * kStageBytes, kBarriers = kTiles + 2 * kWarps * kWarpTile;
-  static constexpr int kAnnounced = kBarriers + 8 * (2 * kStages + kConsumers + 2 * kTurns + 1);
-  struct Announced {
+  static constexpr int kQueueEntries =
+      kBarriers + Operands::kBarrierBytes + PingPong::kBarrierBytes + Queue::kBarrierBytes + 8;
+  struct QueueEntry {
     IterationTile tile;
-    int box;  // boxes along the sums in all tiles of this block before it; −1: there is no tile any more
+    int box;  // boxes along k in all tiles of this block before it; −1: there are no more tiles
   };
-  static constexpr int kSharedBytes = kSwizzleBytes + kAnnounced + kTurns * static_cast<int>(sizeof(Announced));
+  static constexpr int kSharedBytes =
+      kSwizzleBytes + kQueueEntries + kQueueStages * static_cast<int>(sizeof(QueueEntry));
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 };
-static_assert(NewtonSchulzTiles::kSharedBytes <= 227 * 1024);
+static_assert(NewtonSchulzTiles::kSharedBytes <= 227 * 1024 && NewtonSchulzTiles::kConsumers == PingPong::kWarpgroups);
 
 // `count` matrices x [r, c], one after another, with what belongs to them; r and c are multiples of 8.
 struct WideMatrices {
@@ -60,12 +66,12 @@ struct IterationArgs {
   IterationTiles tiles;
   int steps;
   float a, b, q;
-  unsigned* taken;  // tiles so far
+  unsigned* next_tile;
 };
 
 static_assert(sizeof(IterationArgs<bf16>) <= 4096);  // what a launch takes everywhere
 
-// One product of a group's matrices, [rows, columns] each.
+// The operands of one GEMM of a group's matrices, [rows, columns] each.
 template <class S>
 struct StageOperands {
   const CUtensorMap *left, *right;
@@ -87,12 +93,12 @@ struct StageOperands {
   }
 };
 
-// How a warp finishes 16 rows of a tile: x are the sums, `tile` is 4 KiB of its own that hold the addend's numbers
-// where round_rows puts the rounded results.
+// The epilogue of a warp's 16 rows of a tile: x is the accumulator, `tile` 4 KiB of its own that hold the addend where
+// round_rows puts the rounded results.
 template <class S>
-__device__ __forceinline__ void finish_rows(unsigned char* tile, Scores<1, NewtonSchulzTiles::kSide>& x, bool adds,
-                                            float alpha, float beta, S* out, int rows, int columns, int first_row,
-                                            int first_column, bool mirrored) {
+__device__ __forceinline__ void epilogue_rows(unsigned char* tile, Accumulator<1, NewtonSchulzTiles::kSide>& x,
+                                              bool adds, float alpha, float beta, S* out, int rows, int columns,
+                                              int first_row, int first_column, bool mirrored) {
   using Tile = SharedTile<NewtonSchulzTiles::kSide>;
   if (adds) {
 #pragma unroll
@@ -114,7 +120,7 @@ __device__ __forceinline__ void finish_rows(unsigned char* tile, Scores<1, Newto
     for (int pass = 0; pass < TransposedRead::kPasses; ++pass) {
       unsigned r[4];
       const TransposedRead::Chunk from = TransposedRead::source(pass, lane / 8, lane % 8);
-      load_matrices_transposed(r, shared_address(tile + Tile::offset(from.row, from.chunk)));
+      ldmatrix_x4_trans(r, shared_address(tile + Tile::offset(from.row, from.chunk)));
       const int row = first_column + TransposedRead::column(pass, lane);  // above the diagonal: there is such a row
       if (column < columns) *reinterpret_cast<uint4*>(out + (i64{row} * columns + column)) = {r[0], r[1], r[2], r[3]};
     }
@@ -125,102 +131,92 @@ template <class S>
 __global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
     newton_schulz(const __grid_constant__ IterationArgs<S> args) {
   using Tiles = NewtonSchulzTiles;
-  constexpr int kStages = Tiles::kStages, kTurns = Tiles::kTurns;
   extern __shared__ unsigned char raw[];
   unsigned char* const shared = align_shared(raw);
-  const unsigned slots = shared_address(shared), barriers = slots + Tiles::kBarriers;
-  auto* const announced = reinterpret_cast<Tiles::Announced*>(shared + Tiles::kAnnounced);
-  const auto full = [&](int stage) { return barriers + 16 * stage; };
-  const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
-  const auto turn = [&](int consumer) { return barriers + 16 * kStages + 8 * consumer; };
-  const auto told = [&](int slot) { return barriers + 16 * kStages + 8 * Tiles::kConsumers + 16 * slot; };
-  const auto heard = [&](int slot) { return told(slot) + 8; };
-  const unsigned begun = told(kTurns);
+  const unsigned slots = shared_address(shared);
+  auto* const entries = reinterpret_cast<Tiles::QueueEntry*>(shared + Tiles::kQueueEntries);
+  const Tiles::Operands pipeline{slots + Tiles::kBarriers};
+  const PingPong turns{pipeline.barriers + Tiles::Operands::kBarrierBytes};
+  const Tiles::Queue queue{turns.barriers + PingPong::kBarrierBytes};
+  const unsigned load_started = queue.barriers + Tiles::Queue::kBarrierBytes;
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      barrier_init(full(stage), 1);
-      barrier_init(empty(stage), kWarpgroup / kWarp);
-    }
-    for (int consumer = 0; consumer < Tiles::kConsumers; ++consumer) barrier_init(turn(consumer), kWarpgroup / kWarp);
-    for (int slot = 0; slot < kTurns; ++slot) {
-      barrier_init(told(slot), 1);
-      barrier_init(heard(slot), 1 + kWarpgroup / kWarp * kWarpArrivals);  // who copies, and who multiplies
-    }
-    barrier_init(begun, 1);
-    barriers_ready();
+    pipeline.init(kWarpgroup / kWarp);
+    turns.init();
+    queue.init(1 + kWarpgroup / kWarp * kWarpArrivals);  // who loads, and who multiplies
+    mbarrier_init(load_started, 1);
+    mbarrier_init_fence();
   }
   __syncthreads();
 
   const int warpgroup = static_cast<int>(uniform(threadIdx.x / kWarpgroup));
   if (warpgroup == Tiles::kConsumers) {
-    give_registers<Tiles::kProducerRegisters>();
+    warpgroup_reg_dealloc<Tiles::kProducerRegisters>();
     const int role = static_cast<int>(threadIdx.x) - Tiles::kConsumers * kWarpgroup;
-    int slot = 0;
     if (role == kWarp) {
-      // Takes a tile when the copies of the one before begin, no earlier: at the end few wait in one block.
-      int heard_parity = 1, begun_parity = 1, box = 0;
-      const auto announce = [&](const IterationTile& tile, int first_box) {
-        barrier_wait(heard(slot), heard_parity);
-        announced[slot] = {tile, first_box};
-        barrier_arrive(told(slot));
-        if (++slot == kTurns) slot = 0, heard_parity ^= 1;
+      // Takes a tile when the loads of the one before begin, no earlier: at the end few wait in one block's queue.
+      PipelineState slot = PipelineState::of_producer();
+      int load_phase = 1, box = 0;
+      const auto enqueue = [&](const IterationTile& tile, int first_box) {
+        queue.acquire(slot);
+        entries[slot.stage] = {tile, first_box};
+        queue.commit(slot);
+        queue.advance(slot);
       };
       const unsigned all = static_cast<unsigned>(args.steps * args.tiles.of_step());
       while (true) {
-        barrier_wait(begun, begun_parity);  // at once for the first
-        begun_parity ^= 1;
-        const unsigned number = atomicAdd(args.taken, 1u);
+        mbarrier_wait(load_started, load_phase);  // at once for the first
+        load_phase ^= 1;
+        const unsigned number = atomicAdd(args.next_tile, 1u);
         if (number >= all) break;
         const IterationTile tile = args.tiles.at(static_cast<int>(number));
         const auto& group = args.groups[tile.group];
-        wait_until(group.finished + tile.at.matrix, static_cast<unsigned>(tile.before) * (kWarpgroup / kWarp));
-        announce(tile, box);
+        acquire_at_least(group.finished + tile.at.matrix, static_cast<unsigned>(tile.before) * (kWarpgroup / kWarp));
+        enqueue(tile, box);
         box += StageOperands<S>(group, tile).boxes;
       }
-      for (int consumer = 0; consumer < Tiles::kConsumers; ++consumer) announce({}, -1);
+      for (int consumer = 0; consumer < Tiles::kConsumers; ++consumer) enqueue({}, -1);
     } else if (role == 0) {
-      int stage = 0, parity = 1, told_parity = 0;
+      PipelineState to = PipelineState::of_producer(), slot = PipelineState::of_consumer();
       while (true) {
-        barrier_wait(told(slot), told_parity);
-        const Tiles::Announced work = announced[slot];
-        barrier_arrive(heard(slot));
-        if (++slot == kTurns) slot = 0, told_parity ^= 1;
+        queue.wait(slot);
+        const Tiles::QueueEntry work = entries[slot.stage];
+        queue.release(slot.stage);
+        queue.advance(slot);
         if (work.box < 0) return;
-        barrier_arrive(begun);
+        mbarrier_arrive(load_started);
         const IterationTile& tile = work.tile;
         const StageOperands<S> operands(args.groups[tile.group], tile);
         const bool diagonal = !operands.over_rows && tile.at.row == tile.at.column;
-        for (int k = 0; k < operands.boxes; ++k) {
-          const unsigned left = slots + stage * Tiles::kStageBytes, right = left + Tiles::kOperandBytes;
-          barrier_wait(empty(stage), parity);
-          barrier_expect(full(stage), diagonal ? Tiles::kOperandBytes : Tiles::kStageBytes);
+        for (int k = 0; k < operands.boxes; ++k, pipeline.advance(to)) {
+          const unsigned left = slots + to.stage * Tiles::kStageBytes, right = left + Tiles::kOperandBytes;
+          const unsigned full = pipeline.acquire(to, diagonal ? Tiles::kOperandBytes : Tiles::kStageBytes);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            copy_box(left + half * Tiles::kBoxBytes, operands.left, k * kBoxColumns,
-                     tile.at.row * Tiles::kSide + half * Tiles::kHalf, tile.at.matrix, full(stage));
+            tma_load(left + half * Tiles::kBoxBytes, operands.left, k * kBoxColumns,
+                     tile.at.row * Tiles::kSide + half * Tiles::kHalf, tile.at.matrix, full);
             if (diagonal) continue;
             const int across = tile.at.column * Tiles::kSide + half * Tiles::kHalf, along = k * kBoxColumns;
-            copy_box(right + half * Tiles::kBoxBytes, operands.right, operands.over_rows ? across : along,
-                     operands.over_rows ? along : across, tile.at.matrix, full(stage));
+            tma_load(right + half * Tiles::kBoxBytes, operands.right, operands.over_rows ? across : along,
+                     operands.over_rows ? along : across, tile.at.matrix, full);
           }
-          if (++stage == kStages) stage = 0, parity ^= 1;
         }
       }
     }
     return;
   }
 
-  take_registers<Tiles::kConsumerRegisters>();
+  warpgroup_reg_alloc<Tiles::kConsumerRegisters>();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   unsigned char* const own_tiles = shared + Tiles::kTiles + warp * 2 * Tiles::kWarpTile;
-  int slot = warpgroup, slot_parity = 0, turn_parity = warpgroup == 0;
+  int number = warpgroup;  // of this block's tiles
+  int turn_phase = PingPong::first_phase(warpgroup);
   while (true) {
-    barrier_wait(told(slot), slot_parity);
-    const Tiles::Announced work = announced[slot];
-    __syncwarp();  // all have read it
-    warp_arrive(heard(slot));
-    slot += Tiles::kConsumers;
-    if (slot >= kTurns) slot -= kTurns, slot_parity ^= 1;
+    const PipelineState slot = queue.at(number);
+    number += Tiles::kConsumers;
+    queue.wait(slot);
+    const Tiles::QueueEntry work = entries[slot.stage];
+    __syncwarp();  // all lanes have read it
+    queue.release_warp(slot.stage);
     if (work.box < 0) return;
     const auto& group = args.groups[work.tile.group];
     const ProductTile at = work.tile.at;
@@ -235,62 +231,63 @@ __global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
         const int index = i * kWarp + lane, chunk = index % Tile::kChunks, tile_row = index / Tile::kChunks;
         const int half = tile_row / 16, r = row + half * Tiles::kHalf + tile_row % 16, c = column + chunk * kVector;
         const bool valid = r < operands.rows && c < operands.columns;
-        copy16(shared_address(own_tiles + half * Tiles::kWarpTile + Tile::offset(tile_row % 16, chunk)),
-               operands.addend + (valid ? begin + i64{r} * operands.columns + c : 0), valid);
+        cp_async_16(shared_address(own_tiles + half * Tiles::kWarpTile + Tile::offset(tile_row % 16, chunk)),
+                    operands.addend + (valid ? begin + i64{r} * operands.columns + c : 0), valid);
       }
     }
 
-    // Zeros while the other warpgroup's last products run: with the first product overwriting what was there, ptxas
-    // serialises the two loops below.
-    float sums[2][16][4] = {};
+    // Zeroed while the other warpgroup's last wgmma run: if the first wgmma overwrote the accumulator instead, ptxas
+    // would serialise the two loops below.
+    float accumulator[2][16][4] = {};
     int before = 0;
     const auto multiply = [&](auto over_rows) {
       for (int k = 0; k < operands.boxes; ++k) {
-        const int box = work.box + k, stage = box % kStages;
-        barrier_wait(full(stage), box / kStages & 1);
-        products_begin();
-        const unsigned left_box = slots + stage * Tiles::kStageBytes;
+        const PipelineState box = pipeline.at(work.box + k);
+        pipeline.wait(box);
+        wgmma_fence();
+        const unsigned left_box = slots + box.stage * Tiles::kStageBytes;
         const unsigned right_box = over_rows.value || mirrored ? left_box + Tiles::kOperandBytes : left_box;
-        const std::uint64_t left = descriptor(left_box);
-        const std::uint64_t right = descriptor(right_box, over_rows.value ? Tiles::kBoxBytes : 0);
+        const std::uint64_t left = matrix_descriptor(left_box);
+        const std::uint64_t right = matrix_descriptor(right_box, over_rows.value ? Tiles::kBoxBytes : 0);
 #pragma unroll
         for (int part = 0; part < kBoxColumns / 16; ++part) {
-          const std::uint64_t b = behind(right, part * (over_rows.value ? 2048 : 32));
+          const std::uint64_t b = advance_descriptor(right, part * (over_rows.value ? 2048 : 32));
 #pragma unroll
           for (int half = 0; half < 2; ++half)
-            multiply_add_64x128<S, over_rows.value ? Second::plain : Second::transposed>(
-                sums[half], behind(left, half * Tiles::kBoxBytes + part * 32), b, true);
+            wgmma_m64n128k16<S, over_rows.value ? Major::mn : Major::k>(
+                accumulator[half], advance_descriptor(left, half * Tiles::kBoxBytes + part * 32), b, true);
         }
-        products_commit();
-        products_wait<1>();
-        if (k > 0 && lane == 0) barrier_arrive(empty(before));
-        before = stage;
+        wgmma_commit_group();
+        wgmma_wait_group<1>();
+        if (k > 0 && lane == 0) pipeline.release(before);
+        before = box.stage;
       }
-      if (lane == 0) barrier_arrive(turn(1 - warpgroup));
-      products_wait<0>();
-      products_done(sums[0]);
-      products_done(sums[1]);
+      if (lane == 0) turns.pass_on(warpgroup);
+      wgmma_wait_group<0>();
+      fence_operand(accumulator[0]);
+      fence_operand(accumulator[1]);
     };
-    barrier_wait(turn(warpgroup), turn_parity);  // at once for the very first tile
-    turn_parity ^= 1;
+    turns.wait(warpgroup, turn_phase);
+    turn_phase ^= 1;
     if (operands.over_rows)
       multiply(std::true_type{});
     else
       multiply(std::false_type{});
-    if (lane == 0) barrier_arrive(empty(before));
-    copies_landed();
+    if (lane == 0) pipeline.release(before);
+    cp_async_wait_all();
     __syncwarp();
     const float alpha = operands.over_rows ? 1.0f : args.q, beta = operands.over_rows ? args.a : args.b;
-    const auto finish = [&](int half) {
-      finish_rows<S>(own_tiles + half * Tiles::kWarpTile, *reinterpret_cast<Scores<1, Tiles::kSide>*>(&sums[half]),
-                     operands.addend != nullptr, alpha, beta, operands.out + begin, operands.rows, operands.columns,
-                     row + half * Tiles::kHalf, column, mirrored);
+    const auto epilogue = [&](int half) {
+      epilogue_rows<S>(own_tiles + half * Tiles::kWarpTile,
+                       *reinterpret_cast<Accumulator<1, Tiles::kSide>*>(&accumulator[half]), operands.addend != nullptr,
+                       alpha, beta, operands.out + begin, operands.rows, operands.columns, row + half * Tiles::kHalf,
+                       column, mirrored);
     };
-    finish(0);
-    finish(1);
-    stores_before_copies();
-    __syncwarp();  // all have stored, and have left their tiles
-    if (lane == 0) add_done(group.finished + at.matrix, 1);
+    epilogue(0);
+    epilogue(1);
+    fence_proxy_async();
+    __syncwarp();  // all lanes have stored, and have read their tiles
+    if (lane == 0) release_increment(group.finished + at.matrix, 1);
   }
 }
 
@@ -307,7 +304,7 @@ void launch_newton_schulz(const CudaBackend& backend, std::span<const WideMatric
     args.a = a;
     args.b = b;
     args.q = q;
-    args.taken = state++;
+    args.next_tile = state++;
     const auto these = groups.first(std::min<std::size_t>(groups.size(), IterationTiles::kGroups));
     for (const WideMatrices& g : these) {
       const auto map = [&](const void* data, i64 columns) {
@@ -328,7 +325,7 @@ void launch_newton_schulz(const CudaBackend& backend, std::span<const WideMatric
     }
     const auto kernel = newton_schulz<S>;
     PGOLF_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles::kSharedBytes));
-    kernel<<<std::min(args.tiles.of_step(), backend.processors()), Tiles::kThreads, Tiles::kSharedBytes,
+    kernel<<<std::min(args.tiles.of_step(), backend.sm_count()), Tiles::kThreads, Tiles::kSharedBytes,
              backend.stream()>>>(args);
     PGOLF_LAUNCHED("newton_schulz");
     groups = groups.subspan(these.size());

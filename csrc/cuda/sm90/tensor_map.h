@@ -1,4 +1,4 @@
-// What the copy engine must know of a matrix in memory.
+// Tensor maps: how TMA finds boxes of a matrix in memory.
 #pragma once
 
 #include <cuda.h>

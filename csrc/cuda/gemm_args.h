@@ -1,4 +1,4 @@
-// The three products of a linear layer y = x·wᵀ: x [rows, in], w [out, in], y [rows, out].
+// Arguments of the three GEMMs of a linear layer y = x·wᵀ: x [rows, in], w [out, in], y [rows, out].
 #pragma once
 
 #include "cuda/cuda_backend.h"

@@ -1,9 +1,9 @@
-// Sums over rows, for the gradients of vectors: every block writes a partial sum, then the partials are added in order.
+// Column reductions, for the gradients of vectors: every block writes partial sums, which are then added in order.
 #pragma once
 
 #include <algorithm>
 
-#include "cuda/rows.cuh"
+#include "cuda/row_ops.cuh"
 
 namespace pgolf::cuda {
 

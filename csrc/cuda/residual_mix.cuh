@@ -1,9 +1,9 @@
-// A block's mixed input: its norm, and the gradients of all that it is made of.
+// A transformer block's mixed input (residual mix): its norm, and the gradients of all that it is made of.
 #pragma once
 
-#include "cuda/columns.cuh"
+#include "cuda/column_reduce.cuh"
 #include "cuda/mma.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/row_ops.cuh"
 #include "cuda/tiles.cuh"
 
 namespace pgolf::cuda {
@@ -11,8 +11,8 @@ namespace pgolf::cuda {
 // normed = rms(m). Memory-bound: 2 or 3 reads, 1 write. factors may be null.
 template <class S, int kVectors>
 __global__ void __launch_bounds__(kRowThreads, 2)
-    norm_mixed(Mixed<S> in, Positions positions, i64 rows, int d, int warps, S* __restrict__ normed,
-               float* __restrict__ factors) {
+    norm_residual_mix(Mixed<S> in, Positions positions, i64 rows, int d, int warps, S* __restrict__ normed,
+                      float* __restrict__ factors) {
   const Team team(warps);
   const i64 own = team_row(team), row = positions.token(own < rows ? own : rows - 1);
   Packed8<S> raw[kVectors], raw0[kVectors], raw_skip[kVectors];
@@ -70,9 +70,9 @@ inline InputGrads input_grads(const QkvGrads& grads) {
 
 inline constexpr int kAddedWidth = 16;
 
-// What adapters add to dnormed, du·a, for 2·rank = kAddedWidth: of the rows of a block's turn, one a warp. Each warp
-// makes a slice of the columns of all of them by matrix instructions, and the rows' own warps read the sums in shared
-// memory. The rows of a turn are of one sequence, and those of a block stand together: its a's, there as well, seldom
+// What adapters add to dnormed, du·a, for 2·rank = kAddedWidth, for the rows of a block's iteration, one a warp. Each
+// warp computes a slice of the columns of all of them by mma, and the rows' own warps read the sums from shared memory.
+// The rows of an iteration are of one sequence, and those of a block are contiguous: its a's, there as well, seldom
 // change.
 template <class S>
 struct Added {
@@ -97,7 +97,7 @@ class AddedRows {
         d_(d),
         slice_(threadIdx.x / kWarp * (d / kRowWarps)) {}
 
-  // Begins the turn of the rows from `base` on.
+  // Begins the iteration of the rows from `base` on.
   __device__ void read(i64 base) {
     const S* row = of_.du + (base + lane_row(0)) * kAddedWidth + lane_column(0);
     du_[0] = *reinterpret_cast<const unsigned*>(row);
@@ -117,7 +117,7 @@ class AddedRows {
                                     __byte_perm(row[2], row[3], 0x5410), __byte_perm(row[2], row[3], 0x7632)};
     }
   }
-  // The sums for this warp's row, until the turn after the next. For all threads of the block.
+  // The sums for this warp's row, valid until the iteration after the next. For all threads of the block.
   __device__ const float* sums() {
     float* const here = room_ + turn_ * kRowWarps * Of::stride(d_);
     turn_ ^= 1;
@@ -126,13 +126,13 @@ class AddedRows {
       if (tile * 16 >= d_ / kRowWarps) break;
       const uint4 a = own_a_[tile * kRowThreads];
       float c[4] = {};
-      multiply_add<S>(c, {a.x, a.y, a.z, a.w}, du_[0], du_[1]);
-      // The columns of c are rows of the turn; its rows g and g + 8 are columns next to each other.
+      mma_m16n8k16<S>(c, {a.x, a.y, a.z, a.w}, du_[0], du_[1]);
+      // The columns of c are rows of the iteration; its rows g and g + 8 are neighbouring columns.
       float* const at = here + lane_column(0) * Of::stride(d_) + column(tile);
       *reinterpret_cast<float2*>(at) = {c[0], c[2]};
       *reinterpret_cast<float2*>(at + Of::stride(d_)) = {c[1], c[3]};
     }
-    __syncthreads();  // two turns alternate: who writes where this one was has passed the next barrier
+    __syncthreads();  // double-buffered: who overwrites this buffer has passed the next barrier
     return here + threadIdx.x / kWarp * Of::stride(d_);
   }
 
@@ -148,12 +148,13 @@ class AddedRows {
 
 // The gradient at m, from dx (the residual path's) and dnormed, and from it all that m is made of. dnormed gives way to
 // normed. Memory-bound: x, x0, skip, dnormed, dx, pending read, normed, dx, dskip written in S, dx0 read and written.
-// Few warps fit beside each other, so all of a row is under way before any of it is used.
+// Occupancy is low, so that all loads of a row are in flight before any of it is used.
 // dx0 may be null; kSums: the gradients of the vectors are summed; kAdds: adapters add to dnormed.
 template <class S, int kVectors, bool kSkip, bool kSums, bool kAdds>
 __global__ void __launch_bounds__(kRowThreads, kVectors * sizeof(S) <= 4 && !(kSums && kSkip) ? 2 : 1)
-    mixed_backward(Mixed<S> in, i64 rows, int d, int warps, const float* __restrict__ factors, S* dnormed_to_normed,
-                   InputGrads grads, float* __restrict__ partials, const __grid_constant__ Added<S> added) {
+    residual_mix_backward(Mixed<S> in, i64 rows, int d, int warps, const float* __restrict__ factors,
+                          S* dnormed_to_normed, InputGrads grads, float* __restrict__ partials,
+                          const __grid_constant__ Added<S> added) {
   constexpr bool kRoom = kVectors * sizeof(S) <= 4;  // in a thread's registers, for dx0 as well
   extern __shared__ __align__(16) float shared[];    // [d], then Added::bytes
   const Team team(warps);

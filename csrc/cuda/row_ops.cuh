@@ -1,8 +1,8 @@
-// Rows of numbers on teams of warps, the norm of rows, and a block's mixed input.
+// Row-wise kernels: rows on teams of warps, RMS norm forward and backward, and a transformer block's mixed input.
 //
 // A team of 1, 2, 4 or 8 warps of a block holds one row in registers: thread i of it has vector i, i + the team's
-// threads, and so on, at most four. One warp, which needs no barrier, suffices up to 1,024 numbers. All threads of a
-// block take the same way through a kernel: teams without a row of their own repeat the last one and store nothing.
+// threads, and so on, at most four. One warp, which needs no barrier, suffices up to 1,024 numbers. Control flow is
+// uniform in a block: teams without a row of their own repeat the last one and store nothing.
 #pragma once
 
 #include <algorithm>
@@ -61,7 +61,7 @@ struct Team {
   __device__ float combine(float x, F op) const {
     __shared__ float of_warp[kRowWarps];
     if (warps == 1) return x;
-    __syncthreads();  // the numbers of the combination before this one have been read
+    __syncthreads();  // all have read what the reduction before this one left
     if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = x;
     __syncthreads();
     const float* mine = of_warp + index * warps;

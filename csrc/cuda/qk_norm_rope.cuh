@@ -1,21 +1,21 @@
-// Heads between a product and attention: norm and RoPE of q and k, forward and backward, as passes of their own and in
-// the product's epilogue. What adapters add to the products of q and v comes before.
+// Norm and RoPE of q and k between the qkv GEMM and attention, forward and backward: as kernels of their own and in the
+// GEMM's epilogue. What adapters add to q and v comes before.
 #pragma once
 
-#include "cuda/head_norms.cuh"
-#include "cuda/rows.cuh"
-#include "cuda/sm90/resident_product.cuh"
+#include "cuda/qk_norm_rope_tiles.cuh"
+#include "cuda/row_ops.cuh"
+#include "cuda/sm90/weight_stationary_gemm.cuh"
 
 namespace pgolf::cuda {
 
-// What of q, k and v a product makes, of which positions.
+// Which of q, k and v a GEMM computes, and for which positions.
 struct ProductPart {
   i64 rows, T, first;  // tokens; of a sequence; the first one's position
   i64 H, K;            // heads of q, and of k and v
 };
 
-// How lanes share the heads of tokens: a group of lanes does one head, each lane `kUnit` pairs (j, j + D/2). Few and
-// small: what a lane must reckon before its first load, the kernels' memory waits for.
+// How lanes share the heads of tokens: a group of lanes has one head, each lane `kUnit` pairs (j, j + D/2). Few and
+// small fields: the kernels are memory-bound, and address arithmetic before the first load delays them.
 struct Heads {
   i64 N;
   int T, first, H, K, D;
@@ -112,15 +112,15 @@ __device__ __forceinline__ void store_unit(S* to, const Unit<kUnit>& u) {
     reinterpret_cast<Piece*>(to)[i] = reinterpret_cast<const Piece*>(raw)[i];
 }
 
-// What adapters add to the products of q and v: u·bᵀ. The b's of a sequence, [out, rank] in S, are read by all its
-// tokens, from the cache.
+// What adapters add to q and v: u·bᵀ. The b's of a sequence, [out, rank] in S, are read by all its
+// tokens, from L2.
 template <class S>
 struct Delta {
   const S *u, *b;    // u: [N, 2·rank]; b: the first sequence's b of q
   i64 step, b_of_v;  // from one sequence's to the next; from q's to v's
   int rank;
 
-  // `column` of the head's product, kUnit numbers
+  // `column` of the head, kUnit numbers
   template <int kUnit>
   __device__ __forceinline__ void add_to(Unit<kUnit>& x, const HeadLane<kUnit>& lane, const Heads& s,
                                          int column) const {
@@ -148,7 +148,7 @@ struct Delta {
     }
   }
 
-  // The same for a warp's 16 rows of one sequence, by matrix instructions: 128 columns of q's product, or of v's. The
+  // The same for a warp's 16 rows of one sequence, by mma: 128 columns of q, or of v. The
   // rank is a multiple of 8.
   __device__ __forceinline__ void add_to_rows(float (&x)[16][4], i64 row, i64 rows, int T, bool query,
                                               int column) const {
@@ -170,7 +170,7 @@ struct Delta {
 #pragma unroll
       for (int n = 0; n < 16; ++n) {
         const S* at = of_columns + (n * 8 + threadIdx.x % kWarp / 4) * rank + r;
-        multiply_add<S>(x[n], a, *reinterpret_cast<const unsigned*>(at),
+        mma_m16n8k16<S>(x[n], a, *reinterpret_cast<const unsigned*>(at),
                         second ? *reinterpret_cast<const unsigned*>(at + kVector) : 0);
       }
     }
@@ -180,9 +180,9 @@ struct Delta {
 // q, k = rope(rms(product)) per head; v is copied. Memory-bound: 1 read, 1 write.
 template <class S, int kUnit, bool kAdapted>
 __global__ void __launch_bounds__(kRowThreads)
-    norm_rotate(Heads s, const S* __restrict__ packed, Delta<S> delta, const float* __restrict__ cos,
-                const float* __restrict__ sin, S* __restrict__ q, S* __restrict__ k, S* __restrict__ v,
-                float* __restrict__ q_factors, float* __restrict__ k_factors) {
+    qk_norm_rope(Heads s, const S* __restrict__ packed, Delta<S> delta, const float* __restrict__ cos,
+                 const float* __restrict__ sin, S* __restrict__ q, S* __restrict__ k, S* __restrict__ v,
+                 float* __restrict__ q_factors, float* __restrict__ k_factors) {
   const HeadLane<kUnit> lane(s, s.H + 2 * s.K);
   Unit<kUnit> a{}, b{}, c, n;
   float squares = 0;
@@ -219,10 +219,10 @@ __global__ void __launch_bounds__(kRowThreads)
   store_unit<kUnit>(out + lane.at_own + s.center, b);
 }
 
-// The same while the products are in registers, for heads of kWidth numbers; a tile of 128 columns has heads of one
-// tensor. The products are rounded as if they had been in memory.
+// The same as an epilogue, for heads of kWidth numbers; a tile of 128 columns has heads of one tensor. The accumulator
+// is rounded to S first, as if it had been in memory.
 template <class S, int kWidth, bool kAdapted>
-struct NormRotate {
+struct QkNormRope {
   static constexpr int kHeads = 128 / kWidth, kColumnTiles = kWidth / 8;
   struct Angles {
     float2 cosines[2][kColumnTiles / 2], sines[2][kColumnTiles / 2];  // of a lane's two rows
@@ -252,16 +252,16 @@ struct NormRotate {
     return angles;
   }
   __device__ Angles ahead(i64 row, int column) const
-    requires(kWidth == 64)  // others' angles would not fit beside the products
+    requires(kWidth == 64)  // others' angles would not fit beside the accumulator
   {
     return read(row, column);
   }
-  __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, i64 row, int column) const {
-    (*this)(tile, product, read(row, column), row, column);
+  __device__ void operator()(unsigned char* tile, sm90::WarpAccumulator& accumulator, i64 row, int column) const {
+    (*this)(tile, accumulator, read(row, column), row, column);
   }
-  __device__ void operator()(unsigned char* tile, sm90::WarpRows& product, const Angles& angles, i64 row,
+  __device__ void operator()(unsigned char* tile, sm90::WarpAccumulator& accumulator, const Angles& angles, i64 row,
                              int column) const {
-    auto& x = product[0];
+    auto& x = accumulator[0];
 #pragma unroll
     for (int n = 0; n < 16; ++n)
 #pragma unroll
@@ -313,15 +313,15 @@ struct NormRotate {
       }
     }
     S* out = (query ? q : rotates ? k : v) + (row * heads + own_head) * kWidth;
-    store_rows<S, 128, 1>(tile, product, out, heads * kWidth, 0, static_cast<int>(rows - row), 128);
+    store_rows<S, 128, 1>(tile, accumulator, out, heads * kWidth, 0, static_cast<int>(rows - row), 128);
   }
 };
 
-// The gradients at q and k → those at their products, in [N, H + 2K, D]; v's stay. Memory-bound: 2 reads, 1 write of
-// H + K heads; all reads are under way before the first is used.
+// The gradients at q and k → those at the GEMM's output, in [N, H + 2K, D]; v's stay. Memory-bound: 2 reads, 1 write of
+// H + K heads; all loads are in flight before the first is used.
 template <class S, int kUnit>
 __global__ void __launch_bounds__(kRowThreads, 4)
-    norm_rotate_backward(Heads s, const S* __restrict__ q, const S* __restrict__ k, HeadNormArgs norms, S* dqkv) {
+    qk_norm_rope_backward(Heads s, const S* __restrict__ q, const S* __restrict__ k, QkNormRopeArgs norms, S* dqkv) {
   const HeadLane<kUnit> lane(s, s.H + s.K);
   const bool query = lane.head < s.H;
   PackedUnit<kUnit, S> raw_a{}, raw_b{}, raw_da{}, raw_db{};

@@ -1,5 +1,5 @@
-// Norm and RoPE of the heads of q and k where a warp holds 16 rows of one as results of products (tiles.cuh's lane_row
-// and lane_column), and what their backward needs of the forward.
+// Norm and RoPE of q and k on accumulators, of which a warp holds 16 rows of a head (tiles.cuh's lane_row and
+// lane_column), and what their backward needs of the forward.
 #pragma once
 
 #include "cuda/cuda_backend.h"
@@ -15,23 +15,23 @@ struct HeadFactors {
 };
 
 // HeadNorms for kernels; cos null: none.
-struct HeadNormArgs {
+struct QkNormRopeArgs {
   const float *cos, *sin, *q_factors, *k_factors;
 };
 
-// The angles of 16 rows of heads of 64 numbers in two tiles of shared memory, copied there in the background.
+// The angles of 16 rows of heads of 64 numbers in two tiles of shared memory, copied there by cp.async.
 struct SharedAngles {
   using Rows = SharedTile<64>;  // 32 float32 numbers are as many bytes as 64 of 16 bits
   const unsigned char *cosines, *sines;
 
-  // Rows beyond the last of `positions` are as the last. copies_landed and a __syncwarp end it.
+  // Rows past the last of `positions` are as the last. Complete after cp_async_wait_all and a __syncwarp.
   __device__ __forceinline__ void begin(const float* cos, const float* sin, int first, int positions) const {
 #pragma unroll
     for (int i = 0; i < 16 * Rows::kChunks / kWarp; ++i) {
       const int index = i * kWarp + threadIdx.x % kWarp, row = index / Rows::kChunks, chunk = index % Rows::kChunks;
       const int from = min(first + row, positions - 1) * 32 + chunk * 4;
-      copy16(shared_address(cosines) + Rows::offset(row, chunk), cos + from, true);
-      copy16(shared_address(sines) + Rows::offset(row, chunk), sin + from, true);
+      cp_async_16(shared_address(cosines) + Rows::offset(row, chunk), cos + from, true);
+      cp_async_16(shared_address(sines) + Rows::offset(row, chunk), sin + from, true);
     }
   }
   __device__ __forceinline__ float2 cosine(int n, int half_row) const { return at(cosines, n, half_row); }
@@ -44,9 +44,9 @@ struct SharedAngles {
   }
 };
 
-// x / y, rounded as by the operator, for y from 2⁻²⁰ to 2²⁰ and x that is 0 or of 2⁻¹⁰⁰ to 2¹⁰⁰: without its branch for
-// other numbers, which makes divisions wait for each other. A smaller x may miss by its last bits; an infinite one
-// gives a NaN.
+// x / y, rounded as by the operator, for y from 2⁻²⁰ to 2²⁰ and x that is 0 or from 2⁻¹⁰⁰ to 2¹⁰⁰: without the
+// operator's branch for other numbers, which serialises divisions. A smaller x may be off in its last bits; an infinite
+// one gives NaN.
 __device__ __forceinline__ float quotient(float x, float y) {
   float inverse;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
@@ -55,8 +55,8 @@ __device__ __forceinline__ float quotient(float x, float y) {
   return fmaf(inverse, fmaf(-y, near, x), near);
 }
 
-// The gradients at a pair of a rotated head's numbers (a, b) → those at the product's. (a, b) times its gradient is the
-// norm's output times its own; the output is (a, b) rotated back, over cos² + sin², which rounded tables keep only
+// The gradients at a pair of a rotated head's numbers (a, b) → those at the GEMM's output. (a, b) times its gradient is
+// the norm's output times its own; the output is (a, b) rotated back, over cos² + sin², which rounded tables keep only
 // near 1. share: the mean of that product over the head, over cos² + sin².
 __device__ __forceinline__ void pair_backward(float& da, float& db, float a, float b, float cosine, float sine,
                                               float share, float factor) {
@@ -82,7 +82,7 @@ __device__ __forceinline__ void row_dots(float (&dots)[2], const float (&dx)[kTi
   }
 }
 
-// dx, the gradients at 16 rows of a rotated head → those at the product's rows. x as above; dots: of the whole rows.
+// dx, the gradients at 16 rows of a rotated head → those at the GEMM's output. x as above; dots: of the whole rows.
 // Both may lack a factor, that factors have. For gradients that are rounded to 16 bits: the quotient may miss by its
 // last bits.
 template <int kTiles, class X>

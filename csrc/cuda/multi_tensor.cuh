@@ -1,4 +1,4 @@
-// Many tensors in one launch: their pointers travel as a kernel parameter, each tensor has blocks of its own.
+// Multi-tensor launches: the tensors' pointers are a kernel parameter, and each tensor has blocks of its own.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -18,7 +18,7 @@ __device__ __forceinline__ int last_at_most(const unsigned* first, int count, un
 }
 
 template <class Entry>
-struct Batch {
+struct TensorList {
   static constexpr int kEntries = static_cast<int>((kParameterBytes - 8) / (sizeof(Entry) + sizeof(unsigned)));
   Entry entries[kEntries];
   unsigned first[kEntries];  // the block at which an entry begins
@@ -34,17 +34,17 @@ struct Batch {
   __device__ int entry_of(unsigned block) const { return last_at_most(first, count, block); }
 };
 
-// Calls launch(batch) until every item was in one; blocks_of(entry) may be 0, for an empty tensor.
+// Calls launch(list) until every item was in a list; blocks_of(entry) may be 0, for an empty tensor.
 template <class Items, class Make, class BlocksOf, class Launch>
-void in_batches(const Items& items, Make&& make, BlocksOf&& blocks_of, Launch&& launch) {
+void multi_tensor_apply(const Items& items, Make&& make, BlocksOf&& blocks_of, Launch&& launch) {
   using Entry = decltype(make(items[0]));
-  Batch<Entry> batch;
+  TensorList<Entry> batch;
   static_assert(sizeof batch <= kParameterBytes);
   for (const auto& item : items) {
     const Entry entry = make(item);
     const i64 blocks = blocks_of(entry);
     if (blocks == 0) continue;
-    if (batch.count == Batch<Entry>::kEntries) {
+    if (batch.count == TensorList<Entry>::kEntries) {
       launch(batch);
       batch.count = 0;
       batch.blocks = 0;
