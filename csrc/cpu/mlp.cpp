@@ -47,7 +47,7 @@ struct BackwardScratch {
 }  // namespace
 
 template <class T>
-OpBytes CpuBackend<T>::bytes(const MlpUp& op) const {
+OpBytes CpuBackend<T>::mlp_up_bytes(const MlpUp& op) const {
   const Dims s(op);
   Layout saved, forward, backward;
   saved.take<T>(s.N);  // rms factors
@@ -106,9 +106,9 @@ void CpuBackend<T>::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
   if (grads.w) gemm_weight_gradients<T>(s.N, s.d, scratch.normed, {{grads.du.as<T>(), s.F, s.F, grads.w.as<T>()}});
 }
 
-#define PGOLF_INSTANTIATE(T)                                 \
-  template OpBytes CpuBackend<T>::bytes(const MlpUp&) const; \
-  template void CpuBackend<T>::mlp_up_forward(const MlpUp&); \
+#define PGOLF_INSTANTIATE(T)                                        \
+  template OpBytes CpuBackend<T>::mlp_up_bytes(const MlpUp&) const; \
+  template void CpuBackend<T>::mlp_up_forward(const MlpUp&);        \
   template void CpuBackend<T>::mlp_up_backward(const MlpUp&, const MlpUpGrads&);
 PGOLF_INSTANTIATE(float)
 PGOLF_INSTANTIATE(double)
