@@ -135,7 +135,8 @@ enable_language(CUDA)
 
 # What holds no kernels is compiled once, not once per architecture.
 file(GLOB_RECURSE cuda_host_sources CONFIGURE_DEPENDS csrc/cuda/*.cpp)
-add_library(pgolf_cuda_host OBJECT ${cuda_host_sources} csrc/core/memory.cpp csrc/core/shared_library.cpp)
+add_library(pgolf_cuda_host OBJECT ${cuda_host_sources} csrc/core/memory.cpp csrc/core/shared_library.cpp
+            csrc/sublayers.cpp)
 target_link_libraries(pgolf_cuda_host PRIVATE pgolf_options pgolf_stamp)
 target_include_directories(pgolf_cuda_host SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 set_source_files_properties(csrc/cuda/devices.cpp csrc/cuda/api.cpp PROPERTIES

@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-SUFFIXES = {".h", ".cuh", ".cpp", ".cu"}
+SUFFIXES = {".h", ".cuh", ".cpp", ".cu", ".def"}
 
 
 def stamp(root: Path) -> str:

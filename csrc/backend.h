@@ -1,10 +1,12 @@
 // The one seam between the model and the machine.
 //
-// Every operation that the model, the optimizer and the averaging need is a method here, cut where fusion
-// pays. An operation is a struct of TensorViews: inputs, parameters, outputs and two raw areas,
+// Every operation that the model, the optimizer and the averaging need is a method here. The model's are the embedding,
+// the two sublayers of a block and the head. An operation is a struct of TensorViews: inputs, parameters, outputs, and
+// memory of the backend's own. Embedding and head have two raw areas of it,
 //   saved    what this backend wants to keep from forward to backward (its size and content are the backend's),
-//   scratch  memory whose content means nothing before and after the call; the backward's is in the Grads struct.
-// All sizes come from the operation's `bytes` overload, asked once with shapes only (data pointers null).
+//   scratch  memory whose content means nothing before and after the call; the backward's is in the Grads struct,
+// whose sizes their `…_bytes` method states, asked once with shapes only (data pointers null). A sublayer asks for
+// named buffers (SublayerMemory): what it computes one after another, fuses, keeps or recomputes is the backend's.
 //
 // Conventions
 //   B sequences of T tokens, N = B·T; V vocabulary, d width, H query heads, K key/value heads, D = d/H,
@@ -59,103 +61,85 @@ struct EmbedGrads {
   TensorView scratch;
 };
 
-// A block's input as its two readers see it: m = mix[0]⊙(x + skip_weight⊙skip) + mix[1]⊙x0   §2.3–2.4
-// It is recomputed where it is read instead of being stored. skip may be x itself.
-struct MixedInput {
-  TensorView x, x0;        // [B, T, d]
-  TensorView resid_mix;    // [2, d]
-  TensorView skip;         // [B, T, d]; absent in encoder blocks
-  TensorView skip_weight;  // [d]
-};
-
 // Adapters, for test-time training: each sequence b of a call may have low-rank changes of its own of a product     §5
 // n·wᵀ:
 //   y[b] = n[b]·wᵀ + u[b]·bᵀ, u[b] = n[b]·aᵀ, with a [r, in] and b [out, r].
 // One tensor holds them for an operation: row b has the a's of its products one after another, then their b's. u is S.
 
-// n = rms(m); q = rope(rms(n·wqᵀ)), k = rope(rms(n·wkᵀ)) per head, v = n·wvᵀ                   §2.5
-//   rope on the pair (j, j + D/2): (a, b) → (a·cos + b·sin, −a·sin + b·cos). The query gain is the attention's.
-//   Forward alone may make queries of the last T' ≤ T positions only: the block computes what comes after them alone.
-struct Qkv {
-  MixedInput in;
-  TensorView wq, wk, wv;  // [H·D, d], [K·D, d], [K·D, d]
-  TensorView cos, sin;    // [≥ T, D/2]
-  TensorView q, k, v;     // out [B, T', H, D], [B, T, K, D], [B, T, K, D]
+// What flows through the network from sublayer to sublayer.
+struct Stream {
+  TensorView x;  // [B, T, d]
+};
+
+// The memory that a sublayer asks for beside its streams: buffers, which the arena places. The forward has `steps`
+// steps, 0 … steps − 1, and the backward as many, steps … 2·steps − 1, in the opposite order. A buffer is alive, and
+// keeps what is in it, from step `first` to step `last`. The streams that a sublayer reads are alive during all its
+// steps, the one that it writes from the last step of the forward on, and dskip from the last one of the backward on.
+struct SublayerMemory {
+  static constexpr int kMost = 16;
+  struct Buffer {
+    const char* name = "";  // of its kind, for people: "q", "mlp hidden"; lives as long as the backend
+    std::size_t bytes = 0;  // 0: it is not placed, and its pointer is null
+    int first = 0, last = 0;
+  };
+  int steps = 0;
+  int count = 0;
+  Buffer buffers[kMost];
+};
+
+// out = m + (attention over rms(m))·woᵀ                                                            §2.3–2.5
+//   m = resid_mix[0]⊙(x + skip_weight⊙skip) + resid_mix[1]⊙x0, the block's mixed input
+//   q = rope(rms(rms(m)·wqᵀ)), k = rope(rms(rms(m)·wkᵀ)) per head, v = rms(m)·wvᵀ;
+//   attention: softmax(gain[h]·q·kᵀ/√D over keys ≤ t)·v, query head h reading key/value head ⌊h·K/H⌋
+//   rope on the pair (j, j + D/2): (a, b) → (a·cos + b·sin, −a·sin + b·cos)
+// Forward alone may compute the last T' ≤ T positions of out only.
+struct AttentionSublayer {
+  Stream x, x0;
+  Stream skip;             // absent where nothing is popped; may be x itself
+  TensorView resid_mix;    // [2, d]
+  TensorView skip_weight;  // [d], with skip
+  TensorView wq, wk, wv;   // [H·D, d], [K·D, d], [K·D, d]
+  TensorView gain;         // [H]
+  TensorView wo;           // [d, H·D]; its scale (attn_scale) is part of its working copy
+  // Row p is for position p of a text; the T positions of this call begin at `position`.
+  TensorView cos, sin;  // [≥ position + T, D/2]
+  std::int64_t position = 0;
+  // Keys and values of a text that grows, past norm and RoPE, kept by the caller: those of positions before `position`
+  // are read, those of this call's positions written. Absent: there are no positions before, and nobody keeps them.
+  TensorView k, v;        // [1, ≥ position + T, K, D]
   TensorView adapters;    // [B, r·(2d + H·D + K·D)]: of q and of v; may be absent, and needs T' = T
   std::int64_t rank = 0;  // r
-  TensorView saved, scratch;
+  Stream out;             // [B, T', d]
+  void* memory[SublayerMemory::kMost] = {};
 };
-struct QkvGrads {
-  TensorView dqkv;     // in [B, T, H + 2K, D]: the gradients at the products n·wᵀ, those of q, k, v side by side
-  TensorView dx;       // inout [B, T, d]: in, the gradient at m from the residual path; out, at x. Where it is absent
-                       //   only weights and adapters have gradients: resid_mix, skip_weight, dx0, dskip have none
+struct AttentionSublayerGrads {
+  TensorView dx;       // inout [B, T, d]: in, the gradient at out; out, at x
+  bool inputs = true;  // false: only weights and adapters have gradients: resid_mix, skip_weight, dx0, dskip and x have
+                       //   none, and dx is only read
   TensorView dx0;      // inout [B, T, d], M: +=; may be absent
   TensorView dskip;    // out [B, T, d]: the gradient at skip, when there is one
   TensorView pending;  // in [B, T, d], S or M: added to dx at the end (what later blocks sent back through a skip);
                        //   may be dskip or dx0 itself, which are written first
   TensorView resid_mix, skip_weight, wq, wk, wv;  // both vectors or neither, all three matrices or none
-  TensorView adapters;                            // out, M
-  TensorView scratch;
-};
-
-// o = softmax(gain[h]·q·kᵀ/√D over keys ≤ t)·v, query head h reading key/value head ⌊h·K/H⌋        §2.5
-//   q and o hold the last T' positions; the backward needs T' = T. Forward alone may find k and v grown by a few
-//   positions each time: areas made for the most are large enough for fewer.
-struct Attention {
-  TensorView q, k, v;   // [B, T', H, D], [B, T, K, D], [B, T, K, D]
-  TensorView gain;      // [H]
-  bool normed = false;  // heads of q and k have a mean square of 1 at most, as Qkv's: scores are within ±|gain|·√D
-  TensorView o;         // out [B, T', H, D]
-  TensorView saved, scratch;
-};
-// A Qkv's tables and what it saved, for a backward that goes from its q and k on to their products.
-struct HeadNorms {
-  TensorView cos, sin, saved;
-};
-struct AttentionGrads {
-  TensorView d_o;   // in [B, T, H, D]
-  TensorView dqkv;  // out [B, T, H + 2K, D]: the gradients of q, k, v side by side; at the products that Qkv made them
-                    //   of where norms are given
-  HeadNorms norms;  // may be absent
   TensorView gain;
-  TensorView scratch;
+  TensorView wo;        // += (gradient at out)ᵀ·o, NOT yet times scale: finish_projections ends it, once a step
+  TensorView adapters;  // out, M
 };
 
-// out = residual + a·wᵀ; the residual is `mixed` if present, else `x`. The scale of the projection (attn_scale,
-// mlp_scale) is part of w, whose working copy is scale⊙w.
-struct ProjectResidual {
-  TensorView a;      // [B, T', c]
-  TensorView w;      // [d, c]
-  MixedInput mixed;  // attention out: the block's mixed input, of whose T positions the last T' are read
-  TensorView x;      // MLP out: [B, T', d]
-  TensorView out;    // out [B, T', d]; may be x
-  TensorView saved, scratch;
-};
-struct ProjectResidualGrads {
-  TensorView dout;  // in [B, T, d]; it is at once the gradient at the residual, which needs no copy
-  // Where a is MlpUp's h, the slope of ReLU² belongs to the product that makes its gradient: with h_scale > 0, da is
-  // the gradient at u of h = h_scale·relu(u)², which is (dout·w)⊙2·√(h_scale·h), rounded once; with 0 that at a.
-  double h_scale = 0;
-  TensorView da;  // out [B, T, c]
-  TensorView w;   // [d, c] += doutᵀ·a, NOT yet times scale: finish_projections ends it, once a step
-  TensorView scratch;
-};
-
-// h = h_scale·relu(u)², u = rms(x)·wᵀ                                                              §2.6
-struct MlpUp {
-  TensorView x;          // [B, T, d]
-  TensorView w;          // [F, d]
-  TensorView h;          // out [B, T, F]
-  double h_scale = 1.0;  // a power of two below 1 keeps squares within fp16; the projection's working copy undoes it
-  // Where S is f16, h beyond its largest number becomes that number and is counted here, in the backend's memory.
+// out = x + relu(rms(x)·upᵀ)²·downᵀ                                                                  §2.6
+struct MlpSublayer {
+  Stream x;
+  TensorView up;    // [F, d]
+  TensorView down;  // [d, F]; its scale (mlp_scale) and mlp_down_factor are part of its working copy
+  // Where S is f16, a hidden value beyond its largest number becomes that number and is counted here, in the backend's
+  // memory.
   std::int64_t* saturated = nullptr;
-  TensorView saved, scratch;
+  Stream out;
+  void* memory[SublayerMemory::kMost] = {};
 };
-struct MlpUpGrads {
-  TensorView du;  // in [B, T, F]: the gradient at u, as ProjectResidualGrads leaves it
-  TensorView dx;  // inout [B, T, d]: +=
-  TensorView w;
-  TensorView scratch;
+struct MlpSublayerGrads {
+  TensorView dx;        // inout [B, T, d]: in, the gradient at out; out, at x
+  TensorView up, down;  // down's as AttentionSublayerGrads::wo
 };
 
 // logits = c·tanh(rms(x)·wᵀ/c); loss[t] = logsumexp(logits[t]) − logits[t][target]                    §2.7
@@ -247,106 +231,30 @@ struct AdapterAdam {
   double grad_scale;  // what gradients are multiplied by
 };
 
+// See pieces.h.
+class Pieces;
+
 class Backend {
  public:
   virtual ~Backend() = default;
 
-  virtual DType dtype() const = 0;         // S
-  virtual DType master_dtype() const = 0;  // M
-  // The dtype whose numbers S tensors hold: S, or a narrower one that this backend rounds them to.
-  virtual DType precision() const = 0;
+#define PGOLF_METHOD(result, name, parameters, arguments) virtual result name parameters = 0;
+#include "backend_methods.def"
+#include "sublayer_methods.def"
+#undef PGOLF_METHOD
+
   bool rounds() const { return precision() != master_dtype(); }
-  virtual std::string description() const = 0;  // "cpu avx512, float32, 2 threads"
-  // Scratch sizes depend on this number; a plan made under another one must be made again.
-  virtual int concurrency() const = 0;
 
-  // Memory. Host pointers on one side, the backend's on the other. A backend runs what it is given in order, but may
-  // still be at it when a call returns; only download, wait and synchronize wait for results.
-  virtual void* allocate(std::size_t bytes) = 0;  // throws DeviceError
-  virtual void release(void* pointer) noexcept = 0;
-  virtual std::size_t memory_limit() const = 0;  // bytes that it may take in all; 0: no limit is known
-  virtual std::size_t peak_memory() const = 0;   // the most bytes it has had allocated at once; 0: it does not count
-  virtual void upload(void* to, const void* from, std::size_t bytes) = 0;  // from may change after the call
-  virtual void download(void* to, const void* from, std::size_t bytes) = 0;
-  virtual void zero(const TensorView& t) = 0;
-  virtual void copy(const TensorView& to, const TensorView& from) = 0;
-  virtual void synchronize() = 0;
-
-  // Reads now, in the order of operations, what `wait` hands out later: the host can run ahead. At most kReads reads
-  // of at most kReadBytes are under way; tickets are waited for once, in any order.
-  static constexpr int kReads = 8;
+  static constexpr int kReads = 8;  // of read_later
   static constexpr std::size_t kReadBytes = std::size_t{1} << 20;
-  virtual int read_later(const void* from, std::size_t bytes) = 0;  // returns a ticket
-  virtual void wait(int ticket, void* to, std::size_t bytes) = 0;
 
   // recording 0: runs fn, records it as well and returns the recording (0 where this backend records nothing);
   // otherwise replays the recording, which does what fn did: all that changes between calls must lie in the backend's
   // memory. fn gives the backend operations, zero, copy, and nothing that waits. Pass std::cref of a lambda: a function
   // object of its size would be allocated.
   virtual int capture(int recording, const std::function<void()>& fn) = 0;
-  virtual void forget(int recording) noexcept = 0;
 
-  // Model
-  virtual OpBytes bytes(const Embed&) const = 0;
-  virtual void embed_forward(const Embed&) = 0;
-  virtual void embed_backward(const Embed&, const EmbedGrads&) = 0;
-
-  virtual OpBytes bytes(const Qkv&) const = 0;
-  virtual void qkv_forward(const Qkv&) = 0;
-  virtual void qkv_backward(const Qkv&, const QkvGrads&) = 0;
-  // Norm and RoPE alone, dqkv [B, T, H + 2K, D] inout: the gradients at q, k, v → at their products. Of op, q, k, cos,
-  // sin and saved are read.
-  virtual void heads_backward(const Qkv& op, const TensorView& dqkv) = 0;
-
-  virtual OpBytes bytes(const Attention&) const = 0;
-  virtual void attention_forward(const Attention&) = 0;
-  virtual void attention_backward(const Attention&, const AttentionGrads&) = 0;
-
-  virtual OpBytes bytes(const ProjectResidual&) const = 0;
-  virtual void project_residual_forward(const ProjectResidual&) = 0;
-  virtual void project_residual_backward(const ProjectResidual&, const ProjectResidualGrads&) = 0;
-
-  virtual OpBytes bytes(const MlpUp&) const = 0;
-  virtual void mlp_up_forward(const MlpUp&) = 0;
-  virtual void mlp_up_backward(const MlpUp&, const MlpUpGrads&) = 0;
-
-  virtual OpBytes bytes(const Head&) const = 0;
-  virtual void head_logits(const Head&) = 0;
-  virtual void head_loss(const Head&) = 0;
-  // Forward and backward in one pass over the logits: writes losses too.
-  virtual void head_loss_backward(const Head&, const HeadGrads&) = 0;
-
-  // out[m, n] = a[m, k]·b[n, k]ᵀ, all S: the product whose rate everything else is compared with
-  virtual void product(const TensorView& a, const TensorView& b, const TensorView& out) = 0;
-
-  // Weights and gradients of a step
-  virtual void working_copies(std::span<const WorkingCopy> copies) = 0;
-  virtual void finish_projections(std::span<const ProjectionEnd> projections) = 0;
-  virtual void add_sum(const TensorView& t, double* sum) = 0;  // *sum += Σ t, in float64; t is M
-
-  // Optimizer                                                                                        §3
-  // norm (in float64), clip scale, finite flag and Adam's step count of all gradients together. A step that is not
-  // finite sets `stopped`, or where losses are scaled halves the scale; 2,000 finite ones double it.
-  virtual void grad_norm(std::span<const TensorView> grads, StepValues* values) = 0;
-  virtual void adam(std::span<const AdamTensor> tensors, const StepValues* values) = 0;
-  virtual std::size_t muon_scratch(std::span<const MuonTensor> tensors) const = 0;
-  virtual void muon(std::span<const MuonTensor> tensors, int ns_steps, const StepValues* values, void* scratch) = 0;
-  // out = NS5(u), both [rows, cols] and M; computed in S
-  virtual std::size_t newton_schulz_scratch(const TensorView& u) const = 0;
-  virtual void newton_schulz(const TensorView& u, const TensorView& out, int steps, void* scratch) = 0;
-  // Rows to intN and back, the artifact's: docs/spec.md §4 (amax). q is i8 in a u8 tensor, scale f16.
-  virtual void quantize_rows(const TensorView& w, int clip, const TensorView& q, const TensorView& scale) = 0;
-  virtual void dequantize_rows(const TensorView& q, const TensorView& scale, const TensorView& w) = 0;
-  // Adapters                                                                                         §5
-  // Rows b with documents[b] ≥ 0 ([B] i32) start anew: a ← uniform ±bound, drawn with the document as the counter's
-  // last word, b ← 0, m ← 0, v ← 0; the other rows stay.
-  virtual void adapters_begin(std::span<const AdapterRows> adapters, const TensorView& documents,
-                              std::uint64_t seed) = 0;
-  // Rows b with steps[b] = t ≥ 1 ([B] i32) take Adam's step t, without decay; the other rows stay.
-  virtual void adapters_step(std::span<const AdapterRows> adapters, const TensorView& steps,
-                             const AdapterAdam& settings) = 0;
-  // Averaging: y ← a·x + b·y; nothing where gate is given and says `stopped`
-  virtual void axpby(double a, const TensorView& x, double b, const TensorView& y, const StepValues* gate) = 0;
+  virtual Pieces& pieces() = 0;  // the same backend
 };
 
 // The CPU backend for M = f32 or f64, S = M; picks the widest instruction set of this machine, or PGOLF_CPU_ISA.

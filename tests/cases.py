@@ -333,6 +333,70 @@ def mlp_up_case(B: int, T: int, d: int, F: int) -> Case:
     return Case(f"mlp_up {B}x{T} d{d} F{F}", inputs, expected, run, ["x", "w"], ["x", "w"])
 
 
+def attention_sublayer_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "", rank: int = 0) -> Case:
+    """skip, rank: as qkv_case. w and scale are the output projection's."""
+    rng = np.random.default_rng(8)
+    first = T // 3
+    inputs = {**qkv_case(B, T, d, H, K, D, skip, rank).inputs, "gain": draw(rng, H)}
+    inputs |= {"w": draw(rng, d, H * D), "scale": draw(rng, d)}
+
+    def expected(t):
+        m = mixed_reference(t)
+        n, found = reference.rms(m), []
+        for b in range(B):
+            wq, wv = t["wq"], t["wv"]
+            if rank:
+                of_q, of_v = adapters_of(t["adapters"][b], rank, d, H * D, K * D)
+                wq, wv = wq + of_q, wv + of_v
+            parts = (wq, t["wk"], wv, t["gain"], t["cos"][:T], t["sin"][:T])
+            found.append(reference.causal_attention(*reference.queries_keys_values(n[b : b + 1], *parts)))
+        out = m + t["scale"] * (torch.cat(found).flatten(-2) @ t["w"].T)
+        return {"out": out, "reader of x": t["x"], **detached({} if rank else {"late out": out[:, first:]})}
+
+    def run(inputs, upstream, starts):
+        mixed, wo = mixed_native(inputs, skip), ops.working_copy(inputs["w"], inputs["scale"])
+        arguments = [inputs[name] for name in ("wq", "wk", "wv", "gain")] + [wo, inputs["cos"], inputs["sin"]]
+        late = {} if rank else {"late out": ops.attention_sublayer(mixed, *arguments, first=first)[0]}
+        out, saved = ops.attention_sublayer(mixed, *arguments, adapters=inputs.get("adapters"))
+
+        def backward(**ways):
+            pending = upstream["reader of x"]
+            return named(ops.attention_sublayer_backward(saved, upstream["out"], pending=pending, **ways))
+
+        dscale = starts.pop("scale")
+        gradients = backward(add_to=starts)
+        assert_same({"x", "skip", "adapters"}, backward(weights=False), gradients)
+        assert_same({"adapters"}, backward(weights=False, inputs=False), gradients)
+        ends = ops.finish_projection(inputs["w"], inputs["scale"], gradients.pop("wo"), dscale)
+        return {"out": out, **late}, {**gradients, **named(ends)}
+
+    gradients = [name for name in inputs if name not in ("cos", "sin")]
+    started = [name for name in gradients if name not in ("x", "skip", "adapters", "w")]
+    name = f"attention sublayer {B}x{T} d{d} H{H} K{K} D{D} skip {skip!r}" + (f" rank {rank}" if rank else "")
+    return Case(name, inputs, expected, run, gradients, started)
+
+
+def mlp_sublayer_case(B: int, T: int, d: int, F: int) -> Case:
+    """w and scale are the down projection's."""
+    rng = np.random.default_rng(9)
+    inputs = {"x": draw(rng, B, T, d), "up": draw(rng, F, d), "w": draw(rng, d, F), "scale": draw(rng, d)}
+
+    def expected(t):
+        return {"out": t["x"] + t["scale"] * reference.mlp(reference.rms(t["x"]), t["up"], t["w"])}
+
+    def run(inputs, upstream, starts):
+        factor = ops.mlp_down_factor()
+        down = ops.working_copy(inputs["w"], inputs["scale"], factor=factor)
+        out, saved = ops.mlp_sublayer(inputs["x"], inputs["up"], down)
+        gradients = ops.mlp_sublayer_backward(saved, upstream["out"], add_to={"up": starts["up"]})
+        without = ops.mlp_sublayer_backward(saved, upstream["out"], weights=False)
+        assert_same({"x"}, named(without), named(gradients))
+        ends = ops.finish_projection(inputs["w"], inputs["scale"], gradients.down, starts["scale"], factor=factor)
+        return {"out": out}, {"x": gradients.x, "up": gradients.up, **named(ends)}
+
+    return Case(f"mlp sublayer {B}x{T} d{d} F{F}", inputs, expected, run, list(inputs), ["up", "scale"])
+
+
 def head_case(B: int, T: int, d: int, V: int, softcap: float = 30.0, loss_scale: float = 1.0) -> Case:
     rng = np.random.default_rng(6)
     inputs = {"x": draw(rng, B, T, d), "w": draw(rng, V, d), "targets": rng.integers(0, V, (B, T))}

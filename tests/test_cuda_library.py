@@ -412,10 +412,9 @@ using namespace pgolf;
 using namespace pgolf::border;
 static Text said;
 static Status fails(Status status, const char* what) noexcept {{ said.set(what); return status; }}
-static Status widths(void*, OpBytes*, const Attention* op) noexcept {{
+static Status widths(void*, SublayerMemory*, const AttentionSublayer* op, bool) noexcept {{
   try {{
-    cuda::require_head_width(op->q.shape[3]);
-    cuda::require_head_width(op->k.shape[3]);
+    cuda::require_head_width(op->wq.shape[0] / op->gain.shape[0]);
     return kDone;
   }} catch (const std::invalid_argument& error) {{
     return fails(kInvalidArgument, error.what());
@@ -433,7 +432,7 @@ extern "C" const Api* pgolf_cuda_open() noexcept {{
   api.message = [](const void*) noexcept -> const char* {{ return said.text; }};
   api.dtype = [](void*, DType* out) noexcept {{ *out = DType::bf16; return kDone; }};
   api.master_dtype = [](void*, DType* out) noexcept {{ *out = DType::f32; return kDone; }};
-  api.attention_bytes = widths;
+  api.attention_sublayer_memory = widths;
   api.allocate = [](void*, void**, std::size_t) noexcept {{ return fails(kDeviceError, "memory was asked for"); }};
   return &api;
 }}

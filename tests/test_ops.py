@@ -23,12 +23,14 @@ from tests.cases import (
     as_float32,
     assert_close,
     attention_case,
+    attention_sublayer_case,
     cast,
     draw,
     embed_case,
     head_case,
     heads_case,
     mixed_native,
+    mlp_sublayer_case,
     mlp_up_case,
     project_residual_case,
     qkv_case,
@@ -92,6 +94,17 @@ MLP_UP = [
     mlp_up_case(5, 130, 32, 600),
     mlp_up_case(2, 300, 264, 66),  # on a CPU more tokens than are packed at a time for the weights' gradients
 ]
+ATTENTION_SUBLAYER = [
+    attention_sublayer_case(2, 130, 34, 4, 2, 6, "other"),
+    attention_sublayer_case(1, 1, 2, 1, 1, 2),
+    attention_sublayer_case(3, 65, 32, 3, 1, 64, "x"),
+    attention_sublayer_case(3, 65, 34, 4, 2, 6, "other", rank=3),
+]
+MLP_SUBLAYER = [
+    mlp_sublayer_case(2, 130, 34, 97),
+    mlp_sublayer_case(1, 1, 2, 1),
+    mlp_sublayer_case(3, 65, 64, 32),
+]
 HEAD = [
     head_case(2, 65, 34, 97, softcap=5.0, loss_scale=0.25),
     head_case(1, 1, 2, 2),
@@ -106,8 +119,10 @@ HEAD = [
     adapted_head_case(7, 300, 6, 1000, first=40, rank=2),  # or several
     adapted_head_case(2, 65, 34, 97, first=64, rank=0),
 ]
-CASES = [*EMBED, *QKV, *ATTENTION, *HEADS, *PROJECT_RESIDUAL, *MLP_UP, *HEAD]
-FIRST_CASES = [group[0] for group in (EMBED, QKV, ATTENTION, HEADS, PROJECT_RESIDUAL, MLP_UP, HEAD)]
+SUBLAYERS = (ATTENTION_SUBLAYER, MLP_SUBLAYER)
+GROUPS = (EMBED, QKV, ATTENTION, HEADS, PROJECT_RESIDUAL, MLP_UP, *SUBLAYERS, HEAD)
+CASES = [case for group in GROUPS for case in group]
+FIRST_CASES = [group[0] for group in GROUPS]
 
 
 # Parity ---------------------------------------------------------------------------------------------------------------

@@ -20,11 +20,14 @@ from tests.cases import (
     Case,
     adapted_head_case,
     attention_case,
+    attention_sublayer_case,
+    cast,
     draw,
     embed_case,
     head_case,
     mixed_native,
     mlp_up_case,
+    named,
     project_residual_case,
     qkv_case,
     same_bits,
@@ -168,6 +171,55 @@ def compare(found: np.ndarray, expected: np.ndarray, scale: float, place: Place,
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_outputs_and_gradients_are_the_reference_s_up_to_rounding(case: Case, place: Place) -> None:
     check(case, place)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("skip", ["", "x", "other"])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_an_attention_sublayer_has_the_bits_of_its_pieces(rank: int, skip: str, place: Place) -> None:
+    case = attention_sublayer_case(2, 128, 128, 2, 1, 64, skip, rank)
+    _, upstream, gradients = case.reference(place.round)
+    inputs, upstream, starts = (cast(a, "float32") for a in (case.inputs, upstream, case.starts(gradients)))
+    with ops.on(place.device, place.dtype):
+        mixed, wo = mixed_native(inputs, skip), ops.working_copy(inputs["w"], inputs["scale"])
+        tables, adapters = (inputs["cos"], inputs["sin"]), inputs.get("adapters")
+        weights = [inputs[name] for name in ("wq", "wk", "wv")]
+        dout, pending = upstream["out"], upstream["reader of x"]
+        started = {name: start for name, start in starts.items() if name != "scale"}
+
+        out, saved = ops.attention_sublayer(mixed, *weights, inputs["gain"], wo, *tables, adapters=adapters)
+        found = ops.attention_sublayer_backward(saved, dout, pending=pending, add_to=started)
+
+        dgain = started.pop("gain")
+        heads, made = ops.qkv(mixed, *weights, *tables, adapters=adapters)
+        o, attended = ops.attention(*heads, inputs["gain"], normed=True)
+        a = o.reshape(*o.shape[:2], -1)
+        wanted_out, projected = ops.project_residual(mixed, a, wo)
+        do, dwo = ops.project_residual_backward(projected, dout)
+        *at_products, gain = ops.attention_backward(attended, do.reshape(o.shape), qkv=made, add_to={"gain": dgain})
+        wanted = ops.qkv_backward(made, *at_products, at_products=True, dm=dout, pending=pending, add_to=started)
+    assert same_bits(out, wanted_out)
+    for name, gradient in {**named(wanted), "gain": gain, "wo": dwo}.items():
+        assert same_bits(getattr(found, name), gradient), name
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_an_mlp_sublayer_has_the_bits_of_its_pieces(place: Place) -> None:
+    rng = np.random.default_rng(8)
+    x, dout = (place.round(draw(rng, 2, 65, 64)).astype(np.float32) for _ in range(2))
+    up, down = (place.round(draw(rng, *shape) / 8).astype(np.float32) for shape in ((96, 64), (64, 96)))
+    with ops.on(place.device, place.dtype):
+        out, saved = ops.mlp_sublayer(x, up, down)
+        found = ops.mlp_sublayer_backward(saved, dout)
+
+        h_scale = 1 / ops.mlp_down_factor()
+        h, squared = ops.mlp_up(x, up, h_scale=h_scale)
+        wanted_out, projected = ops.project_residual(x, h, down)
+        du, ddown = ops.project_residual_backward(projected, dout, h_scale=h_scale)
+        dx, dup = ops.mlp_up_backward(squared, du, add_to={"x": dout})
+    assert same_bits(out, wanted_out)
+    for name, gradient in {"x": dx, "up": dup, "down": ddown}.items():
+        assert same_bits(getattr(found, name), gradient), name
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)

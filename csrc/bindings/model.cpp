@@ -335,7 +335,8 @@ void bind_model(py::module_& m) {
         const ModelConfig parsed = config_from(config);
         parsed.validate();
         py::list shapes;
-        for (const ParameterSpec& spec : parameter_table(parsed))
+        const ParameterTable table = parameter_table(parsed);
+        for (const ParameterSpec& spec : table.specs)
           shapes.append(py::make_tuple(spec.name, py::tuple(py::cast(spec.shape))));
         return shapes;
       },

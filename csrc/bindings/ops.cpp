@@ -1,5 +1,6 @@
-// The operations of backend.h on NumPy arrays, for pgolf.ops, which checks the arrays and makes those for results.
-// A call takes the arrays that it reads and those that it writes or adds to, both by name, and numbers as keywords.
+// The operations of backend.h and the pieces of pieces.h on NumPy arrays, for pgolf.ops, which checks the arrays and
+// makes those for results. A call takes the arrays that it reads and those that it writes or adds to, both by name, and
+// numbers as keywords.
 #include <algorithm>
 #include <bit>
 #include <chrono>
@@ -14,9 +15,11 @@
 #include "bindings/model.h"
 #include "core/error.h"
 #include "core/half.h"
+#include "core/memory.h"
 #include "core/parallel.h"
 #include "core/random.h"
 #include "model/product_rate.h"
+#include "pieces.h"
 
 namespace py = pybind11;
 
@@ -171,6 +174,14 @@ struct Ops {
     arrays.download();
   }
 
+  template <class Face>  // Backend or Pieces
+  Face& face() {
+    if constexpr (std::is_same_v<Face, Pieces>)
+      return backend->pieces();
+    else
+      return *backend;
+  }
+
   StepValues* upload(Staged& arrays, const StepValues& values) {
     void* device = arrays.area(sizeof values).data;
     backend->upload(device, &values, sizeof values);
@@ -202,7 +213,7 @@ T number(const py::kwargs& numbers, const char* name) {
   return py::cast<T>(numbers[name]);
 }
 
-// ---- The operations of the model: which array is which field.
+// ---- Embedding, pieces and head: which array is which field.
 
 Embed make_embed(Staged& t, const py::kwargs& n) {
   Embed op;
@@ -346,48 +357,178 @@ HeadGrads make_head_grads(Staged& t, const py::kwargs& n) {
   return grads;
 }
 
+// ---- Whole sublayers.
+
+AttentionSublayer make_attention_sublayer(Staged& t, const py::kwargs& n) {
+  AttentionSublayer op;
+  const MixedInput in = make_mixed(t);
+  op.x.x = in.x;
+  op.x0.x = in.x0;
+  op.skip.x = in.skip;
+  op.resid_mix = in.resid_mix;
+  op.skip_weight = in.skip_weight;
+  op.wq = t["wq"];
+  op.wk = t["wk"];
+  op.wv = t["wv"];
+  op.gain = t.master("gain");
+  op.wo = t["wo"];
+  op.cos = t.master("cos");
+  op.sin = t.master("sin");
+  op.position = number<std::int64_t>(n, "position");
+  op.k = t.find("k");
+  op.v = t.find("v");
+  op.adapters = t.find("adapters");
+  if (op.adapters) op.rank = op.adapters.shape[1] / (2 * op.wq.shape[1] + op.wq.shape[0] + op.wv.shape[0]);
+  op.out.x = t["out"];
+  return op;
+}
+AttentionSublayerGrads make_attention_sublayer_grads(Staged& t, const py::kwargs& n) {
+  AttentionSublayerGrads grads;
+  grads.dx = t["dx"];
+  grads.inputs = number<bool>(n, "inputs");
+  grads.dx0 = t.find("dx0", true);
+  grads.dskip = t.find("dskip");
+  grads.pending = t.find("pending");
+  grads.resid_mix = t.find("dresid_mix", true);
+  grads.skip_weight = t.find("dskip_weight", true);
+  grads.wq = t.find("dwq", true);
+  grads.wk = t.find("dwk", true);
+  grads.wv = t.find("dwv", true);
+  grads.gain = t.find("dgain", true);
+  grads.wo = t.find("dwo", true);
+  grads.adapters = t.find("dadapters", true);
+  return grads;
+}
+MlpSublayer make_mlp_sublayer(Staged& t, const py::kwargs&) {
+  MlpSublayer op;
+  op.x.x = t["x"];
+  op.up = t["up"];
+  op.down = t["down"];
+  op.out.x = t["out"];
+  return op;
+}
+MlpSublayerGrads make_mlp_sublayer_grads(Staged& t, const py::kwargs&) {
+  MlpSublayerGrads grads;
+  grads.dx = t["dx"];
+  grads.up = t.find("dup", true);
+  grads.down = t.find("ddown", true);
+  return grads;
+}
+
+// The buffers of a sublayer. Those that outlive the forward are in `kept`, one after another; the others are new for a
+// call, so that what a backend reads of one without having written it, or past its lifetime, cannot hide.
+struct Buffers {
+  const SublayerMemory& memory;
+
+  bool outlives(int i) const {
+    return memory.buffers[i].first < memory.steps && memory.buffers[i].last >= memory.steps;
+  }
+  std::size_t kept() const {
+    std::size_t bytes = 0;
+    for (int i = 0; i < memory.count; ++i)
+      if (outlives(i)) bytes += align_up(memory.buffers[i].bytes);
+    return bytes;
+  }
+  void place(Staged& arrays, const TensorView& kept, void** pointers) const {
+    char* next = kept.as<char>();
+    for (int i = 0; i < memory.count; ++i) {
+      pointers[i] = outlives(i) ? next : arrays.area(memory.buffers[i].bytes).data;
+      if (outlives(i)) next += align_up(memory.buffers[i].bytes);
+    }
+  }
+};
+
 template <class Op>
 using Make = Op (*)(Staged&, const py::kwargs&);
-
-// name(inputs, outputs, **numbers) -> saved, uint8
 template <class Op>
-void def_forward(py::class_<Ops>& c, const char* name, Make<Op> make, void (Backend::*forward)(const Op&)) {
-  c.def(name, [make, forward](Ops& self, const py::dict& inputs, const py::dict& outputs, const py::kwargs& numbers) {
+using AskMemory = SublayerMemory (Backend::*)(const Op&, bool backward) const;
+
+// name(inputs, outputs, backward=…, **numbers) -> what outlives the forward, uint8
+template <class Op>
+void def_sublayer_forward(py::class_<Ops>& c, const char* name, Make<Op> make, AskMemory<Op> memory,
+                          void (Backend::*forward)(const Op&)) {
+  c.def(name, [=](Ops& self, const py::dict& inputs, const py::dict& outputs, const py::kwargs& numbers) {
     Staged arrays(*self.backend, inputs, outputs);
     Op op = make(arrays, numbers);
-    const std::size_t bytes = self.backend->bytes(op).saved;
+    const bool backward = number<bool>(numbers, "backward");
+    const SublayerMemory asked = ((*self.backend).*memory)(op, backward);
+    py::array_t<std::uint8_t> kept(static_cast<py::ssize_t>(Buffers{asked}.kept()));
+    std::memset(kept.mutable_data(), 0xFF, static_cast<std::size_t>(kept.nbytes()));  // as scratch
+    const TensorView saved = arrays.add(kept, true);
+    self.run(arrays, [&] {
+      const SublayerMemory now = ((*self.backend).*memory)(op, backward);
+      Buffers{now}.place(arrays, saved, op.memory);
+      self.timed([&] { ((*self.backend).*forward)(op); });
+    });
+    return kept;
+  });
+}
+
+// name(inputs, outputs, **numbers); the inputs hold as "saved" what the forward returned.
+template <class Op, class Grads>
+void def_sublayer_backward(py::class_<Ops>& c, const char* name, Make<Op> make, Make<Grads> make_grads,
+                           AskMemory<Op> memory, void (Backend::*backward)(const Op&, const Grads&)) {
+  c.def(name, [=](Ops& self, const py::dict& inputs, const py::dict& outputs, const py::kwargs& numbers) {
+    Staged arrays(*self.backend, inputs, outputs);
+    Op op = make(arrays, numbers);
+    const Grads grads = make_grads(arrays, numbers);
+    const TensorView saved = arrays["saved"];
+    self.run(arrays, [&] {
+      const SublayerMemory now = ((*self.backend).*memory)(op, true);
+      Buffers{now}.place(arrays, saved, op.memory);
+      self.timed([&] { ((*self.backend).*backward)(op, grads); });
+    });
+  });
+}
+
+// ---- How they are called.
+
+template <class Face, class Op>
+using AskBytes = OpBytes (Face::*)(const Op&) const;
+
+// name(inputs, outputs, **numbers) -> saved, uint8
+template <class Face, class Op>
+void def_forward(py::class_<Ops>& c, const char* name, Make<Op> make, AskBytes<Face, Op> ask,
+                 void (Face::*forward)(const Op&)) {
+  c.def(name, [=](Ops& self, const py::dict& inputs, const py::dict& outputs, const py::kwargs& numbers) {
+    Staged arrays(*self.backend, inputs, outputs);
+    Face& face = self.face<Face>();
+    Op op = make(arrays, numbers);
+    const std::size_t bytes = (face.*ask)(op).saved;
     py::array_t<std::uint8_t> saved(static_cast<py::ssize_t>(bytes));
     std::memset(saved.mutable_data(), 0xFF, bytes);  // as scratch
     op.saved = arrays.add(saved, true);
     self.run(arrays, [&] {
-      op.scratch = arrays.area(self.backend->bytes(op).forward_scratch);
-      self.timed([&] { ((*self.backend).*forward)(op); });
+      op.scratch = arrays.area((face.*ask)(op).forward_scratch);
+      self.timed([&] { (face.*forward)(op); });
     });
     return saved;
   });
 }
 
 // name(inputs, outputs, **numbers); the inputs hold as "saved" what a forward returned, if one was run.
-template <class Op, class Grads, class F>
-void def_backward(py::class_<Ops>& c, const char* name, Make<Op> make, Make<Grads> make_grads, F backward) {
+template <class Face, class Op, class Grads, class F>
+void def_backward(py::class_<Ops>& c, const char* name, Make<Op> make, Make<Grads> make_grads, AskBytes<Face, Op> ask,
+                  F backward) {
   c.def(name, [=](Ops& self, const py::dict& inputs, const py::dict& outputs, const py::kwargs& numbers) {
     Staged arrays(*self.backend, inputs, outputs);
+    Face& face = self.face<Face>();
     Op op = make(arrays, numbers);
     Grads grads = make_grads(arrays, numbers);
     op.saved = arrays.find("saved");
     self.run(arrays, [&] {
-      const OpBytes bytes = self.backend->bytes(op);
+      const OpBytes bytes = (face.*ask)(op);
       if (!op.saved) op.saved = arrays.area(bytes.saved);
       grads.scratch = arrays.area(bytes.backward_scratch);
-      self.timed([&] { std::invoke(backward, *self.backend, op, grads); });
+      self.timed([&] { std::invoke(backward, face, op, grads); });
     });
   });
 }
 
 // The whole way back from q, k and v: dqkv, an input, ends as the gradients at their products.
-void heads_backward(Backend& backend, const Qkv& op, const QkvGrads& grads) {
-  backend.heads_backward(op, grads.dqkv);
-  backend.qkv_backward(op, grads);
+void heads_backward(Pieces& pieces, const Qkv& op, const QkvGrads& grads) {
+  pieces.heads_backward(op, grads.dqkv);
+  pieces.qkv_backward(op, grads);
 }
 
 // ---- The optimizer's.
@@ -587,21 +728,32 @@ void bind_ops(py::module_& m) {
   c.def_readonly("seconds", &Ops::seconds);
   c.def_readwrite("repeats", &Ops::repeats);
   c.def("description", [](const Ops& self) { return self.backend->description(); });
-  def_forward(c, "embed", make_embed, &Backend::embed_forward);
-  def_backward(c, "embed_backward", make_embed, make_embed_grads, &Backend::embed_backward);
-  def_forward(c, "qkv", make_qkv, &Backend::qkv_forward);
-  def_backward(c, "qkv_backward", make_qkv, make_qkv_grads, &Backend::qkv_backward);
-  def_backward(c, "heads_backward", make_qkv, make_qkv_grads, heads_backward);
-  def_forward(c, "attention", make_attention, &Backend::attention_forward);
-  def_backward(c, "attention_backward", make_attention, make_attention_grads, &Backend::attention_backward);
-  def_forward(c, "project_residual", make_project_residual, &Backend::project_residual_forward);
+  def_forward(c, "embed", make_embed, &Backend::embed_bytes, &Backend::embed_forward);
+  def_backward(c, "embed_backward", make_embed, make_embed_grads, &Backend::embed_bytes, &Backend::embed_backward);
+  def_forward(c, "qkv", make_qkv, &Pieces::qkv_bytes, &Pieces::qkv_forward);
+  def_backward(c, "qkv_backward", make_qkv, make_qkv_grads, &Pieces::qkv_bytes, &Pieces::qkv_backward);
+  def_backward(c, "heads_backward", make_qkv, make_qkv_grads, &Pieces::qkv_bytes, heads_backward);
+  def_forward(c, "attention", make_attention, &Pieces::attention_bytes, &Pieces::attention_forward);
+  def_backward(c, "attention_backward", make_attention, make_attention_grads, &Pieces::attention_bytes,
+               &Pieces::attention_backward);
+  def_forward(c, "project_residual", make_project_residual, &Pieces::project_residual_bytes,
+              &Pieces::project_residual_forward);
   def_backward(c, "project_residual_backward", make_project_residual, make_project_residual_grads,
-               &Backend::project_residual_backward);
-  def_forward(c, "mlp_up", make_mlp_up, &Backend::mlp_up_forward);
-  def_backward(c, "mlp_up_backward", make_mlp_up, make_mlp_up_grads, &Backend::mlp_up_backward);
-  def_forward(c, "head_logits", make_head, &Backend::head_logits);
-  def_forward(c, "head_loss", make_head, &Backend::head_loss);
-  def_backward(c, "head_loss_backward", make_head, make_head_grads, &Backend::head_loss_backward);
+               &Pieces::project_residual_bytes, &Pieces::project_residual_backward);
+  def_forward(c, "mlp_up", make_mlp_up, &Pieces::mlp_up_bytes, &Pieces::mlp_up_forward);
+  def_backward(c, "mlp_up_backward", make_mlp_up, make_mlp_up_grads, &Pieces::mlp_up_bytes, &Pieces::mlp_up_backward);
+  def_forward(c, "head_logits", make_head, &Backend::head_bytes, &Backend::head_logits);
+  def_forward(c, "head_loss", make_head, &Backend::head_bytes, &Backend::head_loss);
+  def_backward(c, "head_loss_backward", make_head, make_head_grads, &Backend::head_bytes, &Backend::head_loss_backward);
+  def_sublayer_forward(c, "attention_sublayer", make_attention_sublayer, &Backend::attention_sublayer_memory,
+                       &Backend::attention_sublayer_forward);
+  def_sublayer_backward(c, "attention_sublayer_backward", make_attention_sublayer, make_attention_sublayer_grads,
+                        &Backend::attention_sublayer_memory, &Backend::attention_sublayer_backward);
+  def_sublayer_forward(c, "mlp_sublayer", make_mlp_sublayer, &Backend::mlp_sublayer_memory,
+                       &Backend::mlp_sublayer_forward);
+  def_sublayer_backward(c, "mlp_sublayer_backward", make_mlp_sublayer, make_mlp_sublayer_grads,
+                        &Backend::mlp_sublayer_memory, &Backend::mlp_sublayer_backward);
+  c.def("mlp_down_factor", [](const Ops& self) { return self.backend->mlp_down_factor(); });
   c.def("grad_norm", &grad_norm);
   c.def("adam", &adam);
   c.def("adapters_begin", &adapters_begin);

@@ -60,4 +60,13 @@ struct TensorView {
   }
 };
 
+// `count` rows of an axis before which there is none, or ones of length 1, from the first-th on.
+PGOLF_INLINE TensorView part_of(const TensorView& t, int axis, std::int64_t first, std::int64_t count) {
+  const std::size_t row = t.bytes() / static_cast<std::size_t>(t.shape[axis]);
+  TensorView part = t;
+  part.shape[axis] = count;
+  if (t.data) part.data = static_cast<char*>(t.data) + static_cast<std::size_t>(first) * row;
+  return part;
+}
+
 }  // namespace pgolf

@@ -58,7 +58,7 @@ void raw_scores(const Dims<T>& s, const T* q, const T* k, i64 rows, i64 keys, T*
 }  // namespace
 
 template <class T>
-OpBytes CpuBackend<T>::bytes(const Attention& op) const {
+OpBytes CpuBackend<T>::attention_bytes(const Attention& op) const {
   const Dims<T> s(op);
   Layout saved, forward, backward;
   saved.take<T>(s.B * s.H * s.queries());  // log-sum-exp of the scaled scores
@@ -195,9 +195,9 @@ void CpuBackend<T>::attention_backward(const Attention& op, const AttentionGrads
     for (i64 h = 0; h < s.H; ++h) grads.gain.as<T>()[h] += scratch.dgain[b * s.H + h];
 }
 
-#define PGOLF_INSTANTIATE(T)                                        \
-  template OpBytes CpuBackend<T>::bytes(const Attention&) const;    \
-  template void CpuBackend<T>::attention_forward(const Attention&); \
+#define PGOLF_INSTANTIATE(T)                                               \
+  template OpBytes CpuBackend<T>::attention_bytes(const Attention&) const; \
+  template void CpuBackend<T>::attention_forward(const Attention&);        \
   template void CpuBackend<T>::attention_backward(const Attention&, const AttentionGrads&);
 PGOLF_INSTANTIATE(float)
 PGOLF_INSTANTIATE(double)

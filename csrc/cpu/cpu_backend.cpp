@@ -11,6 +11,22 @@
 PGOLF_CPU_BEGIN
 
 template <class T>
+DType CpuBackend<T>::dtype() const {
+  return sizeof(T) == 8 ? DType::f64 : DType::f32;
+}
+template <class T>
+DType CpuBackend<T>::master_dtype() const {
+  return dtype();
+}
+template <class T>
+DType CpuBackend<T>::precision() const {
+  return rounding_ == Rounding::bf16 ? DType::bf16 : rounding_ == Rounding::f16 ? DType::f16 : dtype();
+}
+template <class T>
+int CpuBackend<T>::concurrency() const {
+  return thread_count();
+}
+template <class T>
 std::string CpuBackend<T>::description() const {
   const char* type = rounding_ == Rounding::bf16  ? "float32 rounded to bfloat16"
                      : rounding_ == Rounding::f16 ? "float32 rounded to float16"
@@ -28,6 +44,14 @@ void CpuBackend<T>::release(void* pointer) noexcept {
   free_aligned(pointer);
 }
 template <class T>
+std::size_t CpuBackend<T>::memory_limit() const {
+  return 0;
+}
+template <class T>
+std::size_t CpuBackend<T>::peak_memory() const {
+  return 0;
+}
+template <class T>
 void CpuBackend<T>::upload(void* to, const void* from, std::size_t bytes) {
   if (bytes) std::memcpy(to, from, bytes);  // an empty tensor has no address
 }
@@ -43,6 +67,8 @@ template <class T>
 void CpuBackend<T>::copy(const TensorView& to, const TensorView& from) {
   std::memcpy(to.data, from.data, from.bytes());
 }
+template <class T>
+void CpuBackend<T>::synchronize() {}
 template <class T>
 CpuBackend<T>::~CpuBackend() {
   for (Read& read : reads_)
@@ -68,6 +94,9 @@ void CpuBackend<T>::wait(int ticket, void* to, std::size_t bytes) {
   const Read& read = reads_[ticket];
   std::memcpy(to, bytes > sizeof read.small ? read.large : read.small, bytes);
 }
+
+template <class T>
+void CpuBackend<T>::forget(int) noexcept {}
 
 template <class T>
 int CpuBackend<T>::capture(int, const std::function<void()>& fn) {

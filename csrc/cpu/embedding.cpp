@@ -117,7 +117,7 @@ void sigmoid(const T* x, i64 count, T* out) {
 }  // namespace
 
 template <class T>
-OpBytes CpuBackend<T>::bytes(const Embed& op) const {
+OpBytes CpuBackend<T>::embed_bytes(const Embed& op) const {
   const Dims<T> s(op);
   Layout saved, forward, backward;
   Saved<T>(saved, s);
@@ -236,9 +236,9 @@ void CpuBackend<T>::embed_backward(const Embed& op, const EmbedGrads& grads) {
   scratch.buckets.scatter(dread, scale, s.e, grads.bigram_emb.as<T>());
 }
 
-#define PGOLF_INSTANTIATE(T)                                 \
-  template OpBytes CpuBackend<T>::bytes(const Embed&) const; \
-  template void CpuBackend<T>::embed_forward(const Embed&);  \
+#define PGOLF_INSTANTIATE(T)                                       \
+  template OpBytes CpuBackend<T>::embed_bytes(const Embed&) const; \
+  template void CpuBackend<T>::embed_forward(const Embed&);        \
   template void CpuBackend<T>::embed_backward(const Embed&, const EmbedGrads&);
 PGOLF_INSTANTIATE(float)
 PGOLF_INSTANTIATE(double)

@@ -94,7 +94,7 @@ T log_sum_exp(const T* logits, i64 V) {
 }  // namespace
 
 template <class T>
-OpBytes CpuBackend<T>::bytes(const Head& op) const {
+OpBytes CpuBackend<T>::head_bytes(const Head& op) const {
   const Dims s(op);
   Layout forward, backward;
   ForwardScratch<T>(forward, concurrency(), s);
@@ -189,10 +189,10 @@ void CpuBackend<T>::head_loss_backward(const Head& op, const HeadGrads& grads) {
   }
 }
 
-#define PGOLF_INSTANTIATE(T)                                \
-  template OpBytes CpuBackend<T>::bytes(const Head&) const; \
-  template void CpuBackend<T>::head_logits(const Head&);    \
-  template void CpuBackend<T>::head_loss(const Head&);      \
+#define PGOLF_INSTANTIATE(T)                                     \
+  template OpBytes CpuBackend<T>::head_bytes(const Head&) const; \
+  template void CpuBackend<T>::head_logits(const Head&);         \
+  template void CpuBackend<T>::head_loss(const Head&);           \
   template void CpuBackend<T>::head_loss_backward(const Head&, const HeadGrads&);
 PGOLF_INSTANTIATE(float)
 PGOLF_INSTANTIATE(double)

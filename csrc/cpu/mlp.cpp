@@ -49,7 +49,7 @@ struct BackwardScratch {
 }  // namespace
 
 template <class T>
-OpBytes CpuBackend<T>::bytes(const MlpUp& op) const {
+OpBytes CpuBackend<T>::mlp_up_bytes(const MlpUp& op) const {
   const Dims s(op);
   Layout saved, forward, backward;
   saved.take<T>(s.N);  // rms factors
@@ -108,9 +108,9 @@ void CpuBackend<T>::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
   if (grads.w) scratch.gradients.add(s.N, scratch.normed, {{grads.du.as<T>(), s.F, s.F, grads.w.as<T>()}});
 }
 
-#define PGOLF_INSTANTIATE(T)                                 \
-  template OpBytes CpuBackend<T>::bytes(const MlpUp&) const; \
-  template void CpuBackend<T>::mlp_up_forward(const MlpUp&); \
+#define PGOLF_INSTANTIATE(T)                                        \
+  template OpBytes CpuBackend<T>::mlp_up_bytes(const MlpUp&) const; \
+  template void CpuBackend<T>::mlp_up_forward(const MlpUp&);        \
   template void CpuBackend<T>::mlp_up_backward(const MlpUp&, const MlpUpGrads&);
 PGOLF_INSTANTIATE(float)
 PGOLF_INSTANTIATE(double)

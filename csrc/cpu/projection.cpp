@@ -28,7 +28,7 @@ struct BackwardScratch {
 }  // namespace
 
 template <class T>
-OpBytes CpuBackend<T>::bytes(const ProjectResidual& op) const {
+OpBytes CpuBackend<T>::project_residual_bytes(const ProjectResidual& op) const {
   const Dims s(op);
   Layout forward, backward;
   ForwardScratch<T>(forward, concurrency(), s, bool(op.mixed.x));
@@ -110,7 +110,7 @@ void CpuBackend<T>::product(const TensorView& a, const TensorView& b, const Tens
 }
 
 #define PGOLF_INSTANTIATE(T)                                                                                   \
-  template OpBytes CpuBackend<T>::bytes(const ProjectResidual&) const;                                         \
+  template OpBytes CpuBackend<T>::project_residual_bytes(const ProjectResidual&) const;                        \
   template void CpuBackend<T>::project_residual_forward(const ProjectResidual&);                               \
   template void CpuBackend<T>::project_residual_backward(const ProjectResidual&, const ProjectResidualGrads&); \
   template void CpuBackend<T>::product(const TensorView&, const TensorView&, const TensorView&);

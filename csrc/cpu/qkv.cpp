@@ -79,7 +79,7 @@ PGOLF_INLINE void for_query_runs(const Dims& s, i64 first, i64 count, F&& body) 
 }  // namespace
 
 template <class T>
-OpBytes CpuBackend<T>::bytes(const Qkv& op) const {
+OpBytes CpuBackend<T>::qkv_bytes(const Qkv& op) const {
   const Dims s(op);
   Layout saved, forward, backward;
   Saved<T>(saved, s);
@@ -253,7 +253,7 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
 }
 
 #define PGOLF_INSTANTIATE(T)                                              \
-  template OpBytes CpuBackend<T>::bytes(const Qkv&) const;                \
+  template OpBytes CpuBackend<T>::qkv_bytes(const Qkv&) const;            \
   template void CpuBackend<T>::qkv_forward(const Qkv&);                   \
   template void CpuBackend<T>::qkv_backward(const Qkv&, const QkvGrads&); \
   template void CpuBackend<T>::heads_backward(const Qkv&, const TensorView&);

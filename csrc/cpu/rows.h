@@ -4,11 +4,11 @@
 #include <cmath>
 #include <cstdint>
 
-#include "backend.h"
 #include "core/parallel.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
+#include "pieces.h"
 
 PGOLF_CPU_BEGIN
 

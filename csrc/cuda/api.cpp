@@ -59,24 +59,28 @@ struct Instance {
   Text message;  // of the last call that failed
 };
 
-// A method of Backend as it stands in the table.
-template <auto method, class R, class... A>
+Backend& face_of(const Instance& instance, const Backend*) { return *instance.backend; }
+Pieces& face_of(const Instance& instance, const Pieces*) { return instance.backend->pieces(); }
+
+// A method of Backend or Pieces, which is the Face, as it stands in the table.
+template <auto method, class Face, class R, class... A>
 Status call(void* self, typename Wire<R>::Type* result, typename Wire<A>::Type... arguments) noexcept {
   auto& instance = *static_cast<Instance*>(self);
   return guard(instance.message, [&] {
+    Face& face = face_of(instance, static_cast<const Face*>(nullptr));
     if constexpr (std::is_void_v<R>)
-      (instance.backend.get()->*method)(Wire<A>::unpack(arguments)...);
+      (face.*method)(Wire<A>::unpack(arguments)...);
     else
-      *result = Wire<R>::pack((instance.backend.get()->*method)(Wire<A>::unpack(arguments)...));
+      *result = Wire<R>::pack((face.*method)(Wire<A>::unpack(arguments)...));
   });
 }
-template <auto method, class R, class... A>
+template <auto method, class Face, class R, class... A>
 constexpr auto entry(Crossing<R, A...>) {
-  return &call<method, R, A...>;
+  return &call<method, Face, R, A...>;
 }
-template <auto method>
+template <class Face, auto method>
 constexpr auto entry() {
-  return entry<method>(typename CrossingOf<decltype(method)>::Type());
+  return entry<method, Face>(typename CrossingOf<decltype(method)>::Type());
 }
 
 Problem pack(const Finding& finding) {
@@ -127,13 +131,14 @@ constexpr Api make_api() {
   api.create = create;
   api.destroy = destroy;
   api.message = message;
-#define PGOLF_METHOD(result, name, parameters, arguments) \
-  api.name = entry<static_cast<result(Backend::*) parameters>(&Backend::name)>();
-#define PGOLF_BYTES(name, op) api.name = entry<static_cast<OpBytes (Backend::*)(const op&) const>(&Backend::bytes)>();
-  PGOLF_BACKEND_METHODS(PGOLF_METHOD, PGOLF_BYTES)
+#define PGOLF_METHOD(result, name, parameters, arguments) api.name = entry<Backend, &Backend::name>();
+#include "backend_methods.def"
+#include "sublayer_methods.def"
 #undef PGOLF_METHOD
-#undef PGOLF_BYTES
-  api.capture = entry<&Backend::capture>();
+#define PGOLF_METHOD(result, name, parameters, arguments) api.name = entry<Pieces, &Pieces::name>();
+#include "piece_methods.def"
+#undef PGOLF_METHOD
+  api.capture = entry<Backend, &Backend::capture>();
   return api;
 }
 

@@ -13,7 +13,7 @@
 #include <string>
 #include <string_view>
 
-#include "backend.h"
+#include "pieces.h"
 
 namespace pgolf::border {
 
@@ -92,7 +92,7 @@ struct Wire<const std::function<void()>&> {
   }
 };
 
-// What a method of Backend looks like in the table.
+// What a method of Backend or Pieces looks like in the table.
 template <class Result, class... Arguments>
 struct Crossing {
   using Function = Status(void* self, typename Wire<Result>::Type* result,
@@ -100,86 +100,18 @@ struct Crossing {
 };
 template <class Method>
 struct CrossingOf;
-template <class R, class... A>
-struct CrossingOf<R (Backend::*)(A...)> {
+template <class Face, class R, class... A>
+struct CrossingOf<R (Face::*)(A...)> {
   using Type = Crossing<R, A...>;
 };
-template <class R, class... A>
-struct CrossingOf<R (Backend::*)(A...) const> {
+template <class Face, class R, class... A>
+struct CrossingOf<R (Face::*)(A...) const> {
   using Type = Crossing<R, A...>;
 };
-template <class R, class... A>
-struct CrossingOf<R (Backend::*)(A...) noexcept> {
+template <class Face, class R, class... A>
+struct CrossingOf<R (Face::*)(A...) noexcept> {
   using Type = Crossing<R, A...>;
 };
-
-// Every method of Backend but `capture`: METHOD(result, name, parameters, arguments), and BYTES(name, struct) for the
-// overloads of `bytes`.
-// clang-format off
-#define PGOLF_BACKEND_METHODS(METHOD, BYTES)                                                                       \
-  METHOD(DType, dtype, () const, ())                                                                               \
-  METHOD(DType, master_dtype, () const, ())                                                                        \
-  METHOD(DType, precision, () const, ())                                                                           \
-  METHOD(std::string, description, () const, ())                                                                   \
-  METHOD(int, concurrency, () const, ())                                                                           \
-  METHOD(void*, allocate, (std::size_t bytes), (bytes))                                                            \
-  METHOD(void, release, (void* pointer) noexcept, (pointer))                                                       \
-  METHOD(std::size_t, memory_limit, () const, ())                                                                  \
-  METHOD(std::size_t, peak_memory, () const, ())                                                                   \
-  METHOD(void, upload, (void* to, const void* from, std::size_t bytes), (to, from, bytes))                         \
-  METHOD(void, download, (void* to, const void* from, std::size_t bytes), (to, from, bytes))                       \
-  METHOD(void, zero, (const TensorView& t), (t))                                                                   \
-  METHOD(void, copy, (const TensorView& to, const TensorView& from), (to, from))                                   \
-  METHOD(void, synchronize, (), ())                                                                                \
-  METHOD(int, read_later, (const void* from, std::size_t bytes), (from, bytes))                                    \
-  METHOD(void, wait, (int ticket, void* to, std::size_t bytes), (ticket, to, bytes))                               \
-  METHOD(void, forget, (int recording) noexcept, (recording))                                                      \
-  BYTES(embed_bytes, Embed)                                                                                        \
-  METHOD(void, embed_forward, (const Embed& op), (op))                                                             \
-  METHOD(void, embed_backward, (const Embed& op, const EmbedGrads& grads), (op, grads))                            \
-  BYTES(qkv_bytes, Qkv)                                                                                            \
-  METHOD(void, qkv_forward, (const Qkv& op), (op))                                                                 \
-  METHOD(void, qkv_backward, (const Qkv& op, const QkvGrads& grads), (op, grads))                                  \
-  METHOD(void, heads_backward, (const Qkv& op, const TensorView& dqkv), (op, dqkv))                                \
-  BYTES(attention_bytes, Attention)                                                                                \
-  METHOD(void, attention_forward, (const Attention& op), (op))                                                     \
-  METHOD(void, attention_backward, (const Attention& op, const AttentionGrads& grads), (op, grads))                \
-  BYTES(project_residual_bytes, ProjectResidual)                                                                   \
-  METHOD(void, project_residual_forward, (const ProjectResidual& op), (op))                                        \
-  METHOD(void, project_residual_backward, (const ProjectResidual& op, const ProjectResidualGrads& grads),          \
-         (op, grads))                                                                                              \
-  BYTES(mlp_up_bytes, MlpUp)                                                                                       \
-  METHOD(void, mlp_up_forward, (const MlpUp& op), (op))                                                            \
-  METHOD(void, mlp_up_backward, (const MlpUp& op, const MlpUpGrads& grads), (op, grads))                           \
-  BYTES(head_bytes, Head)                                                                                          \
-  METHOD(void, head_logits, (const Head& op), (op))                                                                \
-  METHOD(void, head_loss, (const Head& op), (op))                                                                  \
-  METHOD(void, head_loss_backward, (const Head& op, const HeadGrads& grads), (op, grads))                          \
-  METHOD(void, product, (const TensorView& a, const TensorView& b, const TensorView& out), (a, b, out))            \
-  METHOD(void, working_copies, (std::span<const WorkingCopy> copies), (copies))                                    \
-  METHOD(void, finish_projections, (std::span<const ProjectionEnd> projections), (projections))                    \
-  METHOD(void, add_sum, (const TensorView& t, double* sum), (t, sum))                                              \
-  METHOD(void, grad_norm, (std::span<const TensorView> grads, StepValues* values), (grads, values))                \
-  METHOD(void, adam, (std::span<const AdamTensor> tensors, const StepValues* values), (tensors, values))           \
-  METHOD(std::size_t, muon_scratch, (std::span<const MuonTensor> tensors) const, (tensors))                        \
-  METHOD(void, muon, (std::span<const MuonTensor> tensors, int ns_steps, const StepValues* values, void* scratch), \
-         (tensors, ns_steps, values, scratch))                                                                     \
-  METHOD(std::size_t, newton_schulz_scratch, (const TensorView& u) const, (u))                                     \
-  METHOD(void, newton_schulz, (const TensorView& u, const TensorView& out, int steps, void* scratch),              \
-         (u, out, steps, scratch))                                                                                 \
-  METHOD(void, quantize_rows, (const TensorView& w, int clip, const TensorView& q, const TensorView& scale),       \
-         (w, clip, q, scale))                                                                                      \
-  METHOD(void, dequantize_rows, (const TensorView& q, const TensorView& scale, const TensorView& w),               \
-         (q, scale, w))                                                                                            \
-  METHOD(void, adapters_begin,                                                                                      \
-         (std::span<const AdapterRows> adapters, const TensorView& documents, std::uint64_t seed),                  \
-         (adapters, documents, seed))                                                                              \
-  METHOD(void, adapters_step,                                                                                       \
-         (std::span<const AdapterRows> adapters, const TensorView& steps, const AdapterAdam& settings),            \
-         (adapters, steps, settings))                                                                              \
-  METHOD(void, axpby, (double a, const TensorView& x, double b, const TensorView& y, const StepValues* gate),      \
-         (a, x, b, y, gate))
-// clang-format on
 
 // What this machine lacks before a model can live on one of its GPUs; both empty: nothing.
 struct Problem {
@@ -217,12 +149,13 @@ struct Api {
   void (*destroy)(void* self) noexcept;
   const char* (*message)(const void* self) noexcept;  // of the last status that was not kDone
 
-#define PGOLF_METHOD(result, name, parameters, arguments) \
-  CrossingOf<result(Backend::*) parameters>::Type::Function* name;
-#define PGOLF_BYTES(name, op) CrossingOf<OpBytes (Backend::*)(const op&) const>::Type::Function* name;
-  PGOLF_BACKEND_METHODS(PGOLF_METHOD, PGOLF_BYTES)
+#define PGOLF_METHOD(result, name, parameters, arguments) CrossingOf<decltype(&Backend::name)>::Type::Function* name;
+#include "backend_methods.def"
+#include "sublayer_methods.def"
 #undef PGOLF_METHOD
-#undef PGOLF_BYTES
+#define PGOLF_METHOD(result, name, parameters, arguments) CrossingOf<decltype(&Pieces::name)>::Type::Function* name;
+#include "piece_methods.def"
+#undef PGOLF_METHOD
   CrossingOf<decltype(&Backend::capture)>::Type::Function* capture;
 };
 

@@ -60,7 +60,7 @@ struct BackwardScratch {
 
 }  // namespace
 
-OpBytes CudaBackend::bytes(const Attention& op) const {
+OpBytes CudaBackend::attention_bytes(const Attention& op) const {
   const i64 D = op.q.shape[3], sequence = op.k.shape[1] * (op.q.shape[2] + 2 * op.k.shape[2]) * D;
   require_head_width(D);
   require(sequence <= kMostElements, "A sequence of queries, keys and values has ", sequence,

@@ -114,12 +114,18 @@ CudaBackend::~CudaBackend() {
   (void)cudaGetLastError();  // of a backend that could not be made: the next one must not see it
 }
 
+DType CudaBackend::dtype() const { return storage_; }
+DType CudaBackend::master_dtype() const { return DType::f32; }
+DType CudaBackend::precision() const { return storage_; }
+int CudaBackend::concurrency() const { return 1; }
+
 std::string CudaBackend::description() const {
   const char* dtype = storage_ == DType::bf16 ? "bfloat16" : storage_ == DType::f16 ? "float16" : "float32";
   return sentence("cuda ", properties_.name, ", ", dtype, ", path ", static_cast<int>(kernel_set_));
 }
 
 std::size_t CudaBackend::memory_limit() const { return limit_; }
+std::size_t CudaBackend::peak_memory() const { return peak_; }
 
 void CudaBackend::use() const { PGOLF_CUDA(cudaSetDevice(device_)); }
 

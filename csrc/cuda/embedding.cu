@@ -435,7 +435,7 @@ void scatter(cudaStream_t stream, const Source<S>& from, const Dims& s, bool buc
 
 }  // namespace
 
-OpBytes CudaBackend::bytes(const Embed& op) const {
+OpBytes CudaBackend::embed_bytes(const Embed& op) const {
   use();  // the room to sort depends on the device
   const Dims s(op);
   Layout saved, forward, backward;

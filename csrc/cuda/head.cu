@@ -276,7 +276,7 @@ Loss<S> loss_of(const Head& op, const Dims& s, const Positions& positions, i64 r
 
 }  // namespace
 
-OpBytes CudaBackend::bytes(const Head& op) const {
+OpBytes CudaBackend::head_bytes(const Head& op) const {
   const Dims s(op);
   Layout forward, backward;
   ForwardScratch(forward, storage_, s, static_cast<bool>(op.logits));

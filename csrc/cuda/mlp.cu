@@ -94,7 +94,7 @@ struct SquareReluEpilogue {
 
 }  // namespace
 
-OpBytes CudaBackend::bytes(const MlpUp& op) const {
+OpBytes CudaBackend::mlp_up_bytes(const MlpUp& op) const {
   const Dims s(op);
   Layout saved, forward, backward;
   saved.take<float>(s.N);  // rms factors

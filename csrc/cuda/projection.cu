@@ -160,7 +160,7 @@ struct SquareReluBackwardEpilogue {
 
 }  // namespace
 
-OpBytes CudaBackend::bytes(const ProjectResidual&) const { return {}; }
+OpBytes CudaBackend::project_residual_bytes(const ProjectResidual&) const { return {}; }
 
 void CudaBackend::project_residual_forward(const ProjectResidual& op) {
   const Dims s(op);

@@ -102,7 +102,7 @@ void norm_input(cudaStream_t stream, const Qkv& op, const Dims& s, i64 rows, i64
 
 }  // namespace
 
-OpBytes CudaBackend::bytes(const Qkv& op) const {
+OpBytes CudaBackend::qkv_bytes(const Qkv& op) const {
   const Dims s(op);
   require(s.D % 8 == 0 && s.D <= 256, "A head has ", s.D,
           " numbers; the CUDA backend needs a multiple of 8, and at most 256.");

@@ -34,7 +34,7 @@ struct Remote<Crossing<R, A...>> {
   }
 };
 
-class CudaProxy final : public Backend {
+class CudaProxy final : public Backend, public Pieces {
  public:
   CudaProxy(const Api& api, void* self) : api_(api), self_(self) {}
   ~CudaProxy() override { api_.destroy(self_); }
@@ -42,12 +42,15 @@ class CudaProxy final : public Backend {
   CudaProxy& operator=(const CudaProxy&) = delete;
 
 #define PGOLF_METHOD(result, name, parameters, arguments) \
-  result name parameters override { return remote<result(Backend::*) parameters>(api_.name) arguments; }
-#define PGOLF_BYTES(name, op) \
-  OpBytes bytes(const op& o) const override { return remote<OpBytes (Backend::*)(const op&) const>(api_.name)(o); }
-  PGOLF_BACKEND_METHODS(PGOLF_METHOD, PGOLF_BYTES)
+  result name parameters override { return remote<decltype(&Backend::name)>(api_.name) arguments; }
+#include "backend_methods.def"
+#include "sublayer_methods.def"
 #undef PGOLF_METHOD
-#undef PGOLF_BYTES
+#define PGOLF_METHOD(result, name, parameters, arguments) \
+  result name parameters override { return remote<decltype(&Pieces::name)>(api_.name) arguments; }
+#include "piece_methods.def"
+#undef PGOLF_METHOD
+  Pieces& pieces() override { return *this; }
 
   // What fn throws waits here while the library ends the recording.
   int capture(int recording, const std::function<void()>& fn) override {

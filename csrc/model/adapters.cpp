@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <string>
 #include <utility>
 
 #include "core/error.h"
@@ -63,8 +62,7 @@ DocumentAdapters::~DocumentAdapters() = default;
 // One after another: what Adam changes, its gradient and moments, and what operations read in its place.
 void DocumentAdapters::make_adapters() {
   Backend& backend = model_->backend();
-  const ModelConfig& c = model_->config();
-  const std::int64_t r = settings_.rank, d = c.model_dim, L = c.num_layers, D = c.head_dim();
+  const std::int64_t r = settings_.rank;
   const auto place = [&](char* base) {
     std::size_t used = 0;
     const auto take = [&](DType dtype, std::int64_t size) {
@@ -73,18 +71,15 @@ void DocumentAdapters::make_adapters() {
       return view;
     };
     adapters_.clear();
-    for (std::int64_t i = 0; i <= L; ++i) {
-      const bool block = i < L;
-      const std::int64_t size = r * (block ? 2 * d + c.num_heads * D + c.num_kv_heads * D : d + c.vocab_size);
-      const std::string attn = "blocks." + std::to_string(i) + ".attn.";
+    for (const AdapterSpec& spec : adapter_table(model_->config())) {
+      const std::int64_t size = r * spec.numbers();
       AdapterRows rows{};
       for (TensorView* t : {&rows.w, &rows.grad, &rows.m, &rows.v}) *t = take(backend.master_dtype(), size);
       if (backend.rounds()) rows.copy = take(backend.dtype(), size);
-      rows.products = block ? 2 : 1;
-      rows.a_size = r * d;
-      rows.bound = 1.0 / std::sqrt(static_cast<double>(d));
-      rows.streams[0] = crc32(block ? attn + "c_q.lora_a" : "lm_head.lora_a");
-      rows.streams[1] = crc32(attn + "c_v.lora_a");
+      rows.products = static_cast<int>(spec.names.size());
+      rows.a_size = r * spec.in;
+      rows.bound = 1.0 / std::sqrt(static_cast<double>(spec.in));
+      for (std::size_t p = 0; p < spec.names.size(); ++p) rows.streams[p] = crc32(spec.names[p]);
       adapters_.push_back(rows);
     }
     return used;
@@ -100,16 +95,11 @@ void DocumentAdapters::make_plans() {
   plans_.clear();
   std::size_t bytes = 0;
   for (const auto& [length, first] : settings_.windows) {
-    auto plan = std::make_unique<GPT::Plan>();
-    plan->mode = Mode::adapt;
-    plan->B = settings_.rows;
-    plan->T = length;
-    plan->first = first;
+    auto plan = std::make_unique<Plan>(model_->passes(), Mode::adapt, settings_.rows, length, first);
     plan->recorder = &backend;
     plan->cos = cos_;
     plan->sin = sin_;
-    plan->layers.resize(static_cast<std::size_t>(model_->config().num_layers));
-    model_->bind_parameters(*plan, false);
+    model_->bind(*plan, false);
     bind(*plan);
     plan->lay_out(model_->config(), backend, false);
     bytes = std::max(bytes, plan->arena_bytes);
@@ -122,12 +112,13 @@ void DocumentAdapters::make_plans() {
   }
 }
 
-void DocumentAdapters::bind(GPT::Plan& plan) const {
+void DocumentAdapters::bind(Plan& plan) const {
   const auto read = [](const AdapterRows& rows) { return rows.copy ? rows.copy : rows.w; };
-  for (std::size_t i = 0; i < plan.layers.size(); ++i) {
-    plan.layers[i].qkv.adapters = read(adapters_[i]);
-    plan.layers[i].qkv.rank = settings_.rank;
-    plan.layers[i].qkv_grads.adapters = adapters_[i].grad;
+  for (Plan::Block& block : plan.blocks) {
+    const AdapterRows& rows = adapters_[block.pass.layer];
+    block.attention.adapters = read(rows);
+    block.attention.rank = settings_.rank;
+    block.attention_grads.adapters = rows.grad;
   }
   plan.head.adapters = read(adapters_.back());
   plan.head.rank = settings_.rank;
@@ -136,7 +127,7 @@ void DocumentAdapters::bind(GPT::Plan& plan) const {
   plan.head_grads.loss_scale = loss_scale(model_->backend());
 }
 
-GPT::Plan& DocumentAdapters::plan_of(const WindowShape& shape) {
+Plan& DocumentAdapters::plan_of(const WindowShape& shape) {
   if (plans_.front()->concurrency != model_->backend().concurrency()) make_plans();
   for (auto& plan : plans_)
     if (plan->T == shape.length && plan->first == shape.first) return *plan;
@@ -155,7 +146,7 @@ int DocumentAdapters::window(const std::int32_t* ids, const std::int32_t* target
                              const std::int32_t* steps, const WindowShape& shape) {
   NativeCall call;
   Backend& backend = model_->backend();
-  GPT::Plan& plan = plan_of(shape);
+  Plan& plan = plan_of(shape);
   const std::int64_t B = settings_.rows, T = shape.length, first = shape.first, width = T - first;
   model_->check_ids("ids", ids, B, T);
   model_->check_ids("targets", targets, B, T);
@@ -186,10 +177,10 @@ int DocumentAdapters::window(const std::int32_t* ids, const std::int32_t* target
 
   const AdapterAdam adam{settings_.lr, settings_.beta1, settings_.beta2, settings_.eps, 1.0 / loss_scale(backend)};
   const auto work = [&] {
-    model_->forward(plan);
+    plan.forward(backend);
     backend.head_loss_backward(plan.head, plan.head_grads);  // here the scores are written, before anything is trained
     if (!trains) return;
-    model_->backward(plan);
+    plan.backward(backend);
     backend.adapters_step(adapters_, steps_, adam);
   };
   int& recording = plan.recording[trains];

@@ -45,8 +45,8 @@ class DocumentAdapters {
  private:
   void make_adapters();
   void make_plans();
-  void bind(GPT::Plan& plan) const;
-  GPT::Plan& plan_of(const WindowShape& shape);
+  void bind(Plan& plan) const;
+  Plan& plan_of(const WindowShape& shape);
 
   std::shared_ptr<GPT> model_;
   AdapterSettings settings_;
@@ -55,7 +55,7 @@ class DocumentAdapters {
   TensorView cos_, sin_, documents_, steps_, weights_;
   std::vector<double> row_weights_;    // for the upload to weights_ …
   std::vector<float> narrow_weights_;  // … in float32 where that is the master dtype
-  std::vector<std::unique_ptr<GPT::Plan>> plans_;
+  std::vector<std::unique_ptr<Plan>> plans_;
 };
 
 }  // namespace pgolf

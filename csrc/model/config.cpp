@@ -27,39 +27,61 @@ void ModelConfig::validate() const {
   require(rope_base > 0, "model.rope_base is ", rope_base, "; it must be above 0.");
 }
 
-std::vector<ParameterSpec> parameter_table(const ModelConfig& c) {
-  std::vector<ParameterSpec> table;
+namespace {
+
+std::string block_name(std::int64_t layer) { return "blocks." + std::to_string(layer) + "."; }
+
+}  // namespace
+
+ParameterTable parameter_table(const ModelConfig& c) {
+  ParameterTable table;
   const std::int64_t d = c.model_dim, F = c.mlp_hidden, kv = c.num_kv_heads * c.head_dim();
   const auto add = [&](std::string name, std::vector<std::int64_t> shape, Group group, Init init, double value = 0,
-                       int qat_clip = 0, std::string scale = {}) {
-    table.push_back({std::move(name), std::move(shape), group, init, value, qat_clip, std::move(scale)});
+                       int qat_clip = 0, std::optional<std::size_t> scale = {}) {
+    table.specs.push_back({std::move(name), std::move(shape), group, init, value, qat_clip, scale, false});
+    return table.specs.size() - 1;
   };
 
-  add("tok_emb.weight", {c.vocab_size, d}, kEmbedding, Init::normal, c.tie_embeddings ? c.tied_embed_init_std : 1.0);
+  table.tok_emb = table.head = add("tok_emb.weight", {c.vocab_size, d}, kEmbedding, Init::normal,
+                                   c.tie_embeddings ? c.tied_embed_init_std : 1.0);
   if (c.has_bigram()) {
-    add("bigram.embed.weight", {c.bigram_vocab_size, c.bigram_dim}, kEmbedding, Init::zero);
+    table.bigram_emb = add("bigram.embed.weight", {c.bigram_vocab_size, c.bigram_dim}, kEmbedding, Init::zero);
     if (c.has_bigram_proj())
-      add("bigram.proj.weight", {d, c.bigram_dim}, kMatrix, Init::orthogonal,
-          1.0 / std::sqrt(2.0 * static_cast<double>(c.num_layers)));
-    add("bigram.scale", {}, kScalar, Init::constant, 0.05);
+      table.bigram_proj = add("bigram.proj.weight", {d, c.bigram_dim}, kMatrix, Init::orthogonal,
+                              1.0 / std::sqrt(2.0 * static_cast<double>(c.num_layers)));
+    table.bigram_scale = add("bigram.scale", {}, kScalar, Init::constant, 0.05);
   }
-  add("smear.gate", {d}, kScalar, Init::zero);
-  add("skip_weights", {c.num_skips(), d}, kScalar, Init::one);
+  table.smear_gate = add("smear.gate", {d}, kScalar, Init::zero);
+  table.skip_weights = add("skip_weights", {c.num_skips(), d}, kScalar, Init::one);
   constexpr int kInt5 = 15, kInt6 = 31;
   for (std::int64_t i = 0; i < c.num_layers; ++i) {
-    const std::string block = "blocks." + std::to_string(i) + ".";
-    add(block + "resid_mix", {2, d}, kScalar, Init::residual_mix);
-    add(block + "attn_scale", {d}, kScalar, Init::one);
-    add(block + "mlp_scale", {d}, kScalar, Init::one);
-    add(block + "attn.c_q.weight", {d, d}, kMatrix, Init::orthogonal, 1.0, kInt6);
-    add(block + "attn.c_k.weight", {kv, d}, kMatrix, Init::orthogonal, 1.0, kInt6);
-    add(block + "attn.c_v.weight", {kv, d}, kMatrix, Init::orthogonal, 1.0, kInt6);
-    add(block + "attn.proj.weight", {d, d}, kMatrix, Init::zero, 0, kInt6, block + "attn_scale");
-    add(block + "attn.q_gain", {c.num_heads}, kScalar, Init::constant, c.qk_gain_init);
-    add(block + "mlp.fc.weight", {F, d}, kMatrix, Init::orthogonal, 1.0, kInt5);
-    add(block + "mlp.proj.weight", {d, F}, kMatrix, Init::zero, 0, kInt5, block + "mlp_scale");
+    const std::string block = block_name(i);
+    ParameterTable::Layer layer;
+    layer.resid_mix = add(block + "resid_mix", {2, d}, kScalar, Init::residual_mix);
+    const std::size_t attn_scale = add(block + "attn_scale", {d}, kScalar, Init::one);
+    const std::size_t mlp_scale = add(block + "mlp_scale", {d}, kScalar, Init::one);
+    layer.wq = add(block + "attn.c_q.weight", {d, d}, kMatrix, Init::orthogonal, 1.0, kInt6);
+    layer.wk = add(block + "attn.c_k.weight", {kv, d}, kMatrix, Init::orthogonal, 1.0, kInt6);
+    layer.wv = add(block + "attn.c_v.weight", {kv, d}, kMatrix, Init::orthogonal, 1.0, kInt6);
+    layer.wo = add(block + "attn.proj.weight", {d, d}, kMatrix, Init::zero, 0, kInt6, attn_scale);
+    layer.q_gain = add(block + "attn.q_gain", {c.num_heads}, kScalar, Init::constant, c.qk_gain_init);
+    layer.up = add(block + "mlp.fc.weight", {F, d}, kMatrix, Init::orthogonal, 1.0, kInt5);
+    layer.down = add(block + "mlp.proj.weight", {d, F}, kMatrix, Init::zero, 0, kInt5, mlp_scale);
+    table.specs[layer.down].mlp_down = true;
+    table.layers.push_back(layer);
   }
-  if (!c.tie_embeddings) add("lm_head.weight", {c.vocab_size, d}, kHead, Init::zero);
+  if (!c.tie_embeddings) table.head = add("lm_head.weight", {c.vocab_size, d}, kHead, Init::zero);
+  return table;
+}
+
+std::vector<AdapterSpec> adapter_table(const ModelConfig& c) {
+  const std::int64_t d = c.model_dim, D = c.head_dim();
+  std::vector<AdapterSpec> table;
+  for (std::int64_t i = 0; i < c.num_layers; ++i) {
+    const std::string attn = block_name(i) + "attn.";
+    table.push_back({{attn + "c_q.lora_a", attn + "c_v.lora_a"}, d, {c.num_heads * D, c.num_kv_heads * D}});
+  }
+  table.push_back({{"lm_head.lora_a"}, d, {c.vocab_size}});
   return table;
 }
 

@@ -1,7 +1,9 @@
 // The model's configuration, and every parameter it implies.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -37,19 +39,51 @@ struct ParameterSpec {
   std::vector<std::int64_t> shape;
   Group group;
   Init init;
-  double init_value;  // the constant; the standard deviation; the factor on an orthogonal matrix
-  int qat_clip;       // 15, 31, or 0: never fake-quantised
-  std::string scale;  // the vector that multiplies this projection's rows; empty: none
+  double init_value;                 // the constant; the standard deviation; the factor on an orthogonal matrix
+  int qat_clip;                      // 15, 31, or 0: never fake-quantised
+  std::optional<std::size_t> scale;  // a projection: the vector that multiplies its rows
+  bool mlp_down;                     // its working copy is multiplied by Backend::mlp_down_factor
 
   std::int64_t size() const {
     std::int64_t n = 1;
     for (auto dim : shape) n *= dim;
     return n;
   }
+  TensorView view(DType dtype) const {  // a scalar is [1]
+    TensorView view(dtype, {});
+    for (auto dim : shape) view.shape[view.rank++] = dim;
+    if (shape.empty()) view.rank = 1;
+    return view;
+  }
 };
 
-// In state-dict order: embeddings, bigram, smear, skips, blocks, head.
-std::vector<ParameterSpec> parameter_table(const ModelConfig& config);
+// All parameters in state-dict order, embeddings, bigram, smear, skips, blocks, head, and where in it each one stands.
+struct ParameterTable {
+  struct Layer {
+    std::size_t resid_mix, wq, wk, wv, wo, q_gain, up, down;
+  };
+
+  std::vector<ParameterSpec> specs;
+  std::size_t tok_emb, smear_gate, skip_weights, head;
+  std::optional<std::size_t> bigram_emb, bigram_proj, bigram_scale;
+  std::vector<Layer> layers;
+};
+ParameterTable parameter_table(const ModelConfig& config);
+
+// The low-rank adapters of test-time training for one operation: its products n·wᵀ that have some.   docs/spec.md §5
+struct AdapterSpec {
+  std::vector<std::string> names;  // of their a's, which decide how these start
+  std::int64_t in;                 // width of n
+  std::vector<std::int64_t> outs;  // rows of each w
+
+  std::int64_t numbers() const {  // for each rank
+    std::int64_t all = static_cast<std::int64_t>(outs.size()) * in;
+    for (auto out : outs) all += out;
+    return all;
+  }
+};
+// Those of every layer's queries and values, then those of the head.
+std::vector<AdapterSpec> adapter_table(const ModelConfig& config);
 
 // The initial value of a parameter, float32, bit-equal on one platform.
 void initialize(const ParameterSpec& spec, std::uint64_t seed, float* out);

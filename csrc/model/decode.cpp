@@ -11,7 +11,7 @@
 namespace pgolf {
 
 Decoder::Decoder(std::shared_ptr<GPT> model, std::int64_t positions)
-    : model_(std::move(model)), changes_(model_->changes_) {
+    : model_(std::move(model)), changes_(model_->changes()) {
   require(positions >= 1, "There must be room for at least one token, not for ", positions, ".");
   NativeCall call;
   make_room(positions);
@@ -33,7 +33,7 @@ void Decoder::make_room(std::int64_t positions) {
   };
   const TensorView angles(backend.master_dtype(), {room, c.head_dim() / 2});
   const TensorView rows(backend.dtype(), {1, room, c.num_kv_heads, c.head_dim()});
-  std::vector<KeysValues> cache(static_cast<std::size_t>(c.num_layers));
+  std::vector<KeysValues> cache(model_->passes().size());
   TensorView cos, sin;
   const auto place = [&](char* base) {
     used = 0;
@@ -67,22 +67,17 @@ void Decoder::make_room(std::int64_t positions) {
   room_ = room;
 }
 
-GPT::Plan& Decoder::plan_for(std::int64_t before, std::int64_t count) {
+Plan& Decoder::plan_for(std::int64_t before, std::int64_t count) {
   Backend& backend = model_->backend();
   if (plan_ && plan_->before == before && plan_->T == count && plan_->concurrency == backend.concurrency())
     return *plan_;
   plan_.reset();
-  auto plan = std::make_unique<GPT::Plan>();
-  plan->mode = Mode::logits;
-  plan->B = 1;
-  plan->T = count;
-  plan->first = count - 1;
+  auto plan = std::make_unique<Plan>(model_->passes(), Mode::logits, 1, count, count - 1);
   plan->before = before;
   plan->cache = cache_;
   plan->cos = cos_;
   plan->sin = sin_;
-  plan->layers.resize(cache_.size());
-  model_->bind_parameters(*plan, false);
+  model_->bind(*plan, false);
   plan->lay_out(model_->config(), backend, true);
   plan_ = std::move(plan);
   return *plan_;
@@ -91,13 +86,13 @@ GPT::Plan& Decoder::plan_for(std::int64_t before, std::int64_t count) {
 void Decoder::read(const std::int32_t* ids, std::int64_t count, void* logits) {
   NativeCall call;
   require(count >= 1, "There is no token to read; expected at least one.");
-  if (changes_ != model_->changes_)
+  if (changes_ != model_->changes())
     throw std::runtime_error(
         "The model's weights have changed since the first token of this text was read; begin the text anew.");
   model_->check_ids("ids", ids, 1, count);
   make_room(length_ + count);
   const std::int64_t before = std::min(kBefore, length_);
-  GPT::Plan& plan = plan_for(before, count);
+  Plan& plan = plan_for(before, count);
   model_->ensure_copies(false);
 
   std::vector<std::int32_t> tokens(last_.end() - before, last_.end());
@@ -105,7 +100,7 @@ void Decoder::read(const std::int32_t* ids, std::int64_t count, void* logits) {
   Backend& backend = model_->backend();
   backend.upload(plan.ids.data, tokens.data(), plan.ids.bytes());
   plan.move_to(length_);
-  model_->forward(plan);
+  plan.forward(backend);
   backend.head_logits(plan.head);
   backend.download(logits, plan.head.logits.data, plan.head.logits.bytes());
 

@@ -35,7 +35,7 @@ class Decoder {
   static constexpr std::int64_t kBefore = 2;  // tokens before a position that its embedding reads
 
   void make_room(std::int64_t positions);
-  GPT::Plan& plan_for(std::int64_t before, std::int64_t count);
+  Plan& plan_for(std::int64_t before, std::int64_t count);
 
   std::shared_ptr<GPT> model_;
   std::int64_t changes_;  // the model's, when the first token was read
@@ -43,8 +43,8 @@ class Decoder {
   std::array<std::int32_t, kBefore> last_{};  // tokens
   DeviceMemory memory_;                       // rope tables, then each block's keys and values
   TensorView cos_, sin_;
-  std::vector<KeysValues> cache_;
-  std::unique_ptr<GPT::Plan> plan_;  // of the last shape: nearly always one token
+  std::vector<KeysValues> cache_;  // a pass each
+  std::unique_ptr<Plan> plan_;     // of the last shape: nearly always one token
 };
 
 }  // namespace pgolf

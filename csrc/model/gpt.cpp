@@ -24,9 +24,6 @@ std::vector<MemoryRow> kinds_of(const ArenaPlan& arena) {
   return kinds;
 }
 
-// The hidden values of an MLP are stored times a power of two where squares could leave fp16's range (65,504).
-double hidden_scale(const Backend& backend) { return backend.precision() == DType::f16 ? 0x1p-4 : 1.0; }
-
 std::string describe_shortage(const std::string& reason, const ArenaPlan& arena, std::int64_t B, std::int64_t T) {
   std::vector<MemoryRow> kinds = kinds_of(arena);
   std::stable_sort(kinds.begin(), kinds.end(),
@@ -67,13 +64,9 @@ void ParameterSet::allocate(Backend& backend, const std::vector<ParameterSpec>& 
   std::vector<std::size_t> offsets;
   std::size_t bytes = 0;
   for (const ParameterSpec& spec : table) {
-    TensorView view;
-    view.dtype = dtype;
-    view.rank = std::max<int>(1, static_cast<int>(spec.shape.size()));  // a scalar is [1]
-    std::copy(spec.shape.begin(), spec.shape.end(), view.shape);
-    views_.push_back(view);
+    views_.push_back(spec.view(dtype));
     offsets.push_back(bytes);
-    bytes += align_up(view.bytes());
+    bytes += align_up(views_.back().bytes());
   }
   memory_.reserve(backend, bytes);
   for (std::size_t i = 0; i < views_.size(); ++i) views_[i].data = memory_.data() + offsets[i];
@@ -84,33 +77,39 @@ void ParameterSet::allocate(Backend& backend, const std::vector<ParameterSpec>& 
 GPT::GPT(const ModelConfig& config, std::unique_ptr<Backend> backend, std::optional<std::uint64_t> seed)
     : config_(config), backend_(std::move(backend)) {
   config_.validate();
-  check_heads();
   table_ = parameter_table(config_);
-  weights_.allocate(*backend_, table_, backend_->master_dtype());
-  std::vector<ParameterSpec> copied = table_;
+  passes_ = passes_of(config_);
+  check_heads();
+  weights_.allocate(*backend_, table_.specs, backend_->master_dtype());
+  std::vector<ParameterSpec> copied = table_.specs;
   for (std::size_t i = 0; i < copied.size(); ++i)
     if (reads(i, false) != Reads::working) copied[i].shape = {0};
   working_.allocate(*backend_, copied, backend_->dtype());
   if (!seed) return;
-  std::vector<std::vector<float>> values(table_.size());
-  parallel_for(static_cast<std::int64_t>(table_.size()), [&](std::int64_t i) {
+  const std::vector<ParameterSpec>& specs = table_.specs;
+  std::vector<std::vector<float>> values(specs.size());
+  parallel_for(static_cast<std::int64_t>(specs.size()), [&](std::int64_t i) {
     const auto at = static_cast<std::size_t>(i);
-    values[at].resize(static_cast<std::size_t>(table_[at].size()));
-    initialize(table_[at], *seed, values[at].data());
+    values[at].resize(static_cast<std::size_t>(specs[at].size()));
+    initialize(specs[at], *seed, values[at].data());
   });
-  for (std::size_t i = 0; i < table_.size(); ++i) write(weights_[i], values[i]);
+  for (std::size_t i = 0; i < specs.size(); ++i) write(weights_[i], values[i]);
 }
 
 // A backend refuses an attention that it cannot compute where it is asked for the bytes: before any are taken.
 void GPT::check_heads() const {
-  const ModelConfig& c = config_;
-  const TensorView heads(backend_->dtype(), {1, 1, c.num_heads, c.head_dim()});
-  const TensorView keys(backend_->dtype(), {1, 1, c.num_kv_heads, c.head_dim()});
-  Attention attention;
-  attention.q = attention.o = heads;
-  attention.k = attention.v = keys;
-  attention.gain = TensorView(backend_->master_dtype(), {c.num_heads});
-  (void)backend_->bytes(attention);
+  const ParameterTable::Layer& layer = table_.layers[0];
+  const DType S = backend_->dtype(), M = backend_->master_dtype();
+  AttentionSublayer one;  // of one token
+  one.x.x = one.x0.x = one.out.x = TensorView(S, {1, 1, config_.model_dim});
+  one.cos = one.sin = TensorView(M, {1, config_.head_dim() / 2});
+  one.resid_mix = table_.specs[layer.resid_mix].view(M);
+  one.wq = table_.specs[layer.wq].view(S);
+  one.wk = table_.specs[layer.wk].view(S);
+  one.wv = table_.specs[layer.wv].view(S);
+  one.gain = table_.specs[layer.q_gain].view(M);
+  one.wo = table_.specs[layer.wo].view(S);
+  (void)backend_->attention_sublayer_memory(one, false);
 }
 
 GPT::~GPT() {
@@ -140,8 +139,8 @@ StepValues* GPT::values() {
 }
 
 std::size_t GPT::index_of(const std::string& name) const {
-  for (std::size_t i = 0; i < table_.size(); ++i)
-    if (table_[i].name == name) return i;
+  for (std::size_t i = 0; i < table_.specs.size(); ++i)
+    if (table_.specs[i].name == name) return i;
   throw std::invalid_argument(sentence("The model has no parameter named ", name, "."));
 }
 
@@ -152,14 +151,14 @@ void GPT::check_ids(const char* what, const std::int32_t* ids, std::int64_t B, s
 }
 
 GPT::Reads GPT::reads(std::size_t index, bool qat) const {
-  const ParameterSpec& spec = table_[index];
+  const ParameterSpec& spec = table_.specs[index];
   if (spec.group == kScalar) return Reads::itself;
-  if (backend_->rounds() || !spec.scale.empty()) return Reads::working;
+  if (backend_->rounds() || spec.scale) return Reads::working;
   return qat && spec.qat_clip ? Reads::quantized : Reads::itself;
 }
 
 double GPT::copy_factor(std::size_t index) const {
-  return table_[index].name.ends_with(".mlp.proj.weight") ? 1.0 / hidden_scale(*backend_) : 1.0;
+  return table_.specs[index].mlp_down ? backend_->mlp_down_factor() : 1.0;
 }
 
 // Makes what products read from the weights as they are now.
@@ -167,17 +166,17 @@ void GPT::make_copies(bool qat) {
   std::vector<WorkingCopy>& list = copy_list_[qat];
   if (list.empty()) {
     if (qat && !backend_->rounds() && !quantized_.allocated()) {
-      std::vector<ParameterSpec> copied = table_;
+      std::vector<ParameterSpec> copied = table_.specs;
       for (std::size_t i = 0; i < copied.size(); ++i)
         if (reads(i, true) != Reads::quantized) copied[i].shape = {0};
       quantized_.allocate(*backend_, copied, backend_->dtype());
     }
-    for (std::size_t i = 0; i < table_.size(); ++i) {
+    for (std::size_t i = 0; i < table_.specs.size(); ++i) {
       const Reads kind = reads(i, qat);
       if (kind == Reads::itself || weights_[i].size() == 0) continue;
-      const ParameterSpec& spec = table_[i];
-      list.push_back({weights_[i], spec.scale.empty() ? TensorView() : weights_[index_of(spec.scale)],
-                      qat ? spec.qat_clip : 0, copy_factor(i), kind == Reads::working ? working_[i] : quantized_[i]});
+      const ParameterSpec& spec = table_.specs[i];
+      list.push_back({weights_[i], spec.scale ? weights_[*spec.scale] : TensorView(), qat ? spec.qat_clip : 0,
+                      copy_factor(i), kind == Reads::working ? working_[i] : quantized_[i]});
     }
   }
   backend_->working_copies(list);
@@ -188,58 +187,49 @@ void GPT::ensure_copies(bool qat) {
   if (copies_ != (qat ? Copies::qat : Copies::plain)) make_copies(qat);
 }
 
-// Points the operations at the parameters: the weights themselves or their copies.
-void GPT::bind_parameters(Plan& plan, bool qat) const {
+void GPT::bind(Plan& plan, bool qat) const {
   plan.qat = qat;
   const bool gradients = plan.mode == Mode::train && grads_.allocated();  // not where only a size is asked for
-  const auto bind = [&](const std::string& name, TensorView& parameter, TensorView* gradient) {
-    const std::size_t index = index_of(name);
+  const auto bind = [&](std::size_t index, TensorView& parameter, TensorView& gradient) {
     const Reads kind = reads(index, qat);
     parameter = kind == Reads::itself ? weights_[index] : kind == Reads::working ? working_[index] : quantized_[index];
-    if (gradients && gradient) *gradient = grads_[index];
+    if (gradients) gradient = grads_[index];
   };
-  const auto skip_row = [&](const ParameterSet& set, std::int64_t j) {
-    const TensorView& all = set[index_of("skip_weights")];
-    const std::size_t row = static_cast<std::size_t>(config_.model_dim) * size_of(all.dtype);
-    return TensorView(all.dtype, {config_.model_dim}, static_cast<char*>(all.data) + static_cast<std::size_t>(j) * row);
+  const auto skip_row = [&](const ParameterSet& set, std::size_t row) {
+    const TensorView& all = set[table_.skip_weights];
+    const std::size_t bytes = static_cast<std::size_t>(config_.model_dim) * size_of(all.dtype);
+    return TensorView(all.dtype, {config_.model_dim}, static_cast<char*>(all.data) + row * bytes);
   };
 
   Embed& embed = plan.embed;
   embed.reset_at_bos = config_.smear_reset_at_bos;
   embed.bos_id = static_cast<std::int32_t>(config_.bos_id);
-  bind("tok_emb.weight", embed.tok_emb, &plan.embed_grads.tok_emb);
-  bind("smear.gate", embed.smear_gate, &plan.embed_grads.smear_gate);
-  if (config_.has_bigram()) {
-    bind("bigram.embed.weight", embed.bigram_emb, &plan.embed_grads.bigram_emb);
-    bind("bigram.scale", embed.bigram_scale, &plan.embed_grads.bigram_scale);
-    if (config_.has_bigram_proj()) bind("bigram.proj.weight", embed.bigram_proj, &plan.embed_grads.bigram_proj);
-  }
+  bind(table_.tok_emb, embed.tok_emb, plan.embed_grads.tok_emb);
+  bind(table_.smear_gate, embed.smear_gate, plan.embed_grads.smear_gate);
+  if (table_.bigram_emb) bind(*table_.bigram_emb, embed.bigram_emb, plan.embed_grads.bigram_emb);
+  if (table_.bigram_proj) bind(*table_.bigram_proj, embed.bigram_proj, plan.embed_grads.bigram_proj);
+  if (table_.bigram_scale) bind(*table_.bigram_scale, embed.bigram_scale, plan.embed_grads.bigram_scale);
 
-  const std::int64_t encoders = config_.encoder_layers();
-  for (std::int64_t i = 0; i < config_.num_layers; ++i) {
-    LayerOps& l = plan.layers[static_cast<std::size_t>(i)];
-    const std::string block = "blocks." + std::to_string(i) + ".";
-    bind(block + "resid_mix", l.qkv.in.resid_mix, &l.qkv_grads.resid_mix);
-    if (i >= encoders && i < 2 * encoders) {
-      l.qkv.in.skip_weight = skip_row(weights_, i - encoders);
-      if (gradients) l.qkv_grads.skip_weight = skip_row(grads_, i - encoders);
+  for (auto& [pass, attention, mlp, attention_grads, mlp_grads] : plan.blocks) {
+    const ParameterTable::Layer& layer = table_.layers[pass.layer];
+    bind(layer.resid_mix, attention.resid_mix, attention_grads.resid_mix);
+    if (pass.popped) {
+      attention.skip_weight = skip_row(weights_, pass.skip);
+      if (gradients) attention_grads.skip_weight = skip_row(grads_, pass.skip);
     }
-    l.attention_out.mixed.resid_mix = l.qkv.in.resid_mix;
-    l.attention_out.mixed.skip_weight = l.qkv.in.skip_weight;
-    bind(block + "attn.c_q.weight", l.qkv.wq, &l.qkv_grads.wq);
-    bind(block + "attn.c_k.weight", l.qkv.wk, &l.qkv_grads.wk);
-    bind(block + "attn.c_v.weight", l.qkv.wv, &l.qkv_grads.wv);
-    bind(block + "attn.q_gain", l.attention.gain, &l.attention_grads.gain);
-    bind(block + "attn.proj.weight", l.attention_out.w, &l.attention_out_grads.w);
-    bind(block + "mlp.fc.weight", l.mlp_up.w, &l.mlp_up_grads.w);
-    bind(block + "mlp.proj.weight", l.mlp_out.w, &l.mlp_out_grads.w);
-    l.mlp_up.h_scale = l.mlp_out_grads.h_scale = hidden_scale(*backend_);
+    bind(layer.wq, attention.wq, attention_grads.wq);
+    bind(layer.wk, attention.wk, attention_grads.wk);
+    bind(layer.wv, attention.wv, attention_grads.wv);
+    bind(layer.q_gain, attention.gain, attention_grads.gain);
+    bind(layer.wo, attention.wo, attention_grads.wo);
+    bind(layer.up, mlp.up, mlp_grads.up);
+    bind(layer.down, mlp.down, mlp_grads.down);
   }
   plan.head.softcap = config_.logit_softcap;
-  bind(config_.tie_embeddings ? "tok_emb.weight" : "lm_head.weight", plan.head.w, &plan.head_grads.w);
+  bind(table_.head, plan.head.w, plan.head_grads.w);
 }
 
-GPT::Plan& GPT::plan_for(Mode mode, std::int64_t B, std::int64_t T, std::int64_t first) {
+Plan& GPT::plan_for(Mode mode, std::int64_t B, std::int64_t T, std::int64_t first) {
   require(B >= 1 && T >= 1, "The batch has shape (", B, ", ", T, "); both sides must be at least 1.");
   require(first >= 0 && first < T, "The first scored position is ", first, "; it must lie in 0 … ", T - 1, ".");
   auto& plans = mode == Mode::train ? training_ : inference_;
@@ -249,18 +239,13 @@ GPT::Plan& GPT::plan_for(Mode mode, std::int64_t B, std::int64_t T, std::int64_t
   auto found = std::find_if(plans.begin(), plans.end(), fits);
   if (found == plans.end()) {
     constexpr std::size_t kKept = 2;
-    auto plan = std::make_unique<Plan>();
-    plan->mode = mode;
-    plan->B = B;
-    plan->T = T;
-    plan->first = first;
-    plan->layers.resize(static_cast<std::size_t>(config_.num_layers));
+    auto plan = std::make_unique<Plan>(passes_, mode, B, T, first);
     if (plans.size() == kKept) {
       plan->memory.swap(plans.back()->memory);
       plans.pop_back();
     }
-    if (mode == Mode::train) grads_.allocate(*backend_, table_, backend_->master_dtype());
-    bind_parameters(*plan, false);
+    if (mode == Mode::train) grads_.allocate(*backend_, table_.specs, backend_->master_dtype());
+    bind(*plan, false);
     try {
       plan->lay_out(config_, *backend_, true);
     } catch (const DeviceError& error) {
@@ -272,46 +257,18 @@ GPT::Plan& GPT::plan_for(Mode mode, std::int64_t B, std::int64_t T, std::int64_t
   std::rotate(plans.begin(), found, found + 1);
   Plan& plan = *plans.front();
   const bool wanted = mode == Mode::train && qat_;
-  if (plan.qat != wanted && !backend_->rounds()) bind_parameters(plan, wanted);  // rounded copies are one set
+  if (plan.qat != wanted && !backend_->rounds()) bind(plan, wanted);  // rounded copies are one set
   return plan;
 }
 
 std::size_t GPT::training_bytes(std::int64_t B, std::int64_t T) const {
-  Plan plan;
-  plan.mode = Mode::train;
-  plan.B = B;
-  plan.T = T;
-  plan.layers.resize(static_cast<std::size_t>(config_.num_layers));
-  bind_parameters(plan, false);
+  Plan plan(passes_, Mode::train, B, T, 0);
+  bind(plan, false);
   plan.lay_out(config_, *backend_, false);
   return plan.arena_bytes;
 }
 
 void GPT::prepare(Mode mode, std::int64_t B, std::int64_t T) { plan_for(mode, B, T, 0); }
-
-// The whole model, top to bottom (docs/spec.md §2).
-void GPT::forward(Plan& plan) {
-  backend_->embed_forward(plan.embed);
-  for (LayerOps& layer : plan.layers) {
-    backend_->qkv_forward(layer.qkv);
-    backend_->attention_forward(layer.attention);
-    backend_->project_residual_forward(layer.attention_out);
-    backend_->mlp_up_forward(layer.mlp_up);
-    backend_->project_residual_forward(layer.mlp_out);
-  }
-}
-
-void GPT::backward(Plan& plan) {
-  if (plan.mode == Mode::train) backend_->zero(plan.layers[0].qkv_grads.dx0);
-  for (auto layer = plan.layers.rbegin(); layer != plan.layers.rend(); ++layer) {
-    backend_->project_residual_backward(layer->mlp_out, layer->mlp_out_grads);
-    backend_->mlp_up_backward(layer->mlp_up, layer->mlp_up_grads);
-    backend_->project_residual_backward(layer->attention_out, layer->attention_out_grads);
-    backend_->attention_backward(layer->attention, layer->attention_grads);
-    backend_->qkv_backward(layer->qkv, layer->qkv_grads);
-  }
-  if (plan.mode == Mode::train) backend_->embed_backward(plan.embed, plan.embed_grads);
-}
 
 void GPT::logits(const std::int32_t* ids, std::int64_t B, std::int64_t T, std::int64_t first, void* out) {
   NativeCall call;
@@ -319,13 +276,13 @@ void GPT::logits(const std::int32_t* ids, std::int64_t B, std::int64_t T, std::i
   check_ids("ids", ids, B, T);
   ensure_copies(false);
   backend_->upload(plan.ids.data, ids, plan.ids.bytes());
-  forward(plan);
+  plan.forward(*backend_);
   backend_->head_logits(plan.head);
   backend_->download(out, plan.head.logits.data, plan.head.logits.bytes());
 }
 
-GPT::Plan& GPT::run_losses(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
-                           std::int64_t first) {
+Plan& GPT::run_losses(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
+                      std::int64_t first) {
   Plan& plan = plan_for(Mode::losses, B, T, first);
   check_ids("ids", ids, B, T);
   check_ids("targets", targets, B, T);
@@ -339,7 +296,7 @@ GPT::Plan& GPT::run_losses(const std::int32_t* ids, const std::int32_t* targets,
     backend_->upload(plan.targets.data, scored.data(), plan.targets.bytes());
   }
   const auto work = [&] {
-    forward(plan);
+    plan.forward(*backend_);
     backend_->head_loss(plan.head);
   };
   if (plan.runs++ == 0) {  // a shape that comes once is not worth a recording
@@ -367,7 +324,7 @@ int GPT::losses_later(const std::int32_t* ids, const std::int32_t* targets, std:
 
 void GPT::begin_step(bool qat) {
   NativeCall call;
-  grads_.allocate(*backend_, table_, backend_->master_dtype());
+  grads_.allocate(*backend_, table_.specs, backend_->master_dtype());
   const TensorView sum(DType::f64, {1}, &values()->loss_sum);
   const TensorView saturated(DType::f64, {1}, &values()->saturated);  // eight bytes of zero, whatever they mean
   qat_ = qat;
@@ -394,13 +351,13 @@ void GPT::micro_step(const std::int32_t* ids, const std::int32_t* targets, std::
   plan.recorded_loss_scale = plan.head_grads.loss_scale = loss_scale;
   if (backend_->precision() == DType::f16) {
     plan.head_grads.multiplier = &values()->loss_scale;
-    for (LayerOps& layer : plan.layers) layer.mlp_up.saturated = &values()->saturated;
+    for (Plan::Block& block : plan.blocks) block.mlp.saturated = &values()->saturated;
   }
   plan.recorder = backend_.get();
   const auto work = [&] {
-    forward(plan);
+    plan.forward(*backend_);
     backend_->head_loss_backward(plan.head, plan.head_grads);
-    backward(plan);
+    plan.backward(*backend_);
     backend_->add_sum(plan.head.losses, &values()->loss_sum);
   };
   plan.recording[qat_] = backend_->capture(plan.recording[qat_], std::cref(work));
@@ -411,11 +368,11 @@ void GPT::end_step() {
   require(!training_.empty(), "end_step needs at least one micro_step before it.");
   std::vector<ProjectionEnd>& list = end_list_[qat_];
   if (list.empty())
-    for (std::size_t i = 0; i < table_.size(); ++i) {
-      if (table_[i].scale.empty()) continue;
-      const std::size_t scale = index_of(table_[i].scale);
-      list.push_back(
-          {weights_[i], weights_[scale], qat_ ? table_[i].qat_clip : 0, copy_factor(i), grads_[i], grads_[scale]});
+    for (std::size_t i = 0; i < table_.specs.size(); ++i) {
+      const ParameterSpec& spec = table_.specs[i];
+      if (!spec.scale) continue;
+      list.push_back({weights_[i], weights_[*spec.scale], qat_ ? spec.qat_clip : 0, copy_factor(i), grads_[i],
+                      grads_[*spec.scale]});
     }
   backend_->finish_projections(list);
 }

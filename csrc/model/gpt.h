@@ -1,4 +1,4 @@
-// The model: weights, gradients, and the forward and backward passes written once over backend.h.
+// The model: weights, gradients, and the passes over them, written once over backend.h.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,7 @@
 #include "backend.h"
 #include "core/arena.h"
 #include "model/config.h"
+#include "model/passes.h"
 
 namespace pgolf {
 
@@ -65,6 +66,8 @@ struct MemoryRow {
   std::size_t bytes;
 };
 
+struct Plan;  // plan.h
+
 class GPT {
  public:
   // Without a seed the weights are zero, for a caller that replaces them all.
@@ -73,7 +76,7 @@ class GPT {
 
   const ModelConfig& config() const { return config_; }
   Backend& backend() const { return *backend_; }
-  const std::vector<ParameterSpec>& table() const { return table_; }
+  const std::vector<ParameterSpec>& table() const { return table_.specs; }
   std::size_t index_of(const std::string& name) const;      // throws std::invalid_argument
   const ParameterSet& weights() const { return weights_; }  // whoever writes to them calls weights_changed
   const ParameterSet& grads() const { return grads_; }
@@ -108,36 +111,37 @@ class GPT {
   std::size_t training_bytes(std::int64_t B, std::int64_t T) const;
   std::vector<MemoryRow> memory_table() const;
 
- private:
-  friend class Decoder;
-  friend class DocumentAdapters;
-  struct Plan;
+  // For whoever plans runs of its own over these weights (decode.h, adapters.h): a Plan of these passes is bound, laid
+  // out and run, with working copies of the weights as they are now.
+  const std::vector<Pass>& passes() const { return passes_; }
+  void bind(Plan& plan, bool qat) const;  // points the operations at the parameters: the weights or their copies
+  void ensure_copies(bool qat);
+  std::int64_t changes() const { return changes_; }  // of weights so far
+  // Throws std::invalid_argument for an id outside 0 … V − 1 in [B, T].
+  void check_ids(const char* what, const std::int32_t* ids, std::int64_t B, std::int64_t T) const;
 
+ private:
   Plan& plan_for(Mode mode, std::int64_t B, std::int64_t T, std::int64_t first);
   Plan& run_losses(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
                    std::int64_t first);
-  void bind_parameters(Plan& plan, bool qat) const;
   // What products read in a parameter's place.
   enum class Reads { itself, working, quantized };
   Reads reads(std::size_t index, bool qat) const;
   double copy_factor(std::size_t index) const;
   void make_copies(bool qat);
-  void ensure_copies(bool qat);
   void check_heads() const;  // throws std::invalid_argument where the backend's attention does not have their width
   void write(const TensorView& to, const std::vector<float>& values);
-  void check_ids(const char* what, const std::int32_t* ids, std::int64_t B, std::int64_t T) const;
-  void forward(Plan& plan);   // up to the head
-  void backward(Plan& plan);  // from the head's dx on
 
   ModelConfig config_;
   std::unique_ptr<Backend> backend_;  // outlives the memory below
-  std::vector<ParameterSpec> table_;
+  ParameterTable table_;
+  std::vector<Pass> passes_;
   ParameterSet weights_, grads_;
   // What products read in place of weights: rounded, scaled (projections) or fake-quantised (late QAT). Where nothing
   // is rounded, matrices that only QAT changes have their copies in quantized_, made when it is first asked for.
   ParameterSet working_, quantized_;
   enum class Copies { stale, plain, qat } copies_ = Copies::stale;
-  std::int64_t changes_ = 0;               // of weights so far
+  std::int64_t changes_ = 0;
   std::vector<WorkingCopy> copy_list_[2];  // without and with QAT
   std::vector<ProjectionEnd> end_list_[2];
   DeviceMemory values_;

@@ -1,4 +1,4 @@
-// The operations of one pass over B×T tokens with every tensor placed: what gpt.cpp runs.
+// One run of the network over B×T tokens with every tensor placed: a list of passes, forward and backward.
 #pragma once
 
 #include <span>
@@ -6,31 +6,27 @@
 
 #include "core/arena.h"
 #include "model/gpt.h"
+#include "model/passes.h"
 
 namespace pgolf {
 
-struct LayerOps {
-  Qkv qkv;
-  Attention attention;
-  ProjectResidual attention_out;
-  MlpUp mlp_up;
-  ProjectResidual mlp_out;
-  // Training only:
-  QkvGrads qkv_grads;
-  AttentionGrads attention_grads;
-  ProjectResidualGrads attention_out_grads;
-  MlpUpGrads mlp_up_grads;
-  ProjectResidualGrads mlp_out_grads;
-};
-
-// What one block's attention reads of a sequence's positions 0 … room − 1.
+// What one pass's attention reads of a sequence's positions 0 … room − 1.
 struct KeysValues {
   TensorView k, v;  // [1, room, K, D]
 };
 
-struct GPT::Plan {
-  Mode mode = Mode::losses;
-  std::int64_t B = 0, T = 0, first = 0;
+struct Plan {
+  struct Block {
+    Pass pass;
+    AttentionSublayer attention;
+    MlpSublayer mlp;
+    // With a backward only:
+    AttentionSublayerGrads attention_grads;
+    MlpSublayerGrads mlp_grads;
+  };
+
+  const Mode mode;
+  const std::int64_t B, T, first;
   int concurrency = 0;  // the backend's when the scratch was sized
   bool qat = false;     // which weights the operations are bound to
   ArenaPlan arena;
@@ -46,27 +42,30 @@ struct GPT::Plan {
   TensorView ids, targets;
   TensorView cos, sin;  // rope tables, if another has them
   // A pass over the T tokens that follow others of one sequence (decode.h), whose keys and values another keeps: those
-  // of each block, with room for the T as well. The embedding reads `before` of the tokens that came before.
+  // of each pass, with room for the T as well. The embedding reads `before` of the tokens that came before.
   std::span<const KeysValues> cache;
   std::int64_t before = 0;
   Embed embed;
-  std::vector<LayerOps> layers;
+  std::vector<Block> blocks;  // in the order of the forward
   Head head;
-  // Training only:
+  // With a backward only:
   EmbedGrads embed_grads;
   HeadGrads head_grads;
 
-  Plan() = default;
+  Plan(std::span<const Pass> passes, Mode mode, std::int64_t B, std::int64_t T, std::int64_t first);
   ~Plan() { forget_recordings(); }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
-  // Declares every tensor of the pass and, unless only its size is asked for, places it; operations must be bound to
-  // their parameters already.
+  // Declares every tensor and, unless only their size is asked for, places it; operations must be bound to their
+  // parameters already (GPT::bind).
   void lay_out(const ModelConfig& config, Backend& backend, bool place);
   void forget_recordings() noexcept;
-  // With a cache: the pass is over positions `position` … position + T − 1.
+  // With a cache: the run is over positions `position` … position + T − 1.
   void move_to(std::int64_t position);
+
+  void forward(Backend& backend);   // up to the head
+  void backward(Backend& backend);  // from the head's dx on
 };
 
 // Tables of angles for positions 0 … cos.shape[0] − 1.

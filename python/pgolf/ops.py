@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pgolf.model import FloatArray, as_array
-from pgolf.op_calls import Arrays, Backward, forward
+from pgolf.op_calls import Arrays, Backward, forward, operations_for
 from pgolf.op_calls import MixedInput as MixedInput
 from pgolf.op_calls import Saved as Saved
 from pgolf.op_calls import on as on
@@ -70,6 +70,30 @@ class AttentionGrads(NamedTuple):
     k: FloatArray
     v: FloatArray
     gain: FloatArray | None
+
+
+class AttentionSublayerGrads(NamedTuple):
+    """All but x, skip and adapters are added to; wo's is without the projection's scale until `finish_projection`."""
+
+    x: FloatArray | None
+    x0: FloatArray | None
+    skip: FloatArray | None
+    resid_mix: FloatArray | None
+    skip_weight: FloatArray | None
+    wq: FloatArray | None
+    wk: FloatArray | None
+    wv: FloatArray | None
+    gain: FloatArray | None
+    wo: FloatArray | None
+    adapters: FloatArray | None
+
+
+class MlpSublayerGrads(NamedTuple):
+    """All but x are added to; down's is without the projection's scale and factor until `finish_projection`."""
+
+    x: FloatArray
+    up: FloatArray | None
+    down: FloatArray | None
 
 
 class ProjectResidualGrads(NamedTuple):
@@ -202,6 +226,15 @@ def qkv(
         q [B, T − first, H, D], k and v [B, T, K, D]; and what `qkv_backward` needs.
     """
     call = Arrays()
+    _add_heads(call, mixed, wq, wk, wv, cos, sin, first, adapters)
+    outputs = {"q": ("B", "T'", "H", "D"), "k": ("B", "T", "K", "D"), "v": ("B", "T", "K", "D")}
+    saved = forward("qkv", call, outputs)
+    return (saved.tensors["q"], saved.tensors["k"], saved.tensors["v"]), saved
+
+
+def _add_heads(
+    call: Arrays, mixed: MixedInput, wq: Any, wk: Any, wv: Any, cos: Any, sin: Any, first: int, adapters: Any
+) -> None:
     call.add_mixed(mixed)
     call.add("cos", cos, "R", "D/2")
     call.add("sin", sin, "R", "D/2")
@@ -216,9 +249,6 @@ def qkv(
             raise ValueError(f"{name} has {sizes[rows]} rows; expected a multiple of the head width {sizes['D']}.")
     sizes["T'"] = sizes["T"] - _integer(first, "first", 0, sizes["T"] - 1 if adapters is None else 0)
     call.add_adapters(adapters, 2 * sizes["d"] + sizes["H·D"] + sizes["K·D"])
-    outputs = {"q": ("B", "T'", "H", "D"), "k": ("B", "T", "K", "D"), "v": ("B", "T", "K", "D")}
-    saved = forward("qkv", call, outputs)
-    return (saved.tensors["q"], saved.tensors["k"], saved.tensors["v"]), saved
 
 
 def qkv_backward(
@@ -431,6 +461,109 @@ def mlp_up_backward(
     call.inputs["du"] = call.like("h", "du", du)
     call.added(add_to, *(MlpUpGrads._fields if weights else ("x",)))
     return MlpUpGrads(*call.run(*MlpUpGrads._fields))
+
+
+# Whole sublayers ------------------------------------------------------------------------------------------------------
+
+
+def attention_sublayer(
+    mixed: MixedInput,
+    wq: Any,
+    wk: Any,
+    wv: Any,
+    gain: Any,
+    wo: Any,
+    cos: Any,
+    sin: Any,
+    *,
+    first: int = 0,
+    adapters: Any = None,
+) -> tuple[FloatArray, Saved]:
+    """`out = m + attention(rms(m))·woᵀ`: `qkv`, `attention` and `project_residual`, as a model runs them.
+
+    Args:
+        mixed, wq, wk, wv, cos, sin, first, adapters: as `qkv`.
+        gain: [H].
+        wo: [d, H·D], the projection's scale included: `working_copy(wo, scale)`.
+
+    Returns:
+        out [B, T − first, d], and what `attention_sublayer_backward` needs, with first = 0.
+    """
+    call = Arrays()
+    _add_heads(call, mixed, wq, wk, wv, cos, sin, first, adapters)
+    call.add("gain", gain, "H")
+    call.add("wo", wo, "d", "H·D")
+    if call.sizes["H"] % call.sizes["K"]:
+        raise ValueError(f"wq has {call.sizes['H']} heads; expected a multiple of wk's {call.sizes['K']}.")
+    saved = forward("attention_sublayer", call, {"out": ("B", "T'", "d")}, position=0, backward=first == 0)
+    return saved.tensors["out"], saved
+
+
+def attention_sublayer_backward(
+    saved: Saved,
+    dout: Any,
+    *,
+    pending: Any = None,
+    weights: bool = True,
+    inputs: bool = True,
+    add_to: Mapping[str, Any] | None = None,
+) -> AttentionSublayerGrads:
+    """The gradients of `attention_sublayer` from dout [B, T, d].
+
+    Args:
+        pending: [B, T, d], added to x's gradient (what later blocks sent back through a skip); None: 0.
+        weights: False: x0, the vectors and the matrices have no gradients.
+        inputs: False: nor have x and skip.
+        add_to: may hold any field but x, skip and adapters.
+
+    Returns:
+        The gradients; where skip is x itself, its share stands apart, in the field skip.
+    """
+    call = Backward("attention_sublayer", saved)
+    call.needs_all("out", "x")
+    (call.outputs if inputs else call.inputs)["dx"] = call.like("out", "dout", dout)
+    if pending is not None:
+        call.inputs["pending"] = call.like("x", "pending", pending)
+    if inputs:
+        call.written("skip")
+    call.written("adapters")
+    vectors = ("x0", "resid_mix", "skip_weight", "wq", "wk", "wv", "gain", "wo")
+    call.added(add_to, *(vectors if weights and inputs else ()))
+    return AttentionSublayerGrads(*call.run(*AttentionSublayerGrads._fields, inputs=inputs))
+
+
+def mlp_down_factor() -> float:
+    """The `factor` of the working copy of an MLP's down projection: hidden values are kept divided by it."""
+    return float(operations_for(np.dtype(np.float32)).mlp_down_factor())
+
+
+def mlp_sublayer(x: Any, up: Any, down: Any) -> tuple[FloatArray, Saved]:
+    """`out = x + relu(rms(x)·upᵀ)²·downᵀ`: `mlp_up` and `project_residual`, as a model runs them.
+
+    Args:
+        x: [B, T, d].
+        up: [F, d].
+        down: [d, F], the projection's scale included: `working_copy(down, scale, factor=mlp_down_factor())`.
+
+    Returns:
+        out [B, T, d], and what `mlp_sublayer_backward` needs.
+    """
+    call = Arrays()
+    call.add("x", x, "B", "T", "d")
+    call.add("up", up, "F", "d")
+    call.add("down", down, "d", "F")
+    saved = forward("mlp_sublayer", call, {"out": ("B", "T", "d")}, backward=True)
+    return saved.tensors["out"], saved
+
+
+def mlp_sublayer_backward(
+    saved: Saved, dout: Any, *, weights: bool = True, add_to: Mapping[str, Any] | None = None
+) -> MlpSublayerGrads:
+    """The gradients of `mlp_sublayer` from dout [B, T, d]; up's and down's only with `weights`, and added to."""
+    call = Backward("mlp_sublayer", saved)
+    call.outputs["dx"] = call.like("out", "dout", dout)
+    call.added(add_to, *(("up", "down") if weights else ()))
+    return MlpSublayerGrads(*call.run(*MlpSublayerGrads._fields))
 
 
 # Head -----------------------------------------------------------------------------------------------------------------
