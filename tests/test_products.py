@@ -170,7 +170,7 @@ def test_a_column_has_the_same_bits_in_any_width(data: st.DataObject) -> None:
 
 
 @settings(max_examples=40)
-@given(n=st.sampled_from(HEIGHTS), k=st.integers(1, 300), dtype=st.sampled_from(DTYPES))
+@given(n=st.sampled_from(HEIGHTS), k=st.integers(1, 300) | st.sampled_from([513, 1100]), dtype=st.sampled_from(DTYPES))
 def test_a_symmetric_product_has_the_bits_of_the_whole(n: int, k: int, dtype: Any) -> None:
     a, _ = operands(n, 1, k, (False, False), dtype)
     found = np.full((n, n), np.nan, dtype)
