@@ -13,6 +13,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/model.h"
+#include "core/arena.h"
 #include "core/error.h"
 #include "core/half.h"
 #include "core/memory.h"
@@ -415,27 +416,50 @@ MlpSublayerGrads make_mlp_sublayer_grads(Staged& t, const py::kwargs&) {
   return grads;
 }
 
-// The buffers of a sublayer. Those that outlive the forward are in `kept`, one after another; the others are new for a
-// call, so that what a backend reads of one without having written it, or past its lifetime, cannot hide.
-struct Buffers {
-  const SublayerMemory& memory;
-
-  bool outlives(int i) const {
-    return memory.buffers[i].first < memory.steps && memory.buffers[i].last >= memory.steps;
+// The buffers of a sublayer's forward or backward in an arena of their own: what is read past its lifetime has been
+// overwritten, and what is read before it was written is NaN.
+class Buffers {
+ public:
+  Buffers(Staged& arrays, const SublayerMemory& memory, bool backward, void** pointers) : memory_(memory) {
+    const int begin = backward ? memory.steps : 0, end = begin + memory.steps - 1;
+    ArenaPlan arena;
+    std::vector<int> placed;
+    for (int i = 0; i < memory.count; ++i) {
+      const SublayerMemory::Buffer& buffer = memory.buffers[i];
+      if (buffer.bytes == 0 || buffer.last < begin || buffer.first > end) continue;
+      arena.add(buffer.name, buffer.bytes, std::max(buffer.first, begin), std::min(buffer.last, end));
+      placed.push_back(i);
+    }
+    char* const base = arrays.area(arena.solve()).as<char>();
+    for (std::size_t n = 0; n < placed.size(); ++n) pointers[placed[n]] = base + arena.offset(static_cast<int>(n));
+    pointers_ = pointers;
   }
-  std::size_t kept() const {
+  // What outlives the forward is kept one after another.
+  static std::size_t kept(const SublayerMemory& memory) {
     std::size_t bytes = 0;
-    for (int i = 0; i < memory.count; ++i)
-      if (outlives(i)) bytes += align_up(memory.buffers[i].bytes);
+    for (int i = 0; i < memory.count; ++i) bytes += kept_of(memory, i);
     return bytes;
   }
-  void place(Staged& arrays, const TensorView& kept, void** pointers) const {
+  void copy(Backend& backend, const TensorView& kept, bool there) const {
     char* next = kept.as<char>();
-    for (int i = 0; i < memory.count; ++i) {
-      pointers[i] = outlives(i) ? next : arrays.area(memory.buffers[i].bytes).data;
-      if (outlives(i)) next += align_up(memory.buffers[i].bytes);
+    for (int i = 0; i < memory_.count; ++i) {
+      const std::size_t bytes = kept_of(memory_, i);
+      if (bytes == 0) continue;
+      const TensorView own(DType::u8, {static_cast<std::int64_t>(bytes)}, pointers_[i]);
+      const TensorView other(DType::u8, {static_cast<std::int64_t>(bytes)}, next);
+      backend.copy(there ? other : own, there ? own : other);
+      next += bytes;
     }
   }
+
+ private:
+  static std::size_t kept_of(const SublayerMemory& memory, int i) {
+    const SublayerMemory::Buffer& buffer = memory.buffers[i];
+    return buffer.first < memory.steps && buffer.last >= memory.steps ? align_up(buffer.bytes) : 0;
+  }
+
+  const SublayerMemory& memory_;
+  void** pointers_;
 };
 
 template <class Op>
@@ -452,13 +476,14 @@ void def_sublayer_forward(py::class_<Ops>& c, const char* name, Make<Op> make, A
     Op op = make(arrays, numbers);
     const bool backward = number<bool>(numbers, "backward");
     const SublayerMemory asked = ((*self.backend).*memory)(op, backward);
-    py::array_t<std::uint8_t> kept(static_cast<py::ssize_t>(Buffers{asked}.kept()));
+    py::array_t<std::uint8_t> kept(static_cast<py::ssize_t>(Buffers::kept(asked)));
     std::memset(kept.mutable_data(), 0xFF, static_cast<std::size_t>(kept.nbytes()));  // as scratch
     const TensorView saved = arrays.add(kept, true);
     self.run(arrays, [&] {
       const SublayerMemory now = ((*self.backend).*memory)(op, backward);
-      Buffers{now}.place(arrays, saved, op.memory);
+      const Buffers buffers(arrays, now, false, op.memory);
       self.timed([&] { ((*self.backend).*forward)(op); });
+      buffers.copy(*self.backend, saved, true);
     });
     return kept;
   });
@@ -475,7 +500,8 @@ void def_sublayer_backward(py::class_<Ops>& c, const char* name, Make<Op> make, 
     const TensorView saved = arrays["saved"];
     self.run(arrays, [&] {
       const SublayerMemory now = ((*self.backend).*memory)(op, true);
-      Buffers{now}.place(arrays, saved, op.memory);
+      const Buffers buffers(arrays, now, true, op.memory);
+      buffers.copy(*self.backend, saved, false);
       self.timed([&] { ((*self.backend).*backward)(op, grads); });
     });
   });

@@ -1,7 +1,7 @@
 // A text that grows: the model reads tokens as they come and gives the logits of the next one.
 //
-// The keys and values of every position read are kept, past norm and RoPE, so that a new token costs one pass over one
-// position. Such a pass is a Plan like any other: its tensors are a position high, its embedding reads the two tokens
+// The keys and values of every position read are kept, past norm and RoPE, so that a new token costs one run over one
+// position. Such a run is a Plan like any other: its tensors are a position high, its embedding reads the two tokens
 // before as well (the smear gate mixes in the vector of the last one, whose bigram is of the two), and its attention
 // has the last T' of T positions as queries.
 #pragma once

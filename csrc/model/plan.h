@@ -41,7 +41,7 @@ struct Plan {
 
   TensorView ids, targets;
   TensorView cos, sin;  // rope tables, if another has them
-  // A pass over the T tokens that follow others of one sequence (decode.h), whose keys and values another keeps: those
+  // A run over the T tokens that follow others of one sequence (decode.h), whose keys and values another keeps: those
   // of each pass, with room for the T as well. The embedding reads `before` of the tokens that came before.
   std::span<const KeysValues> cache;
   std::int64_t before = 0;
