@@ -272,7 +272,7 @@ def header_of(model: GPT) -> dict[str, Any]:
     record: Record | None = getattr(model, "record", None)  # a stand-in for a GPT need not have one
     optional = {"scoring": getattr(model, "scoring", None), **({} if record is None else record.to_dict())}
     return {
-        "model": model.config.to_dict(),
+        "model": model.config.to_stored(),
         "train_seq_len": model.train_seq_len,
         **{key: provenance[key] for key in _PROVENANCE},
         **{name: value for name, value in optional.items() if value is not None},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pgolf.config import Config
+from pgolf.config import Config, with_younger_keys
 from pgolf.data.declared import RUN, Record
 from pgolf.data.files import atomic_write
 from pgolf.errors import FormatError
@@ -144,12 +144,12 @@ def _older(path: Path) -> str:
 
 def check_same_run(path: Path, values: dict[str, Any], config: Config, dtype: str, data: Any) -> None:
     """Raises ValueError where a checkpoint belongs to another configuration or other data: it names what differs."""
-    ours, theirs = config.to_dict(), values["config"]
+    ours, theirs = config.to_dict(), with_younger_keys(values["config"])
     differences = [
-        f"{table}.{key} is {ours[table][key]!r}, there {theirs.get(table, {}).get(key)!r}"
+        f"{table}.{key} is {ours[table][key]!r}, there {theirs[table].get(key)!r}"
         for table in ("model", "train")
         for key in ours[table]
-        if key not in _FREE and json.dumps(ours[table][key]) != json.dumps(theirs.get(table, {}).get(key))
+        if key not in _FREE and json.dumps(ours[table][key]) != json.dumps(theirs[table].get(key))
     ]
     if values["dtype"] != dtype:
         differences.append(f"the dtype is {dtype}, there {values['dtype']}")

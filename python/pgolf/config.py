@@ -152,10 +152,22 @@ def _policy(value: Any) -> list[tuple[str, str]]:
     return pairs
 
 
-def _key(default: _T, read: _Reader) -> _T:
-    """A dataclass field with its reader."""
-    made: _T = field(default=default, metadata={"read": read})
+_NO_VALUE: Any = object()
+
+
+def _key(default: _T, read: _Reader, absent: _T = _NO_VALUE) -> _T:
+    """A dataclass field with its reader.
+
+    absent: of a key that younger files alone have, the value that does what pgolf did before there was the key. It
+    never changes, whatever becomes of the default.
+    """
+    made: _T = field(default=default, metadata={"read": read, "absent": absent})
     return made
+
+
+def _with_absent(table: type[_Table], values: Mapping[str, Any]) -> dict[str, Any]:
+    known = {item.name: item.metadata["absent"] for item in fields(table)}
+    return {**{name: absent for name, absent in known.items() if absent is not _NO_VALUE}, **values}
 
 
 @dataclass(slots=True)
@@ -194,6 +206,11 @@ class _Table:
         """{key: value} of the whole table in the fields' order, with JSON's types (pairs as lists)."""
         self._refusals()
         return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+
+    def to_stored(self) -> dict[str, Any]:
+        """``to_dict`` for files that an older pgolf may read: without keys that are younger than it and do nothing."""
+        absent = {item.name: item.metadata["absent"] for item in fields(self)}
+        return {name: value for name, value in self.to_dict().items() if value != absent[name]}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -253,12 +270,13 @@ class ModelConfig(_Table):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """The table that ``to_dict`` wrote.
+        """The table that ``to_dict`` or ``to_stored`` wrote, of this pgolf or an older one.
 
         Raises ValueError naming every missing, unknown and impossible key.
         """
         problems = list(_unknown_keys({cls._table: values}))
         if isinstance(values, Mapping):
+            values = _with_absent(cls, values)
             problems += [f"model.{item.name} is missing" for item in fields(cls) if item.name not in values]
         _raise(problems)
         config = cls(**values)
@@ -635,6 +653,11 @@ def _tables_of(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             problems.append(_unknown_key(full_key))
     _raise(problems)
     return tables
+
+
+def with_younger_keys(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """``to_dict()`` of a configuration that an older pgolf may have stored, with the values of keys younger than it."""
+    return {name: _with_absent(table, tables.get(name, {})) for name, table in _TABLES.items()}
 
 
 def _overlay(

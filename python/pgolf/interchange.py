@@ -154,7 +154,7 @@ def save_state_dict(model: GPT | Mapping[str, Any], path: StrPath) -> None:
     if target.suffix == ".pt":
         data = write_torch(state)
     else:
-        said = {"model": model.config.to_dict(), "train_seq_len": model.train_seq_len} if isinstance(model, GPT) else {}
+        said = {"model": model.config.to_stored(), "train_seq_len": model.train_seq_len} if isinstance(model, GPT) else {}
         metadata = {"format": "pt", **({"pgolf": json.dumps(said, sort_keys=True)} if said else {})}
         plain = {name: np.array(w, order="C") for name, w in state.items()}
         data = _safetensors(target, ".numpy").save(plain, metadata=metadata)

@@ -166,7 +166,7 @@ def log_is_whole(run: Evidence) -> Looked:
         "tokens": (report.tokens, len(steps) * config.train.train_batch_tokens, header.get("tokens")),
         "seed": (report.seed, config.train.seed, header.get("seed")),
         "seconds": (report.seconds, before, before),
-        "model": (header["model"], config.model.to_dict(), header["model"]),
+        "model": (header["model"], config.model.to_stored(), header["model"]),
         "artifact's bytes": (report.artifact_bytes, run.artifact.stat().st_size, report.artifact_bytes),
     }
     for what, values in told.items():
