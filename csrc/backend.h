@@ -126,11 +126,12 @@ struct AttentionSublayerGrads {
   TensorView adapters;  // out, M
 };
 
-// out = x + relu(rms(x)·upᵀ)²·downᵀ                                                                  §2.6
+// out = x + f(rms(x)·upᵀ)·downᵀ; f(u) = u² for u > 0, else (negative_slope·u)²                       §2.6
 struct MlpSublayer {
   Stream x;
-  TensorView up;    // [F, d]
-  TensorView down;  // [d, F]; its scale (mlp_scale) and mlp_down_factor are part of its working copy
+  double negative_slope = 0.0;  // ≥ 0; 0 is ReLU²
+  TensorView up;                // [F, d]
+  TensorView down;              // [d, F]; its scale (mlp_scale) and mlp_down_factor are part of its working copy
   // Where S is f16, a hidden value beyond its largest number becomes that number and is counted here, in the backend's
   // memory.
   std::int64_t* saturated = nullptr;

@@ -64,6 +64,17 @@ struct AttentionGrads {
   TensorView scratch;
 };
 
+// f(u) = scale·u² for u > 0, else scale·(negative_slope·u)². Its value tells its slope but for the sign:
+// f'(u) = 2·√(scale·f) for u > 0, else −2·negative_slope·√(scale·f).
+struct SquaredRelu {
+  double scale = 1.0;  // a power of two below 1 keeps squares within fp16; the projection's working copy undoes it
+  double negative_slope = 0.0;
+  // With a slope, and where a backward follows: bit i % 8 of byte i / 8 is set where the i-th number of u [B, T, F] is
+  // below 0. MlpUp writes it, ProjectResidualGrads reads it.
+  TensorView negative;  // [⌈B·T·F/8⌉], u8
+};
+inline std::int64_t sign_bytes(std::int64_t numbers) { return (numbers + 7) / 8; }
+
 // out = residual + a·wᵀ; the residual is `mixed` if present, else `x`. The scale of the projection (attn_scale,
 // mlp_scale) is part of w, whose working copy is scale⊙w.
 struct ProjectResidual {
@@ -76,20 +87,20 @@ struct ProjectResidual {
 };
 struct ProjectResidualGrads {
   TensorView dout;  // in [B, T, d]; it is at once the gradient at the residual, which needs no copy
-  // Where a is MlpUp's h, the slope of ReLU² belongs to the product that makes its gradient: with h_scale > 0, da is
-  // the gradient at u of h = h_scale·relu(u)², which is (dout·w)⊙2·√(h_scale·h), rounded once; with 0 that at a.
-  double h_scale = 0;
+  // Where a is MlpUp's h, its slope belongs to the product that makes its gradient: with activation.scale > 0, da is
+  // the gradient at u, (dout·w)⊙f'(u), rounded once; with 0 that at a.
+  SquaredRelu activation{.scale = 0.0};
   TensorView da;  // out [B, T, c]
   TensorView w;   // [d, c] += doutᵀ·a, NOT yet times scale: finish_projections ends it, once a step
   TensorView scratch;
 };
 
-// h = h_scale·relu(u)², u = rms(x)·wᵀ                                                              §2.6
+// h = f(u), u = rms(x)·wᵀ                                                                          §2.6
 struct MlpUp {
-  TensorView x;          // [B, T, d]
-  TensorView w;          // [F, d]
-  TensorView h;          // out [B, T, F]
-  double h_scale = 1.0;  // a power of two below 1 keeps squares within fp16; the projection's working copy undoes it
+  TensorView x;  // [B, T, d]
+  TensorView w;  // [F, d]
+  TensorView h;  // out [B, T, F]
+  SquaredRelu activation;
   // Where S is f16, h beyond its largest number becomes that number and is counted here, in the backend's memory.
   std::int64_t* saturated = nullptr;
   TensorView saved, scratch;

@@ -111,19 +111,32 @@ struct Composed {
 namespace mlp {
 
 enum Step { kUp, kDown, kSteps };
-enum Buffer { kHidden, kDu, kUpSaved, kUpForward, kUpBackward, kDownSaved, kDownForward, kDownBackward, kBuffers };
+enum Buffer {
+  kHidden,
+  kNegative,
+  kDu,
+  kUpSaved,
+  kUpForward,
+  kUpBackward,
+  kDownSaved,
+  kDownForward,
+  kDownBackward,
+  kBuffers
+};
 static_assert(kBuffers <= SublayerMemory::kMost);
 
 struct Composed {
   MlpUp up;
   ProjectResidual down;
 
-  Composed(const MlpSublayer& op, DType storage, double h_scale) {
+  Composed(const MlpSublayer& op, DType storage, double scale) {
     up.x = down.x = op.x.x;
     up.w = op.up;
-    up.h_scale = h_scale;
+    up.activation = {scale, op.negative_slope, {}};
     up.saturated = op.saturated;
     down.a = up.h = TensorView(storage, {op.x.x.shape[0], op.x.x.shape[1], op.up.shape[0]}, op.memory[kHidden]);
+    if (op.negative_slope > 0)
+      up.activation.negative = TensorView(DType::u8, {sign_bytes(up.h.size())}, op.memory[kNegative]);
     down.w = op.down;
     down.out = op.out.x;
     up.saved = area(op.memory[kUpSaved]);
@@ -210,6 +223,8 @@ SublayerMemory ComposedBackend::mlp_sublayer_memory(const MlpSublayer& op, bool 
   const Composed parts(op, dtype(), 1.0);
   Buffers buffers(kSteps, kBuffers, backward);
   buffers.add(kHidden, "mlp hidden", parts.up.h.bytes(), kUp, buffers.clock.until(kDown, kDown));
+  if (backward && parts.up.activation.negative)
+    buffers.add(kNegative, "mlp signs", parts.up.activation.negative.bytes(), kUp, buffers.clock.until(kUp, kDown));
   buffers.add_gradient(kDu, "gradients, mlp", parts.up.h.bytes(), kDown, kUp);
   buffers.add_areas(mlp_up_bytes(parts.up), kUp, kUpSaved, kUpForward, kUpBackward);
   buffers.add_areas(project_residual_bytes(parts.down), kDown, kDownSaved, kDownForward, kDownBackward);
@@ -222,12 +237,12 @@ void ComposedBackend::mlp_sublayer_forward(const MlpSublayer& op) {
   project_residual_forward(parts.down);
 }
 
-// The slope of ReLU² is taken where the gradient at the hidden values is made, which never reaches memory.
+// The activation's slope is taken where the gradient at the hidden values is made, which never reaches memory.
 void ComposedBackend::mlp_sublayer_backward(const MlpSublayer& op, const MlpSublayerGrads& grads) {
   using namespace mlp;
   const Composed parts(op, dtype(), 1.0 / mlp_down_factor());
   ProjectResidualGrads down;
-  down.h_scale = parts.up.h_scale;
+  down.activation = parts.up.activation;
   down.dout = grads.dx;
   down.da = parts.up.h;
   down.da.data = op.memory[kDu];

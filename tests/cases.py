@@ -281,9 +281,9 @@ def heads_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "") -
 
 
 def project_residual_case(
-    B: int, T: int, d: int, c: int, skip: str | None = None, h_scale: float | None = None
+    B: int, T: int, d: int, c: int, skip: str | None = None, h_scale: float | None = None, slope: float = 0.0
 ) -> Case:
-    """skip: as in qkv_case; None: the residual is an array. h_scale: a is h_scale·relu(u)², and u's gradient wanted."""
+    """skip: as in qkv_case; None: the residual is an array. h_scale: a is h_scale·f(u), and u's gradient wanted."""
     rng = np.random.default_rng(4)
     first = T // 3
     inputs = {"x": draw(rng, B, T, d)} if skip is None else mixed_inputs(rng, B, T, d, skip)
@@ -293,44 +293,51 @@ def project_residual_case(
 
     def expected(t):
         residual = t["x"] if skip is None else mixed_reference(t)
-        a = t["a"] if h_scale is None else h_scale * t["u"].relu().square()
+        a = t["a"] if h_scale is None else h_scale * reference.squared_relu(t["u"], slope)
         out = residual + t["scale"] * (a @ t["w"].T)
         return {"out": out, **detached({"late out": out[:, first:]})}
 
     def run(inputs, upstream, starts):
         residual = inputs["x"] if skip is None else mixed_native(inputs, skip)
         w = ops.working_copy(inputs["w"], inputs["scale"])
-        a = inputs["a"] if h_scale is None else h_scale * np.maximum(inputs["u"], 0) ** 2
+        a, ways = inputs.get("a"), {"h_scale": h_scale or 0}
+        if h_scale is not None:
+            u = inputs["u"]
+            a = h_scale * np.where(u > 0, u, u.dtype.type(slope) * u) ** 2
+            if slope:
+                ways |= {"negative_slope": slope, "negative": np.packbits(u < 0, bitorder="little")}
         late_residual = residual if isinstance(residual, ops.MixedInput) else residual[:, first:]
         late, _ = ops.project_residual(late_residual, a[:, first:], w)
         out, saved = ops.project_residual(residual, a, w)
-        da, dw = ops.project_residual_backward(saved, upstream["out"], h_scale=h_scale or 0)
-        without = ops.project_residual_backward(saved, upstream["out"], h_scale=h_scale or 0, weights=False)
+        da, dw = ops.project_residual_backward(saved, upstream["out"], **ways)
+        without = ops.project_residual_backward(saved, upstream["out"], **ways, weights=False)
         assert_same({"a"}, named(without), {"a": da})
         dw, dscale = ops.finish_projection(inputs["w"], inputs["scale"], dw, starts["scale"])
         return {"out": out, "late out": late}, {wanted: da, "w": dw, "scale": dscale}
 
     wanted = "a" if h_scale is None else "u"
     name = f"project {B}x{T} d{d} c{c} skip {skip!r}" + ("" if h_scale is None else f" h_scale {h_scale}")
+    name += f" slope {slope}" if slope else ""
     return Case(name, inputs, expected, run, [wanted, "w", "scale"], ["scale"])
 
 
-def mlp_up_case(B: int, T: int, d: int, F: int) -> Case:
+def mlp_up_case(B: int, T: int, d: int, F: int, slope: float = 0.0) -> Case:
     rng = np.random.default_rng(5)
     inputs = {"x": draw(rng, B, T, d), "w": draw(rng, F, d)}
 
     def expected(t):
         u = reference.rms(t["x"]) @ t["w"].T
-        return {"u": u, **detached({"h": u.relu().square()})}
+        return {"u": u, **detached({"h": reference.squared_relu(u, slope)})}
 
     def run(inputs, upstream, starts):
-        h, saved = ops.mlp_up(**inputs)
+        h, saved = ops.mlp_up(**inputs, negative_slope=slope)
         gradients = named(ops.mlp_up_backward(saved, upstream["u"], add_to=starts))
         without = ops.mlp_up_backward(saved, upstream["u"], weights=False, add_to={"x": starts["x"]})
         assert_same({"x"}, named(without), gradients)
         return {"h": h}, gradients
 
-    return Case(f"mlp_up {B}x{T} d{d} F{F}", inputs, expected, run, ["x", "w"], ["x", "w"])
+    name = f"mlp_up {B}x{T} d{d} F{F}" + (f" slope {slope}" if slope else "")
+    return Case(name, inputs, expected, run, ["x", "w"], ["x", "w"])
 
 
 def attention_sublayer_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "", rank: int = 0) -> Case:
@@ -376,25 +383,26 @@ def attention_sublayer_case(B: int, T: int, d: int, H: int, K: int, D: int, skip
     return Case(name, inputs, expected, run, gradients, started)
 
 
-def mlp_sublayer_case(B: int, T: int, d: int, F: int) -> Case:
+def mlp_sublayer_case(B: int, T: int, d: int, F: int, slope: float = 0.0) -> Case:
     """w and scale are the down projection's."""
     rng = np.random.default_rng(9)
     inputs = {"x": draw(rng, B, T, d), "up": draw(rng, F, d), "w": draw(rng, d, F), "scale": draw(rng, d)}
 
     def expected(t):
-        return {"out": t["x"] + t["scale"] * reference.mlp(reference.rms(t["x"]), t["up"], t["w"])}
+        return {"out": t["x"] + t["scale"] * reference.mlp(reference.rms(t["x"]), t["up"], t["w"], slope)}
 
     def run(inputs, upstream, starts):
         factor = ops.mlp_down_factor()
         down = ops.working_copy(inputs["w"], inputs["scale"], factor=factor)
-        out, saved = ops.mlp_sublayer(inputs["x"], inputs["up"], down)
+        out, saved = ops.mlp_sublayer(inputs["x"], inputs["up"], down, negative_slope=slope)
         gradients = ops.mlp_sublayer_backward(saved, upstream["out"], add_to={"up": starts["up"]})
         without = ops.mlp_sublayer_backward(saved, upstream["out"], weights=False)
         assert_same({"x"}, named(without), named(gradients))
         ends = ops.finish_projection(inputs["w"], inputs["scale"], gradients.down, starts["scale"], factor=factor)
         return {"out": out}, {"x": gradients.x, "up": gradients.up, **named(ends)}
 
-    return Case(f"mlp sublayer {B}x{T} d{d} F{F}", inputs, expected, run, list(inputs), ["up", "scale"])
+    name = f"mlp sublayer {B}x{T} d{d} F{F}" + (f" slope {slope}" if slope else "")
+    return Case(name, inputs, expected, run, list(inputs), ["up", "scale"])
 
 
 def head_case(B: int, T: int, d: int, V: int, softcap: float = 30.0, loss_scale: float = 1.0) -> Case:

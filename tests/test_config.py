@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,14 @@ from pgolf.config import (
     parse_override,
     recipe_policy,
     recipes,
+    with_younger_keys,
 )
 from pgolf.errors import FormatError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def write(path: Path, text: str) -> Path:
@@ -283,6 +290,18 @@ def test_a_model_table_from_a_header_is_complete_and_known() -> None:
         ModelConfig.from_dict(ModelConfig().to_dict() | {"num_layers": 10**12})
     with pytest.raises(ValueError, match="must be a table"):
         ModelConfig.from_dict([1, 2])  # type: ignore[arg-type]
+
+
+def test_a_stored_model_table_leaves_out_younger_keys_that_do_nothing() -> None:
+    golden = Path(__file__).with_name("golden") / "finished" / "config.toml"
+    assert list(ModelConfig().to_stored()) == list(tomllib.loads(golden.read_text(encoding="utf-8"))["model"])
+    leaky = ModelConfig(mlp_negative_slope=0.5)
+    assert leaky.to_stored() == {**ModelConfig().to_stored(), "mlp_negative_slope": 0.5}
+    for model in (ModelConfig(), leaky):
+        assert ModelConfig.from_dict(model.to_stored()) == model
+    tables = Config().to_dict()
+    older = {**tables, "model": ModelConfig().to_stored()}
+    assert with_younger_keys(older) == tables
 
 
 # TOML

@@ -83,6 +83,8 @@ PROJECT_RESIDUAL = [
     project_residual_case(3, 2, 6, 64, ""),
     project_residual_case(1, 63, 64, 32, "x"),
     project_residual_case(5, 130, 70, 600),  # and a weight gradient of more than one tile each way
+    project_residual_case(2, 65, 34, 97, h_scale=1.0, slope=0.5),
+    project_residual_case(1, 3, 2, 1, h_scale=1 / 16, slope=0.3),
     project_residual_case(2, 65, 34, 97, h_scale=1.0),
     project_residual_case(5, 130, 32, 600, h_scale=1 / 16),
 ]
@@ -92,6 +94,8 @@ MLP_UP = [
     mlp_up_case(3, 2, 6, 2),
     mlp_up_case(1, 64, 64, 32),
     mlp_up_case(5, 130, 32, 600),
+    mlp_up_case(2, 65, 34, 97, slope=0.5),
+    mlp_up_case(1, 1, 2, 1, slope=0.3),
     mlp_up_case(2, 300, 264, 66),  # on a CPU more tokens than are packed at a time for the weights' gradients
 ]
 ATTENTION_SUBLAYER = [
@@ -104,6 +108,8 @@ MLP_SUBLAYER = [
     mlp_sublayer_case(2, 130, 34, 97),
     mlp_sublayer_case(1, 1, 2, 1),
     mlp_sublayer_case(3, 65, 64, 32),
+    mlp_sublayer_case(2, 130, 34, 97, slope=0.5),
+    mlp_sublayer_case(1, 1, 2, 3, slope=2.0),
 ]
 HEAD = [
     head_case(2, 65, 34, 97, softcap=5.0, loss_scale=0.25),
@@ -215,7 +221,7 @@ def test_pending_may_be_dskip_itself(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_projection_may_write_onto_its_residual(dtype):
-    case = PROJECT_RESIDUAL[-3]
+    case = project_residual_case(5, 130, 70, 600)
     inputs = cast(case.inputs, dtype)
     out, saved = ops.project_residual(inputs["x"], inputs["a"], inputs["w"])
     stream = inputs["x"].copy()
@@ -634,6 +640,14 @@ def saved_attention() -> ops.Saved:
             lambda: ops.project_residual_backward(ops.project_residual(X, X, np.ones((4, 4)))[1], X, h_scale=-1.0),
             ValueError,
             "h_scale is -1.0; expected mlp_up's, or 0",
+        ),
+        (lambda: ops.mlp_up(X, W, negative_slope=-0.5), ValueError, "negative_slope is -0.5; expected a number from 0"),
+        (
+            lambda: ops.project_residual_backward(
+                ops.project_residual(X, X, np.ones((4, 4)))[1], X, h_scale=1.0, negative_slope=0.5
+            ),
+            ValueError,
+            "negative_slope is 0.5; expected h_scale above 0 and 3 bytes of signs in negative",
         ),
         (lambda: ops.attention_backward(saved_attention(), None), TypeError, "do has dtype object; expected float64"),
         (

@@ -93,12 +93,18 @@ CASES = [
     project_residual_case(3, 130, 128, 256, h_scale=1 / 16),
     project_residual_case(2, 300, 512, 1536, h_scale=1.0),
     project_residual_case(3, 130, 640, 1920, h_scale=1 / 16),
+    project_residual_case(2, 65, 64, 48, h_scale=1.0, slope=0.5),
+    project_residual_case(3, 130, 128, 256, h_scale=1 / 16, slope=0.3),
+    project_residual_case(2, 300, 512, 1536, h_scale=1.0, slope=0.5),
     project_residual_case(1, 40_000, 64, 128, h_scale=1.0),  # several tiles of rows for every block
     mlp_up_case(2, 65, 64, 97),
     mlp_up_case(40, 1, 32, 64),
     mlp_up_case(1, 40, 32, 1),
     mlp_up_case(3, 130, 640, 1920),
     mlp_up_case(1, 1, 64, 128),
+    mlp_up_case(2, 65, 64, 97, slope=0.5),
+    mlp_up_case(2, 300, 512, 1536, slope=0.5),
+    mlp_up_case(1, 1, 64, 128, slope=0.3),
     mlp_up_case(2, 300, 512, 1536),
     mlp_up_case(1, 40_000, 64, 128),  # more rows than the blocks of one pass have
     project_residual_case(2, 17_000, 64, 128, ""),
@@ -204,18 +210,20 @@ def test_an_attention_sublayer_has_the_bits_of_its_pieces(rank: int, skip: str, 
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-def test_an_mlp_sublayer_has_the_bits_of_its_pieces(place: Place) -> None:
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_an_mlp_sublayer_has_the_bits_of_its_pieces(slope: float, place: Place) -> None:
     rng = np.random.default_rng(8)
     x, dout = (place.round(draw(rng, 2, 65, 64)).astype(np.float32) for _ in range(2))
     up, down = (place.round(draw(rng, *shape) / 8).astype(np.float32) for shape in ((96, 64), (64, 96)))
     with ops.on(place.device, place.dtype):
-        out, saved = ops.mlp_sublayer(x, up, down)
+        out, saved = ops.mlp_sublayer(x, up, down, negative_slope=slope)
         found = ops.mlp_sublayer_backward(saved, dout)
 
         h_scale = 1 / ops.mlp_down_factor()
-        h, squared = ops.mlp_up(x, up, h_scale=h_scale)
+        h, squared = ops.mlp_up(x, up, h_scale=h_scale, negative_slope=slope)
         wanted_out, projected = ops.project_residual(x, h, down)
-        du, ddown = ops.project_residual_backward(projected, dout, h_scale=h_scale)
+        ways = {"negative_slope": slope, "negative": squared.tensors.get("negative")}
+        du, ddown = ops.project_residual_backward(projected, dout, h_scale=h_scale, **ways)
         dx, dup = ops.mlp_up_backward(squared, du, add_to={"x": dout})
     assert same_bits(out, wanted_out)
     for name, gradient in {"x": dx, "up": dup, "down": ddown}.items():

@@ -688,6 +688,7 @@ def test_common_steps(recipe: str, tied: bool, data: Path, monkeypatch: pytest.M
     model = SimpleNamespace(
         **shape,
         mlp_mult=3.0,
+        mlp_negative_slope=0.0,
         tie_embeddings=tied,
         tied_embed_init_std=0.005,
         logit_softcap=30.0,

@@ -311,9 +311,12 @@ ProjectResidual make_project_residual(Staged& t, const py::kwargs&) {
     op.x = t["x"];
   return op;
 }
+SquaredRelu make_activation(Staged& t, const py::kwargs& n) {
+  return {number<double>(n, "h_scale"), number<double>(n, "negative_slope"), t.find("negative")};
+}
 ProjectResidualGrads make_project_residual_grads(Staged& t, const py::kwargs& n) {
   ProjectResidualGrads grads;
-  grads.h_scale = number<double>(n, "h_scale");
+  grads.activation = make_activation(t, n);
   grads.dout = t["dout"];
   grads.da = t["da"];
   grads.w = t.find("dw", true);
@@ -321,7 +324,7 @@ ProjectResidualGrads make_project_residual_grads(Staged& t, const py::kwargs& n)
 }
 MlpUp make_mlp_up(Staged& t, const py::kwargs& n) {
   MlpUp op;
-  op.h_scale = number<double>(n, "h_scale");
+  op.activation = make_activation(t, n);
   op.x = t["x"];
   op.w = t["w"];
   op.h = t["h"];
@@ -400,8 +403,9 @@ AttentionSublayerGrads make_attention_sublayer_grads(Staged& t, const py::kwargs
   grads.adapters = t.find("dadapters", true);
   return grads;
 }
-MlpSublayer make_mlp_sublayer(Staged& t, const py::kwargs&) {
+MlpSublayer make_mlp_sublayer(Staged& t, const py::kwargs& n) {
   MlpSublayer op;
+  op.negative_slope = number<double>(n, "negative_slope");
   op.x.x = t["x"];
   op.up = t["up"];
   op.down = t["down"];

@@ -1,4 +1,4 @@
-// Norm, the first MLP product and ReLU². Its slope is projection.cpp's, from h: u itself is not kept.
+// Norm, the first MLP product and its activation. Its slope is projection.cpp's, from h: u itself is not kept.
 #include <atomic>
 
 #include "cpu/cpu_backend.h"
@@ -23,6 +23,29 @@ void saturate_f16(T* h, i64 count, std::int64_t* saturated) {
     ++found;
   }
   if (found && saturated) std::atomic_ref<std::int64_t>(*saturated).fetch_add(found, std::memory_order_relaxed);
+}
+
+// h: u → f(u). With a slope the signs of u are left in `negative`, bits from a whole byte on, unless it is null.
+template <class T>
+void square(T* h, i64 count, T scale, T slope, unsigned char* negative) {
+  if (slope == 0) {
+    PGOLF_SIMD
+    for (i64 i = 0; i < count; ++i) {
+      const T u = h[i] > 0 ? h[i] : T(0);
+      h[i] = scale * (u * u);
+    }
+    return;
+  }
+  for (i64 first = 0; negative && first < count; first += 8) {
+    unsigned bits = 0;
+    for (i64 i = first; i < count && i < first + 8; ++i) bits |= unsigned(h[i] < 0) << (i - first);
+    negative[first / 8] = static_cast<unsigned char>(bits);
+  }
+  PGOLF_SIMD
+  for (i64 i = 0; i < count; ++i) {
+    const T u = h[i] > 0 ? h[i] : slope * h[i];
+    h[i] = scale * (u * u);
+  }
 }
 
 template <class T>
@@ -65,18 +88,16 @@ void CpuBackend<T>::mlp_up_forward(const MlpUp& op) {
   ForwardScratch<T> scratch(scratch_layout, concurrency(), s);
   prepare(scratch.w, op.w);
   T* factor = op.saved.as<T>();
-  const T h_scale = T(op.h_scale);
+  const T scale = T(op.activation.scale), slope = T(op.activation.negative_slope);
+  unsigned char* const negative = op.activation.negative.as<unsigned char>();
+  static_assert(kRowChunk % 8 == 0, "a chunk's signs begin with a byte");
   for_row_chunks(s.N, [&](i64 first, i64 count, int worker) {
     T *normed = scratch.normed.of(worker), *h = op.h.as<T>() + first * s.F;
     for (i64 i = 0; i < count; ++i)
       factor[first + i] = rms_row(op.x.as<T>() + (first + i) * s.d, s.d, normed + i * s.d);
     round(normed, count * s.d);
     scratch.w.multiply(count, normed, s.d, kFromZero, h, s.F);
-    PGOLF_SIMD
-    for (i64 i = 0; i < count * s.F; ++i) {
-      const T u = h[i] > 0 ? h[i] : T(0);
-      h[i] = h_scale * (u * u);
-    }
+    square(h, count * s.F, scale, slope, negative ? negative + first * s.F / 8 : nullptr);
     if (rounding_ == Rounding::f16) saturate_f16(h, count * s.F, op.saturated);
     round(h, count * s.F);
   });

@@ -82,14 +82,20 @@ void CpuBackend<T>::project_residual_backward(const ProjectResidual& op, const P
   BackwardScratch<T> scratch(layout, s);
   prepare(scratch.w, op.w);
   const T* dout = grads.dout.as<T>();
-  const T slope = T(2 * std::sqrt(grads.h_scale));  // h_scale·2·relu(u) = 2·√h_scale·√h
+  const SquaredRelu& f = grads.activation;
+  const T slope = T(2 * std::sqrt(f.scale)), below = T(-f.negative_slope);
+  const unsigned char* const negative = f.negative.as<unsigned char>();
   for_row_chunks(N, [&](i64 first, i64 count, int) {
     T* da = grads.da.as<T>() + first * c;
     scratch.w.multiply(count, dout + first * d, d, kFromZero, da, c);
-    if (grads.h_scale > 0) {
+    if (f.scale > 0) {
       const T* h = op.a.as<T>() + first * c;
       PGOLF_SIMD
       for (i64 i = 0; i < count * c; ++i) da[i] *= slope * std::sqrt(h[i]);
+      if (negative) {
+        const unsigned char* bits = negative + first * c / 8;
+        for (i64 i = 0; i < count * c; ++i) da[i] *= bits[i / 8] >> (i % 8) & 1 ? below : T(1);
+      }
     }
     round(da, count * c);
   });

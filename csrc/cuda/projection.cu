@@ -1,9 +1,9 @@
 // Projections back into the residual stream. Their scale is part of w, so that all are plain GEMMs onto the residual.
-// The slope of ReLU², on the way back to an MLP's hidden values. And the bare GEMM.
+// The slope of an MLP's activation, on the way back to an MLP's hidden values. And the bare GEMM.
 //
 // Rounded to S. Forward onto x: out. Forward onto the mixed input: first the GEMM a·wᵀ, which is small against the
-// residual, then out, of the positions that it has. Backward: da; where it is to be the gradient before ReLU², the one
-// at h is rounded as well unless the slope is in the GEMM's epilogue.
+// residual, then out, of the positions that it has. Backward: da; where it is to be the gradient before an activation,
+// the one at h is rounded as well unless the slope is in the GEMM's epilogue.
 #include "cuda/elementwise.cuh"
 #include "cuda/gemm_args.h"
 #include "cuda/row_ops.cuh"
@@ -106,26 +106,42 @@ __global__ void __launch_bounds__(kElementThreads) add_residual_mix(AddResidualM
   add(row, column, load8<S>(add.out + i64{row} * add.d + column));
 }
 
-// The gradient at h = h_scale·relu(u)² → that at u: times h_scale·2·relu(u), where relu(u) = √(h/h_scale).
-// Memory-bound: 2 reads, 1 write.
+// SquaredRelu's slope, from its value and the sign of u.
+struct Slope {
+  float scale, below;             // 0 and −negative_slope
+  const unsigned char* negative;  // null: none is
+  explicit Slope(const SquaredRelu& f)
+      : scale(static_cast<float>(f.scale)),
+        below(static_cast<float>(-f.negative_slope)),
+        negative(f.negative.as<unsigned char>()) {}
+};
+
+// The gradient at h → that at u. Memory-bound: 2 reads, 1 write.
 template <class S>
 __global__ void __launch_bounds__(kElementThreads)
-    square_relu_backward(S* dh_to_du, const S* h, i64 count, float h_scale) {
-  for_each_element<S>(dh_to_du, h, count, [=](float dh, float at) { return dh * (2.0f * sqrtf(h_scale * at)); });
+    square_relu_backward(S* dh_to_du, const S* h, i64 count, Slope slope) {
+  const i64 byte = i64{blockIdx.x} * kElementThreads + threadIdx.x;
+  const unsigned negative = slope.negative && byte * kVector < count ? slope.negative[byte] : 0;
+  for_each_element<S>(dh_to_du, h, count, [=](float dh, float at, int j) {
+    const float du = dh * (2.0f * sqrtf(slope.scale * at));
+    return negative >> j & 1 ? slope.below * du : du;
+  });
 }
 
-// The same as an epilogue: the accumulator is the gradient at h.
-template <class S>
+// The same as an epilogue: the accumulator is the gradient at h. kSigns: slope.negative is there; a template, as a
+// branch on it costs the one without signs 800 bytes of spills.
+template <class S, bool kSigns>
 struct SquareReluBackwardEpilogue {
   using Tile = SharedTile<128>;
   static constexpr int kPassRows = kWarp / Tile::kChunks, kPasses = 16 / kPassRows;
   struct Ahead {
     Packed8<S> h[kPasses];
+    unsigned char negative[kSigns ? kPasses : 1];
   };
   const S* h;  // [rows, F]
   S* du;
   i64 rows, F;
-  float h_scale;
+  Slope slope;
 
   __device__ Ahead ahead(i64 first_row, int first_column) const {
     const int lane_row = threadIdx.x % kWarp / Tile::kChunks, chunk = threadIdx.x % Tile::kChunks;
@@ -133,7 +149,9 @@ struct SquareReluBackwardEpilogue {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const i64 own = first_row + i * kPassRows + lane_row;
-      read.h[i] = load_packed(h + (own < rows ? own : rows - 1) * F + first_column + chunk * kVector);
+      const i64 at = (own < rows ? own : rows - 1) * F + first_column + chunk * kVector;
+      read.h[i] = load_packed(h + at);
+      if constexpr (kSigns) read.negative[i] = slope.negative[at / kVector];
     }
     return read;
   }
@@ -141,17 +159,24 @@ struct SquareReluBackwardEpilogue {
                              int column) const {
     const int pass_row = threadIdx.x % kWarp / Tile::kChunks, chunk = threadIdx.x % Tile::kChunks;
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i)
-      *reinterpret_cast<uint4*>(tile + Tile::offset(i * kPassRows + pass_row, chunk)) = read.h[i].piece[0];
+    for (int i = 0; i < kPasses; ++i) {
+      uint4 numbers = read.h[i].piece[0];
+      if constexpr (kSigns) numbers = with_signs(numbers, read.negative[i]);  // h's sign bits are u's
+      *reinterpret_cast<uint4*>(tile + Tile::offset(i * kPassRows + pass_row, chunk)) = numbers;
+    }
     __syncwarp();
+    const auto slope_at = [&](float at) {
+      const float above = 2.0f * sqrt_approximate(slope.scale * (kSigns ? fabsf(at) : at));
+      return kSigns && __float_as_int(at) < 0 ? slope.below * above : above;
+    };
 #pragma unroll
     for (int n = 0; n < 16; ++n)
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
         const auto at = tile + Tile::offset(lane_row(i), n) + lane_column(i) * sizeof(S);
         const float2 here = unpack<S>(*reinterpret_cast<const unsigned*>(at));
-        accumulator[0][n][i] *= 2.0f * sqrt_approximate(h_scale * here.x);
-        accumulator[0][n][i + 1] *= 2.0f * sqrt_approximate(h_scale * here.y);
+        accumulator[0][n][i] *= slope_at(here.x);
+        accumulator[0][n][i + 1] *= slope_at(here.y);
       }
     store_rows<S, 128, 1>(tile, accumulator, du + row * F + column, static_cast<int>(F), 0,
                           static_cast<int>(rows - row), 128);
@@ -193,19 +218,23 @@ void CudaBackend::project_residual_forward(const ProjectResidual& op) {
 
 void CudaBackend::project_residual_backward(const ProjectResidual& op, const ProjectResidualGrads& grads) {
   const Dims s(op);
-  const bool slopes = grads.h_scale > 0;
-  const float h_scale = static_cast<float>(grads.h_scale);
+  const bool slopes = grads.activation.scale > 0;
+  const Slope slope(grads.activation);
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
     if constexpr (sizeof(S) == 2)
-      if (slopes && sm90::gemm_fits(*this, s.N, s.c, s.d))
-        return sm90::launch_weight_stationary_gemm<S, sm90::Major::mn>(
-            *this, "mlp_out_backward", grads.dout.data, op.w.data, s.N, s.c, s.d,
-            SquareReluBackwardEpilogue<S>{op.a.as<S>(), grads.da.as<S>(), s.N, s.c, h_scale});
+      if (slopes && sm90::gemm_fits(*this, s.N, s.c, s.d)) {
+        const auto multiply = [&](auto signs) {
+          sm90::launch_weight_stationary_gemm<S, sm90::Major::mn>(
+              *this, "mlp_out_backward", grads.dout.data, op.w.data, s.N, s.c, s.d,
+              SquareReluBackwardEpilogue<S, signs()>{op.a.as<S>(), grads.da.as<S>(), s.N, s.c, slope});
+        };
+        return slope.negative ? multiply(std::true_type{}) : multiply(std::false_type{});
+      }
     gemm(s.linear(storage_).backward(grads.dout.data, op.w.data, grads.da.data));
     if (!slopes) return;
-    square_relu_backward<S><<<element_blocks(s.N * s.c), kElementThreads, 0, stream()>>>(grads.da.as<S>(), op.a.as<S>(),
-                                                                                         s.N * s.c, h_scale);
+    square_relu_backward<S>
+        <<<element_blocks(s.N * s.c), kElementThreads, 0, stream()>>>(grads.da.as<S>(), op.a.as<S>(), s.N * s.c, slope);
     PGOLF_LAUNCHED("square_relu_backward");
   });
   if (grads.w) gemm(s.linear(storage_).weights(grads.dout.data, op.a.data, grads.w.data));

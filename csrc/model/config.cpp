@@ -23,6 +23,7 @@ void ModelConfig::validate() const {
           num_kv_heads, ".");
   require(bigram_vocab_size == 0 || bigram_vocab_size >= 2, "model.bigram_vocab_size is ", bigram_vocab_size,
           "; it must be 0 (no bigram table) or at least 2.");
+  require(mlp_negative_slope >= 0, "model.mlp_negative_slope is ", mlp_negative_slope, "; it must be at least 0.");
   require(logit_softcap > 0, "model.logit_softcap is ", logit_softcap, "; it must be above 0.");
   require(rope_base > 0, "model.rope_base is ", rope_base, "; it must be above 0.");
 }

@@ -222,6 +222,7 @@ void GPT::bind(Plan& plan, bool qat) const {
     bind(layer.wv, attention.wv, attention_grads.wv);
     bind(layer.q_gain, attention.gain, attention_grads.gain);
     bind(layer.wo, attention.wo, attention_grads.wo);
+    mlp.negative_slope = config_.mlp_negative_slope;
     bind(layer.up, mlp.up, mlp_grads.up);
     bind(layer.down, mlp.down, mlp_grads.down);
   }

@@ -166,7 +166,7 @@ def _key(default: _T, read: _Reader, absent: _T = _NO_VALUE) -> _T:
 
 
 def _with_absent(table: type[_Table], values: Mapping[str, Any]) -> dict[str, Any]:
-    known = {item.name: item.metadata["absent"] for item in fields(table)}
+    known = {item.name: item.metadata.get("absent", _NO_VALUE) for item in fields(table)}
     return {**{name: absent for name, absent in known.items() if absent is not _NO_VALUE}, **values}
 
 
@@ -209,7 +209,7 @@ class _Table:
 
     def to_stored(self) -> dict[str, Any]:
         """``to_dict`` for files that an older pgolf may read: without keys that are younger than it and do nothing."""
-        absent = {item.name: item.metadata["absent"] for item in fields(self)}
+        absent = {item.name: item.metadata.get("absent", _NO_VALUE) for item in fields(self)}
         return {name: value for name, value in self.to_dict().items() if value != absent[name]}
 
 
@@ -231,6 +231,8 @@ class ModelConfig(_Table):
     num_kv_heads: int = _key(4, _integer(1))
     # The MLP's width in units of d: F = floor(mlp_mult * d). [§2.6]
     mlp_mult: float = _key(3.0, _number(0, above=True))
+    # a, the MLP's activation below 0: (a * u)^2; 0: ReLU squared. [§2.6]
+    mlp_negative_slope: float = _key(0.0, _number(0), absent=0.0)
     # Whether the head reads tok_emb.weight instead of an lm_head.weight of its own. [§2.7]
     tie_embeddings: bool = _key(True, _flag)
     # Standard deviation of tok_emb's initial values when tied; untied it is 1. [§1]

@@ -154,8 +154,10 @@ def save_state_dict(model: GPT | Mapping[str, Any], path: StrPath) -> None:
     if target.suffix == ".pt":
         data = write_torch(state)
     else:
-        said = {"model": model.config.to_stored(), "train_seq_len": model.train_seq_len} if isinstance(model, GPT) else {}
-        metadata = {"format": "pt", **({"pgolf": json.dumps(said, sort_keys=True)} if said else {})}
+        metadata = {"format": "pt"}
+        if isinstance(model, GPT):
+            said = {"model": model.config.to_stored(), "train_seq_len": model.train_seq_len}
+            metadata["pgolf"] = json.dumps(said, sort_keys=True)
         plain = {name: np.array(w, order="C") for name, w in state.items()}
         data = _safetensors(target, ".numpy").save(plain, metadata=metadata)
     with atomic_write(target) as file:

@@ -207,8 +207,16 @@ def operations_for(dtype: np.dtype[Any]) -> Any:
     return _native_on(*place)
 
 
-def forward(operation: str, call: Arrays, outputs: Mapping[str, tuple[str, ...]], **numbers: Any) -> Saved:
-    results = {name: call.empty(*shape) for name, shape in outputs.items()}
+def forward(
+    operation: str,
+    call: Arrays,
+    outputs: Mapping[str, tuple[str, ...]],
+    others: Mapping[str, npt.NDArray[Any]] | None = None,
+    /,
+    **numbers: Any,
+) -> Saved:
+    """others: results that are no numbers of the call's dtype, as they are to be written."""
+    results = {name: call.empty(*shape) for name, shape in outputs.items()} | dict(others or {})
     kept = getattr(call.native(), operation)(call.arrays, results, **numbers)
     return Saved(operation, call.dtype, {**call.arrays, **results, "saved": kept}, numbers)
 

@@ -21,6 +21,7 @@ argument, what was found and what was expected.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -388,21 +389,44 @@ def project_residual_backward(
     dout: Any,
     *,
     h_scale: float = 0.0,
+    negative_slope: float = 0.0,
+    negative: Any = None,
     weights: bool = True,
     add_to: Mapping[str, Any] | None = None,
 ) -> ProjectResidualGrads:
     """The gradients of `project_residual` from dout [B, T, d], which is at once the residual's.
 
-    h_scale: where a is the h that `mlp_up` made with this h_scale, a's gradient is to be the one that `mlp_up_backward`
-    takes: at u, before ReLU². 0: at a. w's only with `weights`; `add_to` may hold it.
+    Args:
+        h_scale: where a is the h that `mlp_up` made with this h_scale, a's gradient is to be the one that
+            `mlp_up_backward` takes: at u, before the activation. 0: at a.
+        negative_slope: `mlp_up`'s, beside its h_scale.
+        negative: with a slope, [⌈B·T·c/8⌉] uint8, whose bit i % 8 of byte i / 8 is set where the i-th number of u is
+            below 0: `mlp_up` left it in its `Saved`, and numpy.packbits(u < 0, bitorder="little") makes it.
+        weights: False: w has no gradient.
+        add_to: may hold w.
     """
     if not 0 <= h_scale < float("inf"):
         raise ValueError(f"h_scale is {h_scale}; expected mlp_up's, or 0 for the gradient at a itself.")
     call = Backward("project_residual", saved)
+    slope = _negative_slope(negative_slope)
+    if slope:
+        size, signs = saved.tensors["a"].size, np.asarray(negative)
+        if h_scale == 0 or signs.dtype != np.uint8 or signs.shape != (-(-size // 8),):
+            raise ValueError(
+                f"negative_slope is {slope}; expected h_scale above 0 and {-(-size // 8)} bytes of signs in negative."
+            )
+        call.inputs["negative"] = np.ascontiguousarray(signs)
     call.upstream(dout=dout)
     call.written("a")
     call.added(add_to, *(("w",) if weights else ()))
-    return ProjectResidualGrads(*call.run(*ProjectResidualGrads._fields, h_scale=float(h_scale)))
+    numbers = {"h_scale": float(h_scale), "negative_slope": slope}
+    return ProjectResidualGrads(*call.run(*ProjectResidualGrads._fields, **numbers))
+
+
+def _negative_slope(value: float) -> float:
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"negative_slope is {value}; expected a number from 0 on (0: ReLU²).")
+    return float(value)
 
 
 def finish_projection(
@@ -432,13 +456,14 @@ def finish_projection(
     return ProjectionGrads(results.arrays["dw"], results.arrays["dscale"])
 
 
-def mlp_up(x: Any, w: Any, *, h_scale: float = 1.0) -> tuple[FloatArray, Saved]:
-    """`h = h_scale·relu(u)²` with `u = rms(x)·wᵀ` (docs/spec.md §2.6).
+def mlp_up(x: Any, w: Any, *, h_scale: float = 1.0, negative_slope: float = 0.0) -> tuple[FloatArray, Saved]:
+    """`h = h_scale·f(u)` with `u = rms(x)·wᵀ` and f(u) = u² for u > 0, else (negative_slope·u)² (docs/spec.md §2.6).
 
     Args:
         x: [B, T, d].
         w: [F, d].
         h_scale: a power of two; below 1 it keeps squares within fp16.
+        negative_slope: 0 or more; 0 is ReLU².
 
     Returns:
         h [B, T, F], and what `mlp_up_backward` needs.
@@ -446,7 +471,9 @@ def mlp_up(x: Any, w: Any, *, h_scale: float = 1.0) -> tuple[FloatArray, Saved]:
     call = Arrays()
     call.add("x", x, "B", "T", "d")
     call.add("w", w, "F", "d")
-    saved = forward("mlp_up", call, {"h": ("B", "T", "F")}, h_scale=float(h_scale))
+    slope, size = _negative_slope(negative_slope), math.prod(call.sizes[side] for side in "BTF")
+    signs = {"negative": np.zeros(-(-size // 8), np.uint8)} if slope else None
+    saved = forward("mlp_up", call, {"h": ("B", "T", "F")}, signs, h_scale=float(h_scale), negative_slope=slope)
     return saved.tensors["h"], saved
 
 
@@ -537,11 +564,12 @@ def mlp_down_factor() -> float:
     return float(operations_for(np.dtype(np.float32)).mlp_down_factor())
 
 
-def mlp_sublayer(x: Any, up: Any, down: Any) -> tuple[FloatArray, Saved]:
-    """`out = x + relu(rms(x)·upᵀ)²·downᵀ`: `mlp_up` and `project_residual`, as a model runs them.
+def mlp_sublayer(x: Any, up: Any, down: Any, *, negative_slope: float = 0.0) -> tuple[FloatArray, Saved]:
+    """`out = x + f(rms(x)·upᵀ)·downᵀ`: `mlp_up` and `project_residual`, as a model runs them.
 
     Args:
         x: [B, T, d].
+        negative_slope: as `mlp_up`.
         up: [F, d].
         down: [d, F], the projection's scale included: `working_copy(down, scale, factor=mlp_down_factor())`.
 
@@ -552,7 +580,8 @@ def mlp_sublayer(x: Any, up: Any, down: Any) -> tuple[FloatArray, Saved]:
     call.add("x", x, "B", "T", "d")
     call.add("up", up, "F", "d")
     call.add("down", down, "d", "F")
-    saved = forward("mlp_sublayer", call, {"out": ("B", "T", "d")}, backward=True)
+    slope = _negative_slope(negative_slope)
+    saved = forward("mlp_sublayer", call, {"out": ("B", "T", "d")}, backward=True, negative_slope=slope)
     return saved.tensors["out"], saved
 
 

@@ -132,9 +132,14 @@ def attention(
     return causal_attention(q, k, v).flatten(-2) @ proj.T
 
 
-def mlp(n: Tensor, fc: Tensor, proj: Tensor) -> Tensor:
-    """§2.6: `proj(relu(fc(n))²)` of the normed input n."""
-    return (n @ fc.T).relu().square() @ proj.T
+def squared_relu(u: Tensor, negative_slope: float = 0.0) -> Tensor:
+    """§2.6: u² above 0, (a·u)² below."""
+    return torch.where(u > 0, u, negative_slope * u).square()
+
+
+def mlp(n: Tensor, fc: Tensor, proj: Tensor, negative_slope: float = 0.0) -> Tensor:
+    """§2.6: `proj(f(fc(n)))` of the normed input n."""
+    return squared_relu(n @ fc.T, negative_slope) @ proj.T
 
 
 def head(x: Tensor, weight: Tensor, softcap: float) -> Tensor:
@@ -215,7 +220,8 @@ class ReferenceGPT:
             cos,
             sin,
         )
-        return x + w("mlp_scale") * mlp(rms(x), w("mlp.fc.weight"), w("mlp.proj.weight"))
+        hidden = mlp(rms(x), w("mlp.fc.weight"), w("mlp.proj.weight"), self.cfg.mlp_negative_slope)
+        return x + w("mlp_scale") * hidden
 
     def hidden(self, ids: Any) -> Tensor:
         """The residual stream before the head, (B, T, d)."""
