@@ -87,9 +87,9 @@ struct SublayerMemory {
   Buffer buffers[kMost];
 };
 
-// out = m + (attention over rms(m))·woᵀ                                                            §2.3–2.5
-//   m = resid_mix[0]⊙(x + skip_weight⊙skip) + resid_mix[1]⊙x0, the block's mixed input
-//   q = rope(rms(rms(m)·wqᵀ)), k = rope(rms(rms(m)·wkᵀ)) per head, v = rms(m)·wvᵀ;
+// out = m + (attention over n)·woᵀ                                                                 §2.3–2.5
+//   m = resid_mix[0]⊙(x + skip_weight⊙skip) + resid_mix[1]⊙x0, the block's mixed input; n = norm_scale·rms(m)
+//   q = rope(rms(n·wqᵀ)), k = rope(rms(n·wkᵀ)) per head, v = n·wvᵀ;
 //   attention: softmax(gain[h]·q·kᵀ/√D over keys ≤ t)·v, query head h reading key/value head ⌊h·K/H⌋
 //   rope on the pair (j, j + D/2): (a, b) → (a·cos + b·sin, −a·sin + b·cos)
 // Forward alone may compute the last T' ≤ T positions of out only.
@@ -98,9 +98,10 @@ struct AttentionSublayer {
   Stream skip;             // absent where nothing is popped; may be x itself
   TensorView resid_mix;    // [2, d]
   TensorView skip_weight;  // [d], with skip
-  TensorView wq, wk, wv;   // [H·D, d], [K·D, d], [K·D, d]
-  TensorView gain;         // [H]
-  TensorView wo;           // [d, H·D]; its scale (attn_scale) is part of its working copy
+  double norm_scale = 1.0;
+  TensorView wq, wk, wv;  // [H·D, d], [K·D, d], [K·D, d]
+  TensorView gain;        // [H]
+  TensorView wo;          // [d, H·D]; its scale (attn_scale) is part of its working copy
   // Row p is for position p of a text; the T positions of this call begin at `position`.
   TensorView cos, sin;  // [≥ position + T, D/2]
   std::int64_t position = 0;
@@ -126,9 +127,10 @@ struct AttentionSublayerGrads {
   TensorView adapters;  // out, M
 };
 
-// out = x + f(rms(x)·upᵀ)·downᵀ; f(u) = u² for u > 0, else (negative_slope·u)²                       §2.6
+// out = x + f(norm_scale·rms(x)·upᵀ)·downᵀ; f(u) = u² for u > 0, else (negative_slope·u)²                       §2.6
 struct MlpSublayer {
   Stream x;
+  double norm_scale = 1.0;
   double negative_slope = 0.0;  // ≥ 0; 0 is ReLU²
   TensorView up;                // [F, d]
   TensorView down;              // [d, F]; its scale (mlp_scale) and mlp_down_factor are part of its working copy

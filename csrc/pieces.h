@@ -16,11 +16,12 @@ struct MixedInput {
   TensorView skip_weight;  // [d]
 };
 
-// n = rms(m); q = rope(rms(n·wqᵀ)), k = rope(rms(n·wkᵀ)) per head, v = n·wvᵀ                   §2.5
+// n = norm_scale·rms(m); q = rope(rms(n·wqᵀ)), k = rope(rms(n·wkᵀ)) per head, v = n·wvᵀ                   §2.5
 //   rope on the pair (j, j + D/2): (a, b) → (a·cos + b·sin, −a·sin + b·cos). The query gain is the attention's.
 //   Forward alone may make queries of the last T' ≤ T positions only: the block computes what comes after them alone.
 struct Qkv {
   MixedInput in;
+  double norm_scale = 1.0;
   TensorView wq, wk, wv;  // [H·D, d], [K·D, d], [K·D, d]
   TensorView cos, sin;    // [≥ T, D/2]
   TensorView q, k, v;     // out [B, T', H, D], [B, T, K, D], [B, T, K, D]
@@ -95,8 +96,9 @@ struct ProjectResidualGrads {
   TensorView scratch;
 };
 
-// h = f(u), u = rms(x)·wᵀ                                                                          §2.6
+// h = f(u), u = norm_scale·rms(x)·wᵀ                                                               §2.6
 struct MlpUp {
+  double norm_scale = 1.0;
   TensorView x;  // [B, T, d]
   TensorView w;  // [F, d]
   TensorView h;  // out [B, T, F]

@@ -68,6 +68,7 @@ struct Composed {
     const std::int64_t B = op.x.x.shape[0], T = op.x.x.shape[1], queries = op.out.x.shape[1], at = op.position;
     const std::int64_t H = op.gain.shape[0], D = op.wq.shape[0] / H, K = op.wk.shape[0] / D;
     qkv.in = project.mixed = {op.x.x, op.x0.x, op.resid_mix, op.skip.x, op.skip_weight};
+    qkv.norm_scale = op.norm_scale;
     qkv.wq = op.wq;
     qkv.wk = op.wk;
     qkv.wv = op.wv;
@@ -131,6 +132,7 @@ struct Composed {
 
   Composed(const MlpSublayer& op, DType storage, double scale) {
     up.x = down.x = op.x.x;
+    up.norm_scale = op.norm_scale;
     up.w = op.up;
     up.activation = {scale, op.negative_slope, {}};
     up.saturated = op.saturated;

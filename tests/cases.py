@@ -164,7 +164,9 @@ def adapters_of(adapters: torch.Tensor, rank: int, d: int, *outs: int) -> list[t
     return [b.view(out, rank) @ a.view(rank, d) for a, b, out in pairs]
 
 
-def qkv_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "", rank: int = 0) -> Case:
+def qkv_case(
+    B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "", rank: int = 0, norm_scale: float = 1.0
+) -> Case:
     """skip: "" for none, "x" for x itself, "other". rank: of adapters; 0: none."""
     rng = np.random.default_rng(2)
     first = T // 3
@@ -182,7 +184,7 @@ def qkv_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "", ran
 
     def expected(t):
         m = mixed_reference(t)
-        n, ones = reference.rms(m), torch.ones(H, dtype=torch.float64)
+        n, ones = norm_scale * reference.rms(m), torch.ones(H, dtype=torch.float64)
         found = []
         for b in range(B):
             wq, wv = t["wq"], t["wv"]
@@ -198,10 +200,11 @@ def qkv_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "", ran
     def run(inputs, upstream, starts):
         mixed = mixed_native(inputs, skip)
         arguments = [inputs[name] for name in ("wq", "wk", "wv", "cos", "sin")]
-        late = {}
+        late, scaled = {}, {"norm_scale": norm_scale}
         if not rank:
-            late = dict(zip(("late q", "late k", "late v"), ops.qkv(mixed, *arguments, first=first)[0], strict=True))
-        (q, k, v), saved = ops.qkv(mixed, *arguments, adapters=inputs.get("adapters"))
+            late_heads, _ = ops.qkv(mixed, *arguments, first=first, **scaled)
+            late = dict(zip(("late q", "late k", "late v"), late_heads, strict=True))
+        (q, k, v), saved = ops.qkv(mixed, *arguments, adapters=inputs.get("adapters"), **scaled)
 
         def backward(**ways):
             return named(
@@ -224,6 +227,7 @@ def qkv_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "", ran
     gradients = [name for name in inputs if name not in ("cos", "sin")]
     started = [name for name in gradients if name not in ("x", "skip", "adapters")]
     name = f"qkv {B}x{T} d{d} H{H} K{K} D{D} skip {skip!r}" + (f" rank {rank}" if rank else "")
+    name += f" scale {norm_scale}" if norm_scale != 1 else ""
     return Case(name, inputs, expected, run, gradients, started)
 
 
@@ -321,22 +325,23 @@ def project_residual_case(
     return Case(name, inputs, expected, run, [wanted, "w", "scale"], ["scale"])
 
 
-def mlp_up_case(B: int, T: int, d: int, F: int, slope: float = 0.0) -> Case:
+def mlp_up_case(B: int, T: int, d: int, F: int, slope: float = 0.0, norm_scale: float = 1.0) -> Case:
     rng = np.random.default_rng(5)
     inputs = {"x": draw(rng, B, T, d), "w": draw(rng, F, d)}
 
     def expected(t):
-        u = reference.rms(t["x"]) @ t["w"].T
+        u = norm_scale * reference.rms(t["x"]) @ t["w"].T
         return {"u": u, **detached({"h": reference.squared_relu(u, slope)})}
 
     def run(inputs, upstream, starts):
-        h, saved = ops.mlp_up(**inputs, negative_slope=slope)
+        h, saved = ops.mlp_up(**inputs, negative_slope=slope, norm_scale=norm_scale)
         gradients = named(ops.mlp_up_backward(saved, upstream["u"], add_to=starts))
         without = ops.mlp_up_backward(saved, upstream["u"], weights=False, add_to={"x": starts["x"]})
         assert_same({"x"}, named(without), gradients)
         return {"h": h}, gradients
 
     name = f"mlp_up {B}x{T} d{d} F{F}" + (f" slope {slope}" if slope else "")
+    name += f" scale {norm_scale}" if norm_scale != 1 else ""
     return Case(name, inputs, expected, run, ["x", "w"], ["x", "w"])
 
 

@@ -61,6 +61,7 @@ QKV = [
     qkv_case(1, 64, 32, 3, 1, 64, "x"),
     qkv_case(5, 130, 32, 6, 2, 6),
     qkv_case(3, 65, 34, 4, 2, 6, "other", rank=3),
+    qkv_case(3, 65, 34, 4, 2, 6, "other", rank=3, norm_scale=0.5),
     qkv_case(2, 600, 32, 2, 1, 32, rank=8),  # two chunks a sequence
 ]
 ATTENTION = [
@@ -96,6 +97,7 @@ MLP_UP = [
     mlp_up_case(5, 130, 32, 600),
     mlp_up_case(2, 65, 34, 97, slope=0.5),
     mlp_up_case(1, 1, 2, 1, slope=0.3),
+    mlp_up_case(2, 65, 34, 97, slope=0.5, norm_scale=0.3),
     mlp_up_case(2, 300, 264, 66),  # on a CPU more tokens than are packed at a time for the weights' gradients
 ]
 ATTENTION_SUBLAYER = [
@@ -214,7 +216,8 @@ def test_pending_may_be_dskip_itself(dtype):
     outputs = {"d" + name: np.zeros_like(saved.tensors[name]) for name in names}
     gradients = {"dqkv": np.concatenate([upstream[name] for name in "qkv"], axis=2)}
     native = _C.Ops(-1, dtype)
-    native.heads_backward({**saved.tensors, **gradients, "pending": outputs["dskip"]}, outputs)
+    inputs = {**saved.tensors, **gradients, "pending": outputs["dskip"]}
+    native.heads_backward(inputs, outputs, **saved.numbers)
     assert same_bits(outputs["dskip"], apart.skip)
     assert same_bits(outputs["dx"], apart.x + apart.skip)
 
@@ -641,6 +644,7 @@ def saved_attention() -> ops.Saved:
             ValueError,
             "h_scale is -1.0; expected mlp_up's, or 0",
         ),
+        (lambda: ops.mlp_up(X, W, norm_scale=0.0), ValueError, "norm_scale is 0.0; expected a number above 0"),
         (lambda: ops.mlp_up(X, W, negative_slope=-0.5), ValueError, "negative_slope is -0.5; expected a number from 0"),
         (
             lambda: ops.project_residual_backward(

@@ -64,6 +64,8 @@ CASES = [
     qkv_case(3, 40, 80, 2, 2, 40),
     qkv_case(3, 65, 64, 2, 1, 32, "other", rank=3),
     qkv_case(2, 130, 96, 1, 1, 96, rank=8),
+    qkv_case(2, 256, 512, 8, 4, 64, "other", norm_scale=0.3),
+    qkv_case(2, 130, 96, 1, 1, 96, rank=8, norm_scale=0.5),
     qkv_case(2, 256, 512, 8, 4, 64, "other", rank=8),
     qkv_case(1, 65, 256, 2, 1, 128, "x", rank=16),
     qkv_case(3, 24, 128, 2, 1, 64, "x", rank=8),  # blocks of rows of several sequences,
@@ -103,7 +105,7 @@ CASES = [
     mlp_up_case(3, 130, 640, 1920),
     mlp_up_case(1, 1, 64, 128),
     mlp_up_case(2, 65, 64, 97, slope=0.5),
-    mlp_up_case(2, 300, 512, 1536, slope=0.5),
+    mlp_up_case(2, 300, 512, 1536, slope=0.5, norm_scale=0.3),
     mlp_up_case(1, 1, 64, 128, slope=0.3),
     mlp_up_case(2, 300, 512, 1536),
     mlp_up_case(1, 40_000, 64, 128),  # more rows than the blocks of one pass have
@@ -210,17 +212,17 @@ def test_an_attention_sublayer_has_the_bits_of_its_pieces(rank: int, skip: str, 
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-@pytest.mark.parametrize("slope", [0.0, 0.5])
-def test_an_mlp_sublayer_has_the_bits_of_its_pieces(slope: float, place: Place) -> None:
+@pytest.mark.parametrize(("slope", "norm_scale"), [(0.0, 1.0), (0.5, 0.3)])
+def test_an_mlp_sublayer_has_the_bits_of_its_pieces(slope: float, norm_scale: float, place: Place) -> None:
     rng = np.random.default_rng(8)
     x, dout = (place.round(draw(rng, 2, 65, 64)).astype(np.float32) for _ in range(2))
     up, down = (place.round(draw(rng, *shape) / 8).astype(np.float32) for shape in ((96, 64), (64, 96)))
     with ops.on(place.device, place.dtype):
-        out, saved = ops.mlp_sublayer(x, up, down, negative_slope=slope)
+        out, saved = ops.mlp_sublayer(x, up, down, negative_slope=slope, norm_scale=norm_scale)
         found = ops.mlp_sublayer_backward(saved, dout)
 
         h_scale = 1 / ops.mlp_down_factor()
-        h, squared = ops.mlp_up(x, up, h_scale=h_scale, negative_slope=slope)
+        h, squared = ops.mlp_up(x, up, h_scale=h_scale, negative_slope=slope, norm_scale=norm_scale)
         wanted_out, projected = ops.project_residual(x, h, down)
         ways = {"negative_slope": slope, "negative": squared.tensors.get("negative")}
         du, ddown = ops.project_residual_backward(projected, dout, h_scale=h_scale, **ways)

@@ -689,6 +689,7 @@ def test_common_steps(recipe: str, tied: bool, data: Path, monkeypatch: pytest.M
         **shape,
         mlp_mult=3.0,
         mlp_negative_slope=0.0,
+        ln_scale=False,
         tie_embeddings=tied,
         tied_embed_init_std=0.005,
         logit_softcap=30.0,

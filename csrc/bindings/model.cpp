@@ -27,6 +27,7 @@ ModelConfig config_from(const py::dict& d) {
   get("num_kv_heads", c.num_kv_heads);
   get("mlp_hidden", c.mlp_hidden);
   get("mlp_negative_slope", c.mlp_negative_slope);
+  get("ln_scale", c.ln_scale);
   get("tie_embeddings", c.tie_embeddings);
   get("tied_embed_init_std", c.tied_embed_init_std);
   get("logit_softcap", c.logit_softcap);

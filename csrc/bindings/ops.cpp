@@ -250,8 +250,9 @@ MixedInput make_mixed(Staged& t) {
   return op;
 }
 
-Qkv make_qkv(Staged& t, const py::kwargs&) {
+Qkv make_qkv(Staged& t, const py::kwargs& n) {
   Qkv op;
+  op.norm_scale = number<double>(n, "norm_scale");
   op.in = make_mixed(t);
   op.wq = t["wq"];
   op.wk = t["wk"];
@@ -324,6 +325,7 @@ ProjectResidualGrads make_project_residual_grads(Staged& t, const py::kwargs& n)
 }
 MlpUp make_mlp_up(Staged& t, const py::kwargs& n) {
   MlpUp op;
+  op.norm_scale = number<double>(n, "norm_scale");
   op.activation = make_activation(t, n);
   op.x = t["x"];
   op.w = t["w"];
@@ -371,6 +373,7 @@ AttentionSublayer make_attention_sublayer(Staged& t, const py::kwargs& n) {
   op.skip.x = in.skip;
   op.resid_mix = in.resid_mix;
   op.skip_weight = in.skip_weight;
+  op.norm_scale = number<double>(n, "norm_scale");
   op.wq = t["wq"];
   op.wk = t["wk"];
   op.wv = t["wv"];
@@ -405,6 +408,7 @@ AttentionSublayerGrads make_attention_sublayer_grads(Staged& t, const py::kwargs
 }
 MlpSublayer make_mlp_sublayer(Staged& t, const py::kwargs& n) {
   MlpSublayer op;
+  op.norm_scale = number<double>(n, "norm_scale");
   op.negative_slope = number<double>(n, "negative_slope");
   op.x.x = t["x"];
   op.up = t["up"];

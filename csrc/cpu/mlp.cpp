@@ -94,7 +94,7 @@ void CpuBackend<T>::mlp_up_forward(const MlpUp& op) {
   for_row_chunks(s.N, [&](i64 first, i64 count, int worker) {
     T *normed = scratch.normed.of(worker), *h = op.h.as<T>() + first * s.F;
     for (i64 i = 0; i < count; ++i)
-      factor[first + i] = rms_row(op.x.as<T>() + (first + i) * s.d, s.d, normed + i * s.d);
+      factor[first + i] = rms_row(op.x.as<T>() + (first + i) * s.d, s.d, normed + i * s.d, T(op.norm_scale));
     round(normed, count * s.d);
     scratch.w.multiply(count, normed, s.d, kFromZero, h, s.F);
     square(h, count * s.F, scale, slope, negative ? negative + first * s.F / 8 : nullptr);
@@ -121,7 +121,7 @@ void CpuBackend<T>::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
       const T f = factor[first + i];
       PGOLF_SIMD
       for (i64 j = 0; j < s.d; ++j) normed[j] = x[j] * f;
-      rms_row_backward<true>(normed, f, dnormed + i * s.d, s.d, grads.dx.as<T>() + (first + i) * s.d);
+      rms_row_backward<true>(normed, f, dnormed + i * s.d, s.d, grads.dx.as<T>() + (first + i) * s.d, T(op.norm_scale));
       round(normed, s.d);
     }
     round(grads.dx.as<T>() + first * s.d, count * s.d);

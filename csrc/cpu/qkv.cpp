@@ -103,7 +103,7 @@ void CpuBackend<T>::qkv_forward(const Qkv& op) {
     T* normed = scratch.normed.of(worker);
     for (i64 i = 0; i < count; ++i) {
       input.read(first + i, normed + i * s.d);
-      saved.input[first + i] = rms_row(normed + i * s.d, s.d, normed + i * s.d);
+      saved.input[first + i] = rms_row(normed + i * s.d, s.d, normed + i * s.d, T(op.norm_scale));
     }
     round(normed, count * s.d);
     // out [rows, width] = the rows of normed from that of `token` on · wᵀ
@@ -199,7 +199,7 @@ void CpuBackend<T>::qkv_backward(const Qkv& op, const QkvGrads& grads) {
     T *dmix0 = scratch.vectors.start(first), *dmix1 = dmix0 + d, *dweight = dmix1 + d;
     for (i64 row = first; row < first + count; ++row) {
       T *normed = normed_again(row), *g = dx + row * d;
-      rms_row_backward<true>(normed, saved.input[row], dnormed + (row - first) * d, d, g);
+      rms_row_backward<true>(normed, saved.input[row], dnormed + (row - first) * d, d, g, T(op.norm_scale));
       round(normed, d);
       // g is now the whole gradient at the mixed input.
       const T *x = input.x + row * d, *x0 = input.x0 + row * d;

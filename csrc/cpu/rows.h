@@ -104,19 +104,19 @@ PGOLF_INLINE T dot(const T* a, const T* b, i64 n) {
   return sum;
 }
 
-// y = rms(x); returns the factor. y may be x.
+// y = scale·rms(x); returns the factor. y may be x.
 template <class T>
-PGOLF_INLINE T rms_row(const T* x, i64 d, T* y) {
-  const T factor = T(1) / std::sqrt(dot(x, x, d) / T(d) + T(kRmsEpsilon));
+PGOLF_INLINE T rms_row(const T* x, i64 d, T* y, T scale = T(1)) {
+  const T factor = scale / std::sqrt(dot(x, x, d) / T(d) + T(kRmsEpsilon));
   PGOLF_SIMD
   for (i64 i = 0; i < d; ++i) y[i] = x[i] * factor;
   return factor;
 }
 
-// dx = (or +=) the gradient at x of y = rms(x), given y, its factor and dy. dx may be dy.
+// dx = (or +=) the gradient at x of y = scale·rms(x), given y, its factor and dy. dx may be dy.
 template <bool kAdd, class T>
-PGOLF_INLINE void rms_row_backward(const T* y, T factor, const T* dy, i64 d, T* dx) {
-  const T mean = dot(dy, y, d) / T(d);
+PGOLF_INLINE void rms_row_backward(const T* y, T factor, const T* dy, i64 d, T* dx, T scale = T(1)) {
+  const T mean = dot(dy, y, d) / (T(d) * scale * scale);
   PGOLF_SIMD
   for (i64 i = 0; i < d; ++i) {
     const T g = factor * (dy[i] - y[i] * mean);

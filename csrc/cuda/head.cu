@@ -239,7 +239,8 @@ void chunk_logits(const CudaBackend& backend, const Head& op, const Dims& s, con
                   const ForwardScratch& scratch, float* logits, i64 stride) {
   with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
     norm_rows<S, vectors><<<row_blocks(rows, warps), kRowThreads, 0, backend.stream()>>>(
-        op.x.as<S>(), positions, rows, static_cast<int>(s.d), warps, static_cast<S*>(scratch.normed), scratch.factors);
+        op.x.as<S>(), positions, rows, static_cast<int>(s.d), warps, 1.0f, static_cast<S*>(scratch.normed),
+        scratch.factors);
     PGOLF_LAUNCHED("norm_rows");
   });
   backend.gemm(s.linear(backend.dtype(), rows, stride).forward(scratch.normed, op.w.data, logits, DType::f32));
@@ -342,7 +343,7 @@ void CudaBackend::head_loss_backward(const Head& op, const HeadGrads& grads) {
       if (s.rank) gemm(adapters.down_backward(scratch.du, first_adapters(op.adapters, s, positions), forward.normed));
       with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
         norm_rows_backward<S, vectors, false><<<row_blocks(rows, warps), kRowThreads, 0, stream()>>>(
-            op.x.as<S>(), positions, forward.factors, rows, static_cast<int>(s.d), warps,
+            op.x.as<S>(), positions, forward.factors, rows, static_cast<int>(s.d), warps, 1.0f,
             static_cast<S*>(forward.normed), grads.dx.as<S>(), static_cast<bool>(grads.w));
         PGOLF_LAUNCHED("norm_rows_backward");
       });

@@ -158,7 +158,8 @@ void CudaBackend::mlp_up_forward(const MlpUp& op) {
     const auto norm = [&](S* normed) {
       with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
         norm_rows<S, vectors><<<row_blocks(s.N, warps), kRowThreads, 0, stream()>>>(
-            op.x.as<S>(), Positions{}, s.N, static_cast<int>(s.d), warps, normed, factors);
+            op.x.as<S>(), Positions{}, s.N, static_cast<int>(s.d), warps, static_cast<float>(op.norm_scale), normed,
+            factors);
         PGOLF_LAUNCHED("norm_rows");
       });
     };
@@ -192,8 +193,8 @@ void CudaBackend::mlp_up_backward(const MlpUp& op, const MlpUpGrads& grads) {
     gemm(s.linear(storage_).backward(grads.du.data, op.w.data, grads.scratch.data));
     with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
       norm_rows_backward<S, vectors, true><<<row_blocks(s.N, warps), kRowThreads, 0, stream()>>>(
-          op.x.as<S>(), Positions{}, op.saved.as<float>(), s.N, static_cast<int>(s.d), warps, grads.scratch.as<S>(),
-          grads.dx.as<S>(), static_cast<bool>(grads.w));
+          op.x.as<S>(), Positions{}, op.saved.as<float>(), s.N, static_cast<int>(s.d), warps,
+          static_cast<float>(op.norm_scale), grads.scratch.as<S>(), grads.dx.as<S>(), static_cast<bool>(grads.w));
       PGOLF_LAUNCHED("norm_rows_backward");
     });
   });

@@ -95,7 +95,7 @@ void norm_input(cudaStream_t stream, const Qkv& op, const Dims& s, i64 rows, i64
   with_row_team<kMaxVectors>(s.d, [&](auto vectors, int warps) {
     norm_residual_mix<S, vectors><<<row_blocks(rows, warps), kRowThreads, 0, stream>>>(
         Mixed<S>(op.in), Positions{0, static_cast<unsigned>(s.T), static_cast<unsigned>(first)}, rows,
-        static_cast<int>(s.d), warps, static_cast<S*>(normed), factors);
+        static_cast<int>(s.d), warps, static_cast<float>(op.norm_scale), static_cast<S*>(normed), factors);
     PGOLF_LAUNCHED("norm_residual_mix");
   });
 }
@@ -218,8 +218,8 @@ void CudaBackend::qkv_backward(const Qkv& op, const QkvGrads& grads) {
         const int d = static_cast<int>(s.d), shared = d * int(sizeof(float)) + (adding ? Added<S>::bytes(d) : 0);
         if (adding) PGOLF_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
         kernel<<<static_cast<unsigned>(blocks), kRowThreads, shared, stream()>>>(
-            Mixed<S>(op.in), s.N, d, warps, saved.input, static_cast<S*>(scratch.dnormed), input_grads(grads),
-            scratch.columns, added);
+            Mixed<S>(op.in), s.N, d, warps, static_cast<float>(op.norm_scale), saved.input,
+            static_cast<S*>(scratch.dnormed), input_grads(grads), scratch.columns, added);
         PGOLF_LAUNCHED("residual_mix_backward");
       };
       const auto choose = [&](auto skips, auto sums) {

@@ -8,10 +8,10 @@
 
 namespace pgolf::cuda {
 
-// normed = rms(m). Memory-bound: 2 or 3 reads, 1 write. factors may be null.
+// normed = scale·rms(m). Memory-bound: 2 or 3 reads, 1 write. factors may be null.
 template <class S, int kVectors>
 __global__ void __launch_bounds__(kRowThreads, 2)
-    norm_residual_mix(Mixed<S> in, Positions positions, i64 rows, int d, int warps, S* __restrict__ normed,
+    norm_residual_mix(Mixed<S> in, Positions positions, i64 rows, int d, int warps, float scale, S* __restrict__ normed,
                       float* __restrict__ factors) {
   const Team team(warps);
   const i64 own = team_row(team), row = positions.token(own < rows ? own : rows - 1);
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
 #pragma unroll
     for (int j = 0; j < kVector; ++j) squares = fmaf(m[v].x[j], m[v].x[j], squares);
   }
-  const float factor = rms_factor(team.sum(squares), d);
+  const float factor = rms_factor(team.sum(squares), d, scale);
   if (own >= rows) return;
   if (factors && team.thread == 0) factors[row] = factor;
 #pragma unroll
@@ -152,7 +152,7 @@ class AddedRows {
 // dx0 may be null; kSums: the gradients of the vectors are summed; kAdds: adapters add to dnormed.
 template <class S, int kVectors, bool kSkip, bool kSums, bool kAdds>
 __global__ void __launch_bounds__(kRowThreads, kVectors * sizeof(S) <= 4 && !(kSums && kSkip) ? 2 : 1)
-    residual_mix_backward(Mixed<S> in, i64 rows, int d, int warps, const float* __restrict__ factors,
+    residual_mix_backward(Mixed<S> in, i64 rows, int d, int warps, float scale, const float* __restrict__ factors,
                           S* dnormed_to_normed, InputGrads grads, float* __restrict__ partials,
                           const __grid_constant__ Added<S> added) {
   constexpr bool kRoom = kVectors * sizeof(S) <= 4;  // in a thread's registers, for dx0 as well
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kRowThreads, kVectors * sizeof(S) <= 4 && !(kS
 #pragma unroll
       for (int j = 0; j < kVector; ++j) dot = fmaf(m.x[j] * factor, dn.x[j], dot);
     }
-    const float mean = team.sum(dot) / static_cast<float>(d);
+    const float mean = team.sum(dot) / (static_cast<float>(d) * scale * scale);
     if (own >= rows) continue;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {

@@ -96,8 +96,9 @@ void with_row_team(i64 d, F&& body) {
 inline unsigned row_blocks(i64 rows, int warps) { return blocks_for(rows, kRowWarps / warps); }
 __device__ __forceinline__ i64 team_row(const Team& team) { return i64{blockIdx.x} * team.teams() + team.index; }
 
-__device__ __forceinline__ float rms_factor(float sum_of_squares, int d) {
-  return 1.0f / sqrtf(sum_of_squares / static_cast<float>(d) + static_cast<float>(kRmsEpsilon));
+// scale·rms(x) is x times this
+__device__ __forceinline__ float rms_factor(float sum_of_squares, int d, float scale = 1.0f) {
+  return scale / sqrtf(sum_of_squares / static_cast<float>(d) + static_cast<float>(kRmsEpsilon));
 }
 
 // Which tokens an operation computes: positions first … T−1 of every sequence, from the start-th on.
@@ -112,11 +113,11 @@ struct Positions {
   }
 };
 
-// normed = rms(x), or where that is null the rows' factors alone. Memory-bound: 1 read, 1 write.
+// normed = scale·rms(x), or where that is null the rows' factors alone. Memory-bound: 1 read, 1 write.
 template <class S, int kVectors>
 __global__ void __launch_bounds__(kRowThreads)
-    norm_rows(const S* __restrict__ x, Positions positions, i64 rows, int d, int warps, S* __restrict__ normed,
-              float* __restrict__ factors) {
+    norm_rows(const S* __restrict__ x, Positions positions, i64 rows, int d, int warps, float scale,
+              S* __restrict__ normed, float* __restrict__ factors) {
   const Team team(warps);
   const i64 row = team_row(team);
   const S* from = x + positions.token(row < rows ? row : rows - 1) * d;
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
     for (int j = 0; j < kVector; ++j) squares = fmaf(a.x[j], a.x[j], squares);
   }
-  const float factor = rms_factor(team.sum(squares), d);
+  const float factor = rms_factor(team.sum(squares), d, scale);
   if (row >= rows) return;
   if (team.thread == 0) factors[row] = factor;
   if (normed == nullptr) return;
@@ -146,12 +147,12 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-// dx = (or +=) the gradient at x, given that at normed = rms(x), in whose place normed itself is left for the weight
-// gradient, if there is one. Memory-bound: 2 (3) reads, 2 writes.
+// dx = (or +=) the gradient at x, given that at normed = scale·rms(x), in whose place normed itself is left for the
+// weight gradient, if there is one. Memory-bound: 2 (3) reads, 2 writes.
 template <class S, int kVectors, bool kAdd>
 __global__ void __launch_bounds__(kRowThreads)
     norm_rows_backward(const S* __restrict__ x, Positions positions, const float* __restrict__ factors, i64 rows, int d,
-                       int warps, S* dnormed_to_normed, S* __restrict__ dx, bool keep_normed) {
+                       int warps, float scale, S* dnormed_to_normed, S* __restrict__ dx, bool keep_normed) {
   const Team team(warps);
   const i64 own = team_row(team), row = own < rows ? own : rows - 1;
   const float factor = factors[row];
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
     for (int j = 0; j < kVector; ++j) dot = fmaf(a.x[j] * factor, dn.x[j], dot);
   }
-  const float mean = team.sum(dot) / static_cast<float>(d);
+  const float mean = team.sum(dot) / (static_cast<float>(d) * scale * scale);
   if (own >= rows) return;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {

@@ -15,7 +15,7 @@ namespace pgolf {
 // as far as memory safety asks.
 struct ModelConfig {
   std::int64_t vocab_size, num_layers, model_dim, num_heads, num_kv_heads, mlp_hidden;
-  bool tie_embeddings;
+  bool ln_scale, tie_embeddings;
   double mlp_negative_slope, tied_embed_init_std, logit_softcap, rope_base, qk_gain_init;
   std::int64_t bigram_vocab_size, bigram_dim;  // n = 0: no bigram table
   bool smear_reset_at_bos;

@@ -1,6 +1,7 @@
 #include "model/gpt.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <string_view>
 
@@ -222,6 +223,8 @@ void GPT::bind(Plan& plan, bool qat) const {
     bind(layer.wv, attention.wv, attention_grads.wv);
     bind(layer.q_gain, attention.gain, attention_grads.gain);
     bind(layer.wo, attention.wo, attention_grads.wo);
+    attention.norm_scale = mlp.norm_scale =
+        config_.ln_scale ? 1.0 / std::sqrt(static_cast<double>(pass.layer) + 1.0) : 1.0;
     mlp.negative_slope = config_.mlp_negative_slope;
     bind(layer.up, mlp.up, mlp_grads.up);
     bind(layer.down, mlp.down, mlp_grads.down);

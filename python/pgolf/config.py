@@ -233,6 +233,8 @@ class ModelConfig(_Table):
     mlp_mult: float = _key(3.0, _number(0, above=True))
     # a, the MLP's activation below 0: (a * u)^2; 0: ReLU squared. [§2.6]
     mlp_negative_slope: float = _key(0.0, _number(0), absent=0.0)
+    # Whether what block i's attention and MLP read is scaled by 1 / sqrt(i + 1) after its norm. [§2.4]
+    ln_scale: bool = _key(False, _flag, absent=False)
     # Whether the head reads tok_emb.weight instead of an lm_head.weight of its own. [§2.7]
     tie_embeddings: bool = _key(True, _flag)
     # Standard deviation of tok_emb's initial values when tied; untied it is 1. [§1]

@@ -207,9 +207,20 @@ def embed_backward(saved: Saved, dx0: Any, *, add_to: Mapping[str, Any] | None =
 
 
 def qkv(
-    mixed: MixedInput, wq: Any, wk: Any, wv: Any, cos: Any, sin: Any, *, first: int = 0, adapters: Any = None
+    mixed: MixedInput,
+    wq: Any,
+    wk: Any,
+    wv: Any,
+    cos: Any,
+    sin: Any,
+    *,
+    first: int = 0,
+    adapters: Any = None,
+    norm_scale: float = 1.0,
 ) -> tuple[tuple[FloatArray, FloatArray, FloatArray], Saved]:
-    """`n = rms(m)`; per head `q = rope(rms(n·wqᵀ))`, `k = rope(rms(n·wkᵀ))`, `v = n·wvᵀ` (docs/spec.md §2.4–2.5).
+    """`n = norm_scale·rms(m)`; per head `q = rope(rms(n·wqᵀ))`, `k = rope(rms(n·wkᵀ))`, `v = n·wvᵀ`.
+
+    docs/spec.md §2.4–2.5.
 
     RoPE turns the pair (j, j + D/2): (a, b) → (a·cos + b·sin, −a·sin + b·cos). The query gain is `attention`'s.
 
@@ -222,6 +233,7 @@ def qkv(
         adapters: [B, r·(2d + H·D + K·D)], low-rank changes of q's and v's products (docs/spec.md §5), with first = 0:
             row b holds sequence b's a's, [r, d] of q and of v, then their b's, [H·D, r] and [K·D, r]; each product
             gains (n·aᵀ)·bᵀ. None: none.
+        norm_scale: above 0.
 
     Returns:
         q [B, T − first, H, D], k and v [B, T, K, D]; and what `qkv_backward` needs.
@@ -229,8 +241,14 @@ def qkv(
     call = Arrays()
     _add_heads(call, mixed, wq, wk, wv, cos, sin, first, adapters)
     outputs = {"q": ("B", "T'", "H", "D"), "k": ("B", "T", "K", "D"), "v": ("B", "T", "K", "D")}
-    saved = forward("qkv", call, outputs)
+    saved = forward("qkv", call, outputs, norm_scale=_norm_scale(norm_scale))
     return (saved.tensors["q"], saved.tensors["k"], saved.tensors["v"]), saved
+
+
+def _norm_scale(value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"norm_scale is {value}; expected a number above 0.")
+    return float(value)
 
 
 def _add_heads(
@@ -456,14 +474,19 @@ def finish_projection(
     return ProjectionGrads(results.arrays["dw"], results.arrays["dscale"])
 
 
-def mlp_up(x: Any, w: Any, *, h_scale: float = 1.0, negative_slope: float = 0.0) -> tuple[FloatArray, Saved]:
-    """`h = h_scale·f(u)` with `u = rms(x)·wᵀ` and f(u) = u² for u > 0, else (negative_slope·u)² (docs/spec.md §2.6).
+def mlp_up(
+    x: Any, w: Any, *, h_scale: float = 1.0, negative_slope: float = 0.0, norm_scale: float = 1.0
+) -> tuple[FloatArray, Saved]:
+    """`h = h_scale·f(u)` with `u = norm_scale·rms(x)·wᵀ` and f(u) = u² for u > 0, else (negative_slope·u)².
+
+    docs/spec.md §2.6.
 
     Args:
         x: [B, T, d].
         w: [F, d].
         h_scale: a power of two; below 1 it keeps squares within fp16.
         negative_slope: 0 or more; 0 is ReLU².
+        norm_scale: above 0.
 
     Returns:
         h [B, T, F], and what `mlp_up_backward` needs.
@@ -473,7 +496,8 @@ def mlp_up(x: Any, w: Any, *, h_scale: float = 1.0, negative_slope: float = 0.0)
     call.add("w", w, "F", "d")
     slope, size = _negative_slope(negative_slope), math.prod(call.sizes[side] for side in "BTF")
     signs = {"negative": np.zeros(-(-size // 8), np.uint8)} if slope else None
-    saved = forward("mlp_up", call, {"h": ("B", "T", "F")}, signs, h_scale=float(h_scale), negative_slope=slope)
+    numbers = {"h_scale": float(h_scale), "negative_slope": slope, "norm_scale": _norm_scale(norm_scale)}
+    saved = forward("mlp_up", call, {"h": ("B", "T", "F")}, signs, **numbers)
     return saved.tensors["h"], saved
 
 
@@ -505,11 +529,12 @@ def attention_sublayer(
     *,
     first: int = 0,
     adapters: Any = None,
+    norm_scale: float = 1.0,
 ) -> tuple[FloatArray, Saved]:
-    """`out = m + attention(rms(m))·woᵀ`: `qkv`, `attention` and `project_residual`, as a model runs them.
+    """`out = m + attention(norm_scale·rms(m))·woᵀ`: `qkv`, `attention` and `project_residual`, as a model runs them.
 
     Args:
-        mixed, wq, wk, wv, cos, sin, first, adapters: as `qkv`.
+        mixed, wq, wk, wv, cos, sin, first, adapters, norm_scale: as `qkv`.
         gain: [H].
         wo: [d, H·D], the projection's scale included: `working_copy(wo, scale)`.
 
@@ -522,7 +547,8 @@ def attention_sublayer(
     call.add("wo", wo, "d", "H·D")
     if call.sizes["H"] % call.sizes["K"]:
         raise ValueError(f"wq has {call.sizes['H']} heads; expected a multiple of wk's {call.sizes['K']}.")
-    saved = forward("attention_sublayer", call, {"out": ("B", "T'", "d")}, position=0, backward=first == 0)
+    numbers = {"position": 0, "backward": first == 0, "norm_scale": _norm_scale(norm_scale)}
+    saved = forward("attention_sublayer", call, {"out": ("B", "T'", "d")}, **numbers)
     return saved.tensors["out"], saved
 
 
@@ -564,12 +590,14 @@ def mlp_down_factor() -> float:
     return float(operations_for(np.dtype(np.float32)).mlp_down_factor())
 
 
-def mlp_sublayer(x: Any, up: Any, down: Any, *, negative_slope: float = 0.0) -> tuple[FloatArray, Saved]:
-    """`out = x + f(rms(x)·upᵀ)·downᵀ`: `mlp_up` and `project_residual`, as a model runs them.
+def mlp_sublayer(
+    x: Any, up: Any, down: Any, *, negative_slope: float = 0.0, norm_scale: float = 1.0
+) -> tuple[FloatArray, Saved]:
+    """`out = x + f(norm_scale·rms(x)·upᵀ)·downᵀ`: `mlp_up` and `project_residual`, as a model runs them.
 
     Args:
         x: [B, T, d].
-        negative_slope: as `mlp_up`.
+        negative_slope, norm_scale: as `mlp_up`.
         up: [F, d].
         down: [d, F], the projection's scale included: `working_copy(down, scale, factor=mlp_down_factor())`.
 
@@ -580,8 +608,8 @@ def mlp_sublayer(x: Any, up: Any, down: Any, *, negative_slope: float = 0.0) -> 
     call.add("x", x, "B", "T", "d")
     call.add("up", up, "F", "d")
     call.add("down", down, "d", "F")
-    slope = _negative_slope(negative_slope)
-    saved = forward("mlp_sublayer", call, {"out": ("B", "T", "d")}, backward=True, negative_slope=slope)
+    numbers = {"negative_slope": _negative_slope(negative_slope), "norm_scale": _norm_scale(norm_scale)}
+    saved = forward("mlp_sublayer", call, {"out": ("B", "T", "d")}, backward=True, **numbers)
     return saved.tensors["out"], saved
 
 

@@ -208,10 +208,11 @@ class ReferenceGPT:
         def w(name: str) -> Tensor:
             return self.weight(f"blocks.{i}.{name}")
 
+        scale = 1 / math.sqrt(i + 1) if self.cfg.ln_scale else 1.0
         mix = w("resid_mix")
         x = mix[0] * x + mix[1] * x0
         x = x + w("attn_scale") * attention(
-            rms(x),
+            scale * rms(x),
             w("attn.c_q.weight"),
             w("attn.c_k.weight"),
             w("attn.c_v.weight"),
@@ -220,7 +221,7 @@ class ReferenceGPT:
             cos,
             sin,
         )
-        hidden = mlp(rms(x), w("mlp.fc.weight"), w("mlp.proj.weight"), self.cfg.mlp_negative_slope)
+        hidden = mlp(scale * rms(x), w("mlp.fc.weight"), w("mlp.proj.weight"), self.cfg.mlp_negative_slope)
         return x + w("mlp_scale") * hidden
 
     def hidden(self, ids: Any) -> Tensor:

@@ -20,6 +20,7 @@ class ModelShape:
     num_kv_heads: int = 4
     mlp_mult: float = 3.0
     mlp_negative_slope: float = 0.0
+    ln_scale: bool = False
     tie_embeddings: bool = True
     tied_embed_init_std: float = 0.005
     logit_softcap: float = 30.0
