@@ -91,7 +91,8 @@ struct SublayerMemory {
 //   m = resid_mix[0]⊙(x + skip_weight⊙skip) + resid_mix[1]⊙x0, the block's mixed input; n = norm_scale·rms(m)
 //   q = rope(rms(n·wqᵀ)), k = rope(rms(n·wkᵀ)) per head, v = n·wvᵀ;
 //   attention: softmax(gain[h]·q·kᵀ/√D over keys ≤ t)·v, query head h reading key/value head ⌊h·K/H⌋
-//   rope on the pair (j, j + D/2): (a, b) → (a·cos + b·sin, −a·sin + b·cos)
+//   rope turns a head's first R numbers, R = rope_dims or D where that is 0, the pair (j, j + R/2) by
+//   (a, b) → (a·cos + b·sin, −a·sin + b·cos); of the tables, columns from R/2 on are 1 and 0
 // Forward alone may compute the last T' ≤ T positions of out only.
 struct AttentionSublayer {
   Stream x, x0;
@@ -103,7 +104,8 @@ struct AttentionSublayer {
   TensorView gain;        // [H]
   TensorView wo;          // [d, H·D]; its scale (attn_scale) is part of its working copy
   // Row p is for position p of a text; the T positions of this call begin at `position`.
-  TensorView cos, sin;  // [≥ position + T, D/2]
+  TensorView cos, sin;         // [≥ position + T, D/2]
+  std::int64_t rope_dims = 0;  // even
   std::int64_t position = 0;
   // Keys and values of a text that grows, past norm and RoPE, kept by the caller: those of positions before `position`
   // are read, those of this call's positions written. Absent: there are no positions before, and nobody keeps them.

@@ -17,13 +17,15 @@ struct MixedInput {
 };
 
 // n = norm_scale·rms(m); q = rope(rms(n·wqᵀ)), k = rope(rms(n·wkᵀ)) per head, v = n·wvᵀ                   §2.5
-//   rope on the pair (j, j + D/2): (a, b) → (a·cos + b·sin, −a·sin + b·cos). The query gain is the attention's.
+//   rope turns the pair (j, j + R/2), R = rope_dims or D where that is 0: (a, b) → (a·cos + b·sin, −a·sin + b·cos); the
+//   tables' columns from R/2 on are 1 and 0. The query gain is the attention's.
 //   Forward alone may make queries of the last T' ≤ T positions only: the block computes what comes after them alone.
 struct Qkv {
   MixedInput in;
   double norm_scale = 1.0;
   TensorView wq, wk, wv;  // [H·D, d], [K·D, d], [K·D, d]
   TensorView cos, sin;    // [≥ T, D/2]
+  std::int64_t rope_dims = 0;
   TensorView q, k, v;     // out [B, T', H, D], [B, T, K, D], [B, T, K, D]
   TensorView adapters;    // [B, r·(2d + H·D + K·D)]: of q and of v; may be absent, and needs T' = T
   std::int64_t rank = 0;  // r
@@ -52,9 +54,10 @@ struct Attention {
   TensorView o;         // out [B, T', H, D]
   TensorView saved, scratch;
 };
-// A Qkv's tables and what it saved, for a backward that goes from its q and k on to their products.
+// A Qkv's RoPE and what it saved, for a backward that goes from its q and k on to their products.
 struct HeadNorms {
   TensorView cos, sin, saved;
+  std::int64_t rope_dims = 0;
 };
 struct AttentionGrads {
   TensorView d_o;   // in [B, T, H, D]

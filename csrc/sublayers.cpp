@@ -74,6 +74,7 @@ struct Composed {
     qkv.wv = op.wv;
     qkv.cos = part_of(op.cos, 0, at, T);
     qkv.sin = part_of(op.sin, 0, at, T);
+    qkv.rope_dims = op.rope_dims;
     qkv.adapters = op.adapters;
     qkv.rank = op.rank;
     attention.q = qkv.q = TensorView(storage, {B, queries, H, D}, op.memory[kQ]);
@@ -196,7 +197,7 @@ void ComposedBackend::attention_sublayer_backward(const AttentionSublayer& op, c
   AttentionGrads attend;
   attend.d_o = project.da;
   attend.dqkv = parts.dqkv(op.memory[kDqkv]);
-  attend.norms = {parts.qkv.cos, parts.qkv.sin, parts.qkv.saved};
+  attend.norms = {parts.qkv.cos, parts.qkv.sin, parts.qkv.saved, parts.qkv.rope_dims};
   attend.gain = grads.gain;
   attend.scratch = area(op.memory[kAttendBackward]);
   attention_backward(parts.attention, attend);

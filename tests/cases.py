@@ -165,12 +165,23 @@ def adapters_of(adapters: torch.Tensor, rank: int, d: int, *outs: int) -> list[t
 
 
 def qkv_case(
-    B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "", rank: int = 0, norm_scale: float = 1.0
+    B: int,
+    T: int,
+    d: int,
+    H: int,
+    K: int,
+    D: int,
+    skip: str = "",
+    rank: int = 0,
+    norm_scale: float = 1.0,
+    turned: int | None = None,
 ) -> Case:
-    """skip: "" for none, "x" for x itself, "other". rank: of adapters; 0: none."""
+    """skip: "" for none, "x" for x itself, "other". rank: of adapters; 0: none. turned: rope_dims."""
     rng = np.random.default_rng(2)
-    first = T // 3
-    cos, sin = (table.numpy() for table in reference.rope_tables(T + 3, D, 10000.0, "exact", torch.float64))
+    first, width = T // 3, D if turned is None else turned
+    cos, sin = (table.numpy() for table in reference.rope_tables(T + 3, width, 10000.0, "exact", torch.float64))
+    idle = ((0, 0), (0, (D - width) // 2))
+    cos, sin = np.pad(cos, idle, constant_values=1.0), np.pad(sin, idle)
     inputs = {
         **mixed_inputs(rng, B, T, d, skip),
         "wq": draw(rng, H * D, d),
@@ -192,7 +203,8 @@ def qkv_case(
                 of_q, of_v = adapters_of(t["adapters"][b], rank, d, H * D, K * D)
                 wq, wv = wq + of_q, wv + of_v
             part = slice(b, b + 1)
-            found.append(reference.queries_keys_values(n[part], wq, t["wk"], wv, ones, t["cos"][:T], t["sin"][:T]))
+            tables = (t["cos"][:T, : width // 2], t["sin"][:T, : width // 2])
+            found.append(reference.queries_keys_values(n[part], wq, t["wk"], wv, ones, *tables))
         q, k, v = (torch.cat(parts) for parts in zip(*found, strict=True))
         late = {} if rank else {"late q": q[:, first:], "late k": k, "late v": v}
         return {"q": q, "k": k, "v": v, "reader of m": m, "reader of x": t["x"], **detached(late)}
@@ -200,11 +212,11 @@ def qkv_case(
     def run(inputs, upstream, starts):
         mixed = mixed_native(inputs, skip)
         arguments = [inputs[name] for name in ("wq", "wk", "wv", "cos", "sin")]
-        late, scaled = {}, {"norm_scale": norm_scale}
+        late, numbers = {}, {"norm_scale": norm_scale, "rope_dims": turned}
         if not rank:
-            late_heads, _ = ops.qkv(mixed, *arguments, first=first, **scaled)
+            late_heads, _ = ops.qkv(mixed, *arguments, first=first, **numbers)
             late = dict(zip(("late q", "late k", "late v"), late_heads, strict=True))
-        (q, k, v), saved = ops.qkv(mixed, *arguments, adapters=inputs.get("adapters"), **scaled)
+        (q, k, v), saved = ops.qkv(mixed, *arguments, adapters=inputs.get("adapters"), **numbers)
 
         def backward(**ways):
             return named(
@@ -227,7 +239,7 @@ def qkv_case(
     gradients = [name for name in inputs if name not in ("cos", "sin")]
     started = [name for name in gradients if name not in ("x", "skip", "adapters")]
     name = f"qkv {B}x{T} d{d} H{H} K{K} D{D} skip {skip!r}" + (f" rank {rank}" if rank else "")
-    name += f" scale {norm_scale}" if norm_scale != 1 else ""
+    name += (f" scale {norm_scale}" if norm_scale != 1 else "") + (f" turned {turned}" if turned else "")
     return Case(name, inputs, expected, run, gradients, started)
 
 
@@ -259,19 +271,20 @@ def attention_case(B: int, T: int, H: int, K: int, D: int, normed: float | None 
     return Case(name, inputs, expected, run, list(inputs), ["gain"])
 
 
-def heads_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "") -> Case:
+def heads_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "", turned: int | None = None) -> Case:
     """q, k, v and attention as a training step runs them: attention's backward goes on to the products."""
-    inputs = qkv_case(B, T, d, H, K, D, skip).inputs
+    inputs = qkv_case(B, T, d, H, K, D, skip, turned=turned).inputs
+    angles = (turned or D) // 2
     gain = draw(np.random.default_rng(3), H)
 
     def expected(t):
         n = reference.rms(mixed_reference(t))
-        parts = (t["wq"], t["wk"], t["wv"], t["gain"], t["cos"][:T], t["sin"][:T])
+        parts = (t["wq"], t["wk"], t["wv"], t["gain"], t["cos"][:T, :angles], t["sin"][:T, :angles])
         return {"o": reference.causal_attention(*reference.queries_keys_values(n, *parts))}
 
     def run(inputs, upstream, starts):
         arguments = [inputs[name] for name in ("wq", "wk", "wv", "cos", "sin")]
-        heads, made = ops.qkv(mixed_native(inputs, skip), *arguments)
+        heads, made = ops.qkv(mixed_native(inputs, skip), *arguments, rope_dims=turned)
         o, saved = ops.attention(*heads, inputs["gain"], normed=True)
         add_to = {"gain": starts.pop("gain")}
         *at_products, gain = ops.attention_backward(saved, upstream["o"], qkv=made, add_to=add_to)
@@ -280,7 +293,7 @@ def heads_case(B: int, T: int, d: int, H: int, K: int, D: int, skip: str = "") -
 
     gradients = [name for name in (*inputs, "gain") if name not in ("cos", "sin")]
     started = [name for name in gradients if name not in ("x", "skip")]
-    name = f"heads {B}x{T} d{d} H{H} K{K} D{D} skip {skip!r}"
+    name = f"heads {B}x{T} d{d} H{H} K{K} D{D} skip {skip!r}" + (f" turned {turned}" if turned else "")
     return Case(name, {**inputs, "gain": gain}, expected, run, gradients, started)
 
 

@@ -56,6 +56,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
     "bigram as wide as the model": ({"bigram_dim": 128, "num_layers": 2}, 3, 33),
     "smear reset": ({"smear_reset_at_bos": True, "vocab_size": 4, "bos_id": 2, "num_layers": 2}, 3, 20),
     "bf16 rope tables": ({"rope_tables": "bf16", "num_layers": 2}, 1, 300),
+    "part of a head turned": ({"num_heads": 2, "num_kv_heads": 1, "rope_dims": 16, "num_layers": 2}, 2, 65),
     "leaky, norms scaled by depth": ({"mlp_negative_slope": 0.5, "ln_scale": True, "num_layers": 2}, 3, 43),
     "heads of 64": ({"num_heads": 2, "num_kv_heads": 1}, 2, 130),
     "heads of 40": ({"model_dim": 160, "num_layers": 3}, 2, 130),

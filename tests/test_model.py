@@ -55,6 +55,7 @@ CASES: dict[str, tuple[dict[str, Any], int, int]] = {
     "smear reset": ({"smear_reset_at_bos": True, "vocab_size": 4, "bos_id": 2}, 3, 20),
     "bf16 rope tables": ({"rope_tables": "bf16"}, 1, 300),
     "norms scaled by depth": ({"ln_scale": True}, 2, 9),
+    "part of a head turned": ({"model_dim": 32, "rope_dims": 4}, 2, 9),
     "leaky": ({"mlp_negative_slope": 0.5}, 2, 9),
     "low softcap": ({"logit_softcap": 0.7, "rope_base": 500.0}, 2, 9),
     "two tokens": ({"vocab_size": 2}, 3, 21),

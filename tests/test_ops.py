@@ -62,6 +62,8 @@ QKV = [
     qkv_case(5, 130, 32, 6, 2, 6),
     qkv_case(3, 65, 34, 4, 2, 6, "other", rank=3),
     qkv_case(3, 65, 34, 4, 2, 6, "other", rank=3, norm_scale=0.5),
+    qkv_case(3, 65, 34, 4, 2, 6, "other", turned=4),
+    qkv_case(1, 64, 32, 3, 1, 64, "x", turned=16),
     qkv_case(2, 600, 32, 2, 1, 32, rank=8),  # two chunks a sequence
 ]
 ATTENTION = [
@@ -76,6 +78,7 @@ ATTENTION = [
 HEADS = [
     heads_case(2, 130, 34, 4, 2, 6, "other"),
     heads_case(1, 1, 2, 1, 1, 2),
+    heads_case(2, 130, 34, 4, 2, 6, turned=2),
     heads_case(3, 65, 32, 3, 1, 64, "x"),
 ]
 PROJECT_RESIDUAL = [

@@ -64,6 +64,10 @@ CASES = [
     qkv_case(3, 40, 80, 2, 2, 40),
     qkv_case(3, 65, 64, 2, 1, 32, "other", rank=3),
     qkv_case(2, 130, 96, 1, 1, 96, rank=8),
+    qkv_case(2, 256, 512, 8, 4, 64, "other", turned=16),
+    qkv_case(2, 256, 512, 8, 4, 64, "other", rank=8, turned=32),
+    qkv_case(2, 65, 256, 2, 2, 128, turned=48),
+    qkv_case(2, 65, 64, 2, 1, 32, "other", turned=16),
     qkv_case(2, 256, 512, 8, 4, 64, "other", norm_scale=0.3),
     qkv_case(2, 130, 96, 1, 1, 96, rank=8, norm_scale=0.5),
     qkv_case(2, 256, 512, 8, 4, 64, "other", rank=8),
@@ -262,29 +266,36 @@ def test_attention_of_normed_heads(gain: float, scores: str, place: Place) -> No
 
 HEADS = [(1, 1, 32, 2, 1, 32), (2, 65, 64, 2, 1, 32), (3, 130, 128, 4, 2, 64), (1, 257, 128, 2, 2, 128)]
 HEADS += [(1, 200, 80, 2, 1, 40), (1, 1000, 512, 8, 4, 64), (24, 260, 64, 8, 4, 64)]
+TURNED = [(*sizes, sizes[-1]) for sizes in HEADS]
+TURNED += [
+    (3, 130, 128, 4, 2, 64, 16),
+    (1, 1000, 512, 8, 4, 64, 32),
+    (1, 257, 128, 2, 2, 128, 48),
+    (2, 65, 64, 2, 1, 32, 16),
+]
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-@pytest.mark.parametrize(("B", "T", "d", "H", "K", "D"), HEADS)
+@pytest.mark.parametrize(("B", "T", "d", "H", "K", "D", "turned"), TURNED)
 def test_attention_s_backward_goes_past_norm_and_rope(
-    B: int, T: int, d: int, H: int, K: int, D: int, place: Place
+    B: int, T: int, d: int, H: int, K: int, D: int, turned: int, place: Place
 ) -> None:
     """From the q, k and v that the place itself stored: what it rounded before is no error of this step."""
-    case = rounded(qkv_case(B, T, d, H, K, D), place)
+    case = rounded(qkv_case(B, T, d, H, K, D, turned=turned), place)
     t = {name: torch.tensor(value) for name, value in case.inputs.items()}
     rng = np.random.default_rng(4)
     gain, do = draw(rng, H).astype(np.float32), place.round(draw(rng, B, T, H, D)).astype(np.float32)
     inputs = {name: value.astype(np.float32) for name, value in case.inputs.items()}
     with ops.on(place.device, place.dtype):
         weights = (inputs[name] for name in ("wq", "wk", "wv", "cos", "sin"))
-        heads, made = ops.qkv(mixed_native(inputs, ""), *weights)
+        heads, made = ops.qkv(mixed_native(inputs, ""), *weights, rope_dims=turned)
         _, saved = ops.attention(*heads, gain, normed=True)
         found = ops.attention_backward(saved, do, qkv=made)
         at_heads = ops.attention_backward(saved, do)
     assert same_bits(found.gain, at_heads.gain)
 
     n = model.rms(t["resid_mix"][0] * t["x"] + t["resid_mix"][1] * t["x0"])
-    cos, sin = t["cos"][:T], t["sin"][:T]
+    cos, sin = t["cos"][:T, : turned // 2], t["sin"][:T, : turned // 2]
     leaves, rotated = [], []
     for stored, w in zip(heads[:2], (t["wq"], t["wk"]), strict=True):
         size = (n @ w.T).unflatten(-1, (-1, D)).square().mean(-1, keepdim=True).sqrt()

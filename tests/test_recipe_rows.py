@@ -694,6 +694,7 @@ def test_common_steps(recipe: str, tied: bool, data: Path, monkeypatch: pytest.M
         tied_embed_init_std=0.005,
         logit_softcap=30.0,
         rope_base=10_000.0,
+        rope_dims=0,
         qk_gain_init=1.5,
         smear_reset_at_bos=False,
         bos_id=1,

@@ -32,6 +32,7 @@ ModelConfig config_from(const py::dict& d) {
   get("tied_embed_init_std", c.tied_embed_init_std);
   get("logit_softcap", c.logit_softcap);
   get("rope_base", c.rope_base);
+  get("rope_dims", c.rope_dims);
   get("qk_gain_init", c.qk_gain_init);
   get("bigram_vocab_size", c.bigram_vocab_size);
   get("bigram_dim", c.bigram_dim);

@@ -253,6 +253,7 @@ MixedInput make_mixed(Staged& t) {
 Qkv make_qkv(Staged& t, const py::kwargs& n) {
   Qkv op;
   op.norm_scale = number<double>(n, "norm_scale");
+  op.rope_dims = number<std::int64_t>(n, "rope_dims");
   op.in = make_mixed(t);
   op.wq = t["wq"];
   op.wk = t["wk"];
@@ -292,11 +293,12 @@ Attention make_attention(Staged& t, const py::kwargs& n) {
   op.o = t["o"];
   return op;
 }
-AttentionGrads make_attention_grads(Staged& t, const py::kwargs&) {
+AttentionGrads make_attention_grads(Staged& t, const py::kwargs& n) {
   AttentionGrads grads;
   grads.d_o = t["do"];
   grads.dqkv = t["dqkv"];
-  if (t.has("qkv_saved")) grads.norms = {t.master("cos"), t.master("sin"), t["qkv_saved"]};
+  if (t.has("qkv_saved"))
+    grads.norms = {t.master("cos"), t.master("sin"), t["qkv_saved"], number<std::int64_t>(n, "rope_dims")};
   grads.gain = t.find("dgain", true);
   return grads;
 }
@@ -374,6 +376,7 @@ AttentionSublayer make_attention_sublayer(Staged& t, const py::kwargs& n) {
   op.resid_mix = in.resid_mix;
   op.skip_weight = in.skip_weight;
   op.norm_scale = number<double>(n, "norm_scale");
+  op.rope_dims = number<std::int64_t>(n, "rope_dims");
   op.wq = t["wq"];
   op.wk = t["wk"];
   op.wv = t["wv"];

@@ -181,9 +181,10 @@ void CpuBackend<T>::attention_backward(const Attention& op, const AttentionGrads
       T *dq = of_sequence + t * stride + kv * group * s.D, *own_dk = dk + t * stride;
       if (grads.norms.saved) {
         const T *cos = grads.norms.cos.as<T>() + t * (s.D / 2), *sin = grads.norms.sin.as<T>() + t * (s.D / 2);
+        const i64 R = grads.norms.rope_dims ? grads.norms.rope_dims : s.D;
         const i64 head = (b * s.L + t) * s.H + kv * group, kv_head = (b * s.L + t) * s.K + kv;
-        norm_rotate_backward(op.q.as<T>() + head * s.D, dq, group, s.D, cos, sin, factors.q + head);
-        norm_rotate_backward(op.k.as<T>() + kv_head * s.D, own_dk, 1, s.D, cos, sin, factors.k + kv_head);
+        norm_rotate_backward(op.q.as<T>() + head * s.D, dq, group, s.D, R, cos, sin, factors.q + head);
+        norm_rotate_backward(op.k.as<T>() + kv_head * s.D, own_dk, 1, s.D, R, cos, sin, factors.k + kv_head);
       }
       round(dq, group * s.D);
       round(own_dk, s.D);

@@ -7,7 +7,7 @@ PGOLF_CPU_BEGIN
 namespace {
 
 struct Dims {
-  i64 N, T, d, H, K, D;
+  i64 N, T, d, H, K, D, R;
   i64 first;  // position that has a query
   i64 rank;   // of adapters; 0: none
   explicit Dims(const Qkv& op)
@@ -17,6 +17,7 @@ struct Dims {
         H(op.q.shape[2]),
         K(op.k.shape[2]),
         D(op.q.shape[3]),
+        R(op.rope_dims ? op.rope_dims : D),
         first(T - op.q.shape[1]),
         rank(op.adapters ? op.rank : 0) {}
   i64 query_rows() const { return N / T * (T - first); }
@@ -114,7 +115,7 @@ void CpuBackend<T>::qkv_forward(const Qkv& op) {
     const auto rotate = [&](i64 token, i64 rows, T* x, i64 heads, T* factors) {
       for (i64 i = 0; i < rows; ++i) {
         const i64 angle = (token + i) % s.T * (s.D / 2);
-        norm_rotate(x + i * heads * s.D, heads, s.D, cos + angle, sin + angle, factors + i * heads);
+        norm_rotate(x + i * heads * s.D, heads, s.D, s.R, cos + angle, sin + angle, factors + i * heads);
       }
       round(x, rows * heads * s.D);
     };
@@ -149,8 +150,9 @@ void CpuBackend<T>::heads_backward(const Qkv& op, const TensorView& dqkv) {
       const i64 angle = row % s.T * (s.D / 2);
       const T *cos = op.cos.as<T>() + angle, *sin = op.sin.as<T>() + angle;
       T* const own = dqkv.as<T>() + row * width;
-      norm_rotate_backward(op.q.as<T>() + row * s.H * s.D, own, s.H, s.D, cos, sin, saved.q + row * s.H);
-      norm_rotate_backward(op.k.as<T>() + row * s.K * s.D, own + s.H * s.D, s.K, s.D, cos, sin, saved.k + row * s.K);
+      norm_rotate_backward(op.q.as<T>() + row * s.H * s.D, own, s.H, s.D, s.R, cos, sin, saved.q + row * s.H);
+      norm_rotate_backward(op.k.as<T>() + row * s.K * s.D, own + s.H * s.D, s.K, s.D, s.R, cos, sin,
+                           saved.k + row * s.K);
       round(own, (s.H + s.K) * s.D);
     }
   });

@@ -94,7 +94,8 @@ void CudaBackend::attention_backward(const Attention& op, const AttentionGrads& 
     const i64 N = i64{a.batch} * a.T;
     Layout norms_layout(grads.norms.saved.data);
     const HeadFactors factors(norms_layout, N, N * a.H, N * a.K);
-    const QkNormRopeArgs norms{grads.norms.cos.as<float>(), grads.norms.sin.as<float>(), factors.q, factors.k};
+    const QkNormRopeArgs norms{grads.norms.cos.as<float>(), grads.norms.sin.as<float>(), factors.q, factors.k,
+                               RopeOrder(grads.norms.rope_dims, a.D)};
     const AttentionGradArgs<S> g{op.o.as<S>(),  grads.d_o.as<S>(), grads.dqkv.as<S>(),
                                  scratch.delta, scratch.dgain,     norms};
     const auto run = [&] {
@@ -108,6 +109,7 @@ void CudaBackend::attention_backward(const Attention& op, const AttentionGrads& 
       heads.cos = grads.norms.cos;
       heads.sin = grads.norms.sin;
       heads.saved = grads.norms.saved;
+      heads.rope_dims = grads.norms.rope_dims;
       heads_backward(heads, grads.dqkv);
     };
     run();

@@ -14,15 +14,16 @@ struct ProductPart {
   i64 H, K;            // heads of q, and of k and v
 };
 
-// How lanes share the heads of tokens: a group of lanes has one head, each lane `kUnit` pairs (j, j + D/2). Few and
+// How lanes share the heads of tokens: a group of lanes has one head, each lane `kUnit` of RoPE's pairs. Few and
 // small fields: the kernels are memory-bound, and address arithmetic before the first load delays them.
 struct Heads {
   i64 N;
   int T, first, H, K, D;
   int group_bits;  // lanes of a group: the power of two from D/2/kUnit on
   int center;      // D/2
+  RopeOrder order;
 
-  Heads(const ProductPart& part, i64 width, int unit)
+  Heads(const ProductPart& part, i64 width, int unit, RopeOrder rope_order)
       : N(part.rows),
         T(int(part.T)),
         first(int(part.first)),
@@ -30,7 +31,8 @@ struct Heads {
         K(int(part.K)),
         D(int(width)),
         group_bits(0),
-        center(D / 2) {
+        center(D / 2),
+        order(rope_order) {
     while (unit << group_bits < center) ++group_bits;
   }
   unsigned blocks(int heads) const { return blocks_for(N * heads, kRowThreads >> group_bits); }
@@ -40,12 +42,14 @@ struct Heads {
 template <int kUnit>
 struct HeadLane {
   i64 token;
-  int head, pair;  // pair: of its first pair of numbers
-  bool works;      // whether it has numbers; all lanes take part in sums
-  bool rotates;    // q or k, not v
-  i64 at_packed;   // of its first number in [N, (H + 2K)·D]; the second half is `center` further on
-  i64 at_own;      // … in q, k or v
-  i64 at_factor;   // of the head in [N, H] or [N, K]
+  int head, pair;  // pair: its first one of a head's
+  int column;      // of a head, of the first pair's first number; and from there to its second one
+  int to_second;
+  bool works;     // whether it has numbers; all lanes take part in sums
+  bool rotates;   // q or k, not v
+  i64 at_packed;  // of its first number in [N, (H + 2K)·D]
+  i64 at_own;     // … in q, k or v
+  i64 at_factor;  // of the head in [N, H] or [N, K]
   int at_angle;
 
   __device__ HeadLane(const Heads& s, unsigned heads) {  // that have lanes: the first of H + 2K
@@ -56,11 +60,14 @@ struct HeadLane {
     works = token < s.N && pair < s.center;
     if (token >= s.N) token = s.N - 1;
     rotates = head < s.H + s.K;
-    at_packed = (token * (s.H + 2 * s.K) + head) * s.D + pair;
+    const auto place = [&](int at) { return s.order(at / 8, s.center / 8) * 8 + at % 8; };
+    column = s.order.tiles ? place(pair) : pair;
+    to_second = s.order.tiles ? place(pair + s.center) - column : s.center;
+    at_packed = (token * (s.H + 2 * s.K) + head) * s.D + column;
     const int own_heads = head < s.H ? s.H : s.K;
     const int own_head = head < s.H ? head : rotates ? head - s.H : head - s.H - s.K;
     at_factor = token * own_heads + own_head;
-    at_own = at_factor * s.D + pair;
+    at_own = at_factor * s.D + column;
     at_angle = (s.first + static_cast<int>(static_cast<unsigned>(token) % s.T)) * s.center + pair;
   }
 };
@@ -188,15 +195,15 @@ __global__ void __launch_bounds__(kRowThreads)
   float squares = 0;
   if (lane.works) {
     a = load_unit<kUnit>(packed + lane.at_packed);
-    b = load_unit<kUnit>(packed + lane.at_packed + s.center);
+    b = load_unit<kUnit>(packed + lane.at_packed + lane.to_second);
     if (lane.rotates) {
       c = load_unit<kUnit>(cos + lane.at_angle);
       n = load_unit<kUnit>(sin + lane.at_angle);
     }
     if constexpr (kAdapted) {
       if (lane.head < s.H || !lane.rotates) {
-        delta.add_to(a, lane, s, lane.pair);
-        delta.add_to(b, lane, s, lane.pair + s.center);
+        delta.add_to(a, lane, s, lane.column);
+        delta.add_to(b, lane, s, lane.column + lane.to_second);
       }
     }
 #pragma unroll
@@ -216,7 +223,7 @@ __global__ void __launch_bounds__(kRowThreads)
   }
   S* out = lane.head < s.H ? q : lane.rotates ? k : v;
   store_unit<kUnit>(out + lane.at_own, a);
-  store_unit<kUnit>(out + lane.at_own + s.center, b);
+  store_unit<kUnit>(out + lane.at_own + lane.to_second, b);
 }
 
 // The same as an epilogue, for heads of kWidth numbers; a tile of 128 columns has heads of one tensor. The accumulator
@@ -233,6 +240,7 @@ struct QkNormRope {
   S *q, *k, *v;
   float *q_factors, *k_factors;
   Delta<S> delta;
+  RopeOrder order;
 
   // Of v, which is not rotated, nothing.
   __device__ Angles read(i64 row, int column) const {
@@ -292,6 +300,8 @@ struct QkNormRope {
         if (lane % kSums == sum) own_squares = squares;
       }
       const float own_factor = rms_factor(own_squares, kWidth);
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) order.template exchange_rows<kColumnTiles>(x, h * kColumnTiles);
       const i64 own = row + lane_row(lane / kHeads * 2);
       if (lane < kSums && own < rows)
         (query ? q_factors : k_factors)[own * heads + own_head + lane % kHeads] = own_factor;
@@ -313,7 +323,10 @@ struct QkNormRope {
       }
     }
     S* out = (query ? q : rotates ? k : v) + (row * heads + own_head) * kWidth;
-    store_rows<S, 128, 1>(tile, accumulator, out, heads * kWidth, 0, static_cast<int>(rows - row), 128);
+    const auto place = [&](int n) {
+      return rotates ? n / kColumnTiles * kColumnTiles + order(n % kColumnTiles, kColumnTiles / 2) : n;
+    };
+    store_rows<S, 128, 1>(tile, accumulator, out, heads * kWidth, 0, static_cast<int>(rows - row), 128, place);
   }
 };
 
@@ -330,10 +343,10 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   S* const gradient = dqkv + lane.at_packed;
   if (lane.works) {
     raw_da = load_packed_unit<kUnit>(gradient);
-    raw_db = load_packed_unit<kUnit>(gradient + s.center);
+    raw_db = load_packed_unit<kUnit>(gradient + lane.to_second);
     const S* value = (query ? q : k) + lane.at_own;
     raw_a = load_packed_unit<kUnit>(value);
-    raw_b = load_packed_unit<kUnit>(value + s.center);
+    raw_b = load_packed_unit<kUnit>(value + lane.to_second);
     c = load_unit<kUnit>(norms.cos + lane.at_angle);
     n = load_unit<kUnit>(norms.sin + lane.at_angle);
     factor = (query ? norms.q_factors : norms.k_factors)[lane.at_factor];
@@ -349,7 +362,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
     pair_backward(da.x[j], db.x[j], a.x[j], b.x[j], c.x[j], n.x[j], quotient(mean, c.x[j] * c.x[j] + n.x[j] * n.x[j]),
                   factor);
   store_unit<kUnit>(gradient, da);
-  store_unit<kUnit>(gradient + s.center, db);
+  store_unit<kUnit>(gradient + lane.to_second, db);
 }
 
 // body(unit): the pairs of a lane, an integral_constant. Halves of a head are whole vectors of 8 or of 4.

@@ -14,9 +14,54 @@ struct HeadFactors {
       : input(layout.take<float>(N)), q(layout.take<float>(query_heads)), k(layout.take<float>(key_heads)) {}
 };
 
+// An order of a head's tiles of 8 numbers in which tile n and tile n + half are a pair of RoPE's, whether it turns
+// whole heads or their first R ≤ D/2 numbers alone, which are pairs (j, j + R/2): there the partners of the first R/16
+// tiles change places with those that stand where the partners of whole heads do. The others are turned by angles of 0.
+// The order is its own inverse.
+struct RopeOrder {
+  int tiles = 0;  // R/16; 0: as they stand
+
+  RopeOrder() = default;
+  RopeOrder(i64 rope_dims, i64 D) : tiles(rope_dims && rope_dims < D ? static_cast<int>(rope_dims / 16) : 0) {
+    require(tiles == 0 || (rope_dims % 16 == 0 && D % 16 == 0 && rope_dims <= D / 2), "RoPE turns ", rope_dims, " of ",
+            D,
+            " numbers of a head; the CUDA backend turns all, or a multiple of 16 that is at most half of a width that "
+            "is one, too.");
+  }
+  __device__ __forceinline__ int operator()(int n, int half) const {
+    if (n >= tiles && n < 2 * tiles) return n - tiles + half;
+    return n >= half && n < half + tiles ? n - half + tiles : n;
+  }
+  // swap(a, b) for the tiles that change places, where tiles are registers: a and b are constants. (A loop over kCount
+  // is not unrolled, and the registers become memory.)
+  template <int kTiles, int kCount = 1, class F>
+  __device__ __forceinline__ void exchange(F&& swap) const {
+    if constexpr (kCount <= kTiles / 4) {
+      if (tiles == kCount) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) swap(kCount + i, kTiles / 2 + i);
+      }
+      exchange<kTiles, kCount + 1>(swap);
+    }
+  }
+  // The same for accumulators of kTiles tiles from the first-th on.
+  template <int kTiles, int kAll>
+  __device__ __forceinline__ void exchange_rows(float (&x)[kAll][4], int first = 0) const {
+    exchange<kTiles>([&](int a, int b) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float was = x[first + a][i];
+        x[first + a][i] = x[first + b][i];
+        x[first + b][i] = was;
+      }
+    });
+  }
+};
+
 // HeadNorms for kernels; cos null: none.
 struct QkNormRopeArgs {
   const float *cos, *sin, *q_factors, *k_factors;
+  RopeOrder order;
 };
 
 // The angles of 16 rows of heads of 64 numbers in two tiles of shared memory, copied there by cp.async.
@@ -82,9 +127,9 @@ __device__ __forceinline__ void row_dots(float (&dots)[2], const float (&dx)[kTi
   }
 }
 
-// dx, the gradients at 16 rows of a rotated head → those at the GEMM's output. x as above; dots: of the whole rows.
-// Both may lack a factor, that factors have. For gradients that are rounded to 16 bits: the quotient may miss by its
-// last bits.
+// dx, the gradients at 16 rows of a rotated head → those at the GEMM's output, both with their tiles in RopeOrder, as
+// x's are; otherwise x is as above. dots: of the whole rows. Both may lack a factor, that factors have. For gradients
+// that are rounded to 16 bits: the quotient may miss by its last bits.
 template <int kTiles, class X>
 __device__ __forceinline__ void rows_backward(float (&dx)[kTiles][4], const float (&dots)[2],
                                               const SharedAngles& angles, const float (&factors)[2], X&& x) {

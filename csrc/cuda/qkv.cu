@@ -19,6 +19,7 @@ struct Dims {
   i64 width;    // of q, k and v side by side
   i64 queries;  // of a sequence: the last of its T positions
   i64 rank;     // of adapters; 0: none
+  RopeOrder order;
   explicit Dims(const Qkv& op)
       : N(op.k.shape[0] * op.k.shape[1]),
         T(op.k.shape[1]),
@@ -28,7 +29,8 @@ struct Dims {
         D(op.q.shape[3]),
         width((H + 2 * K) * D),
         queries(op.q.shape[1]),
-        rank(op.adapters ? op.rank : 0) {}
+        rank(op.adapters ? op.rank : 0),
+        order(op.rope_dims, D) {}
   i64 query_rows() const { return N / T * queries; }
   Linear linear(DType S) const { return {S, N, d, width}; }
   Adapters<2> adapters(DType S) const { return {S, N / T, T, rank, d, {H * D, K * D}}; }
@@ -139,7 +141,7 @@ void CudaBackend::qkv_forward(const Qkv& op) {
               *this, "qkv", scratch.normed, w, part.rows, width, s.d,
               QkNormRope<S, head_width(), adapted()>{part.rows, int(part.T), int(part.first), int(part.H), int(part.K),
                                                      op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(), op.k.as<S>(),
-                                                     op.v.as<S>(), saved.q, saved.k, delta});
+                                                     op.v.as<S>(), saved.q, saved.k, delta, s.order});
         };
         const auto fused_heads = [&](auto adapted) {
           if (s.D == 64) return fused(std::integral_constant<int, 64>{}, adapted);
@@ -150,7 +152,7 @@ void CudaBackend::qkv_forward(const Qkv& op) {
       gemm(Linear{storage_, part.rows, s.d, width}.forward(scratch.normed, w, scratch.packed, storage_));
       with_unit(s.D, [&](auto unit) {
         const auto launch = [&](auto adapted) {
-          const Heads heads(part, s.D, unit);
+          const Heads heads(part, s.D, unit, s.order);
           qk_norm_rope<S, unit, adapted><<<heads.blocks(heads.H + 2 * heads.K), kRowThreads, 0, stream()>>>(
               heads, static_cast<const S*>(scratch.packed), delta, op.cos.as<float>(), op.sin.as<float>(), op.q.as<S>(),
               op.k.as<S>(), op.v.as<S>(), saved.q, saved.k);
@@ -177,10 +179,10 @@ void CudaBackend::heads_backward(const Qkv& op, const TensorView& dqkv) {
   with_storage(storage_, [&](auto type) {
     using S = decltype(type);
     with_unit(s.D, [&](auto unit) {
-      const Heads heads({s.N, s.T, 0, s.H, s.K}, s.D, unit);
+      const Heads heads({s.N, s.T, 0, s.H, s.K}, s.D, unit, s.order);
       qk_norm_rope_backward<S, unit><<<heads.blocks(heads.H + heads.K), kRowThreads, 0, stream()>>>(
-          heads, op.q.as<S>(), op.k.as<S>(), QkNormRopeArgs{op.cos.as<float>(), op.sin.as<float>(), saved.q, saved.k},
-          dqkv.as<S>());
+          heads, op.q.as<S>(), op.k.as<S>(),
+          QkNormRopeArgs{op.cos.as<float>(), op.sin.as<float>(), saved.q, saved.k, s.order}, dqkv.as<S>());
       PGOLF_LAUNCHED("qk_norm_rope_backward");
     });
   });

@@ -57,10 +57,15 @@ __device__ __forceinline__ void round_rows(unsigned char* tile, const Accumulato
   __syncwarp();
 }
 
+struct AsTheyStand {
+  __device__ __forceinline__ int operator()(int chunk) const { return chunk; }
+};
+
 // Rounds a warp's rows and writes them to rows [first, first + kRowTiles·16) of T, D numbers of each, by way of `tile`.
-template <class S, int kWidth, int kRowTiles>
+// place(n): where in a row its n-th eight numbers belong.
+template <class S, int kWidth, int kRowTiles, class Place = AsTheyStand>
 __device__ __forceinline__ void store_rows(unsigned char* tile, const Accumulator<kRowTiles, kWidth>& x, S* rows,
-                                           int stride, int first, int T, int D) {
+                                           int stride, int first, int T, int D, Place place = {}) {
   using Tile = SharedTile<kWidth>;
   round_rows<S, kWidth, kRowTiles>(tile, x);
 #pragma unroll
@@ -68,7 +73,7 @@ __device__ __forceinline__ void store_rows(unsigned char* tile, const Accumulato
     const unsigned index = i * kWarp + threadIdx.x % kWarp;
     const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
     if (first + row < T && chunk * kVector < D)
-      *reinterpret_cast<uint4*>(rows + ((first + row) * stride + chunk * kVector)) =
+      *reinterpret_cast<uint4*>(rows + ((first + row) * stride + place(chunk) * kVector)) =
           *reinterpret_cast<const uint4*>(tile + Tile::offset(row, chunk));
   }
 }

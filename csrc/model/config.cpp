@@ -21,6 +21,8 @@ void ModelConfig::validate() const {
           num_heads, "; a head's width must be an even whole number.");
   require(num_heads % num_kv_heads == 0, "model.num_heads is ", num_heads, "; it must be a multiple of num_kv_heads, ",
           num_kv_heads, ".");
+  require(rope_dims >= 0 && rope_dims % 2 == 0 && rope_dims <= head_dim(), "model.rope_dims is ", rope_dims,
+          "; it must be even and at most a head's width, ", head_dim(), " (0: all of it).");
   require(bigram_vocab_size == 0 || bigram_vocab_size >= 2, "model.bigram_vocab_size is ", bigram_vocab_size,
           "; it must be 0 (no bigram table) or at least 2.");
   require(mlp_negative_slope >= 0, "model.mlp_negative_slope is ", mlp_negative_slope, "; it must be at least 0.");

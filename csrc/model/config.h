@@ -18,11 +18,13 @@ struct ModelConfig {
   bool ln_scale, tie_embeddings;
   double mlp_negative_slope, tied_embed_init_std, logit_softcap, rope_base, qk_gain_init;
   std::int64_t bigram_vocab_size, bigram_dim;  // n = 0: no bigram table
+  std::int64_t rope_dims;                      // 0: whole heads
   bool smear_reset_at_bos;
   std::int64_t bos_id;
   bool rope_tables_bf16;
 
   std::int64_t head_dim() const { return model_dim / num_heads; }
+  std::int64_t rope_width() const { return rope_dims ? rope_dims : head_dim(); }
   std::int64_t encoder_layers() const { return num_layers / 2; }
   std::int64_t num_skips() const { return num_layers / 2; }  // min(⌊L/2⌋, L − ⌊L/2⌋) = ⌊L/2⌋
   bool has_bigram() const { return bigram_vocab_size > 0; }

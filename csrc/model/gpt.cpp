@@ -104,6 +104,7 @@ void GPT::check_heads() const {
   AttentionSublayer one;  // of one token
   one.x.x = one.x0.x = one.out.x = TensorView(S, {1, 1, config_.model_dim});
   one.cos = one.sin = TensorView(M, {1, config_.head_dim() / 2});
+  one.rope_dims = config_.rope_dims;
   one.resid_mix = table_.specs[layer.resid_mix].view(M);
   one.wq = table_.specs[layer.wq].view(S);
   one.wk = table_.specs[layer.wk].view(S);
@@ -223,6 +224,7 @@ void GPT::bind(Plan& plan, bool qat) const {
     bind(layer.wv, attention.wv, attention_grads.wv);
     bind(layer.q_gain, attention.gain, attention_grads.gain);
     bind(layer.wo, attention.wo, attention_grads.wo);
+    attention.rope_dims = config_.rope_dims;
     attention.norm_scale = mlp.norm_scale =
         config_.ln_scale ? 1.0 / std::sqrt(static_cast<double>(pass.layer) + 1.0) : 1.0;
     mlp.negative_slope = config_.mlp_negative_slope;

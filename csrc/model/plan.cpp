@@ -80,7 +80,8 @@ void upload_rope(Backend& backend, const std::vector<double>& table, const Tenso
 }  // namespace
 
 void upload_rope_tables(const ModelConfig& config, Backend& backend, const TensorView& cos, const TensorView& sin) {
-  const RopeTables tables = rope_tables(cos.shape[0], config.head_dim(), config.rope_base, config.rope_tables_bf16);
+  const RopeTables tables =
+      rope_tables(cos.shape[0], config.head_dim(), config.rope_width(), config.rope_base, config.rope_tables_bf16);
   upload_rope(backend, tables.cos, cos);
   upload_rope(backend, tables.sin, sin);
 }

@@ -13,13 +13,13 @@ float round_bf16(float x) {  // to nearest, ties to even; finite input
 
 }  // namespace
 
-RopeTables rope_tables(std::int64_t length, std::int64_t head_dim, double base, bool bf16) {
+RopeTables rope_tables(std::int64_t length, std::int64_t head_dim, std::int64_t dims, double base, bool bf16) {
   const std::int64_t half = head_dim / 2;
   RopeTables tables;
-  tables.cos.resize(static_cast<std::size_t>(length * half));
-  tables.sin.resize(tables.cos.size());
-  for (std::int64_t j = 0; j < half; ++j) {
-    const double exponent = 2.0 * static_cast<double>(j) / static_cast<double>(head_dim);
+  tables.cos.resize(static_cast<std::size_t>(length * half), 1.0);
+  tables.sin.resize(tables.cos.size(), 0.0);
+  for (std::int64_t j = 0; j < dims / 2; ++j) {
+    const double exponent = 2.0 * static_cast<double>(j) / static_cast<double>(dims);
     const double frequency = std::pow(base, -exponent);
     // The script's float32 expression, before its cast.
     const float cast = round_bf16(1.0f / std::pow(static_cast<float>(base), static_cast<float>(exponent)));

@@ -243,6 +243,8 @@ class ModelConfig(_Table):
     logit_softcap: float = _key(30.0, _number(0, above=True))
     # The base of RoPE's geometric row of frequencies. [§2.5]
     rope_base: float = _key(10_000.0, _number(0, above=True))
+    # R, how many of a head's numbers RoPE turns, even; 0: all of them. [§2.5]
+    rope_dims: int = _key(0, _integer(0), absent=0)
     # Initial gain of every query head after its norm. [§2.5]
     qk_gain_init: float = _key(1.5, _number())
     # n, buckets of the bigram table; 0: no bigram term. [§2.1]
@@ -299,6 +301,8 @@ class ModelConfig(_Table):
                         f"a multiple of {2 * self.num_heads}"
                     ),
                 )
+            if usable("rope_dims") and (self.rope_dims % 2 or self.rope_dims > self.head_dim):
+                yield "rope_dims", f"must be even and at most a head's width, {self.head_dim} (0: all of it)"
         if usable("num_heads", "num_kv_heads") and self.num_heads % self.num_kv_heads:
             yield "num_kv_heads", f"must divide model.num_heads = {self.num_heads}"
         if usable("mlp_mult", "model_dim") and not 1 <= self.mlp_mult * self.model_dim <= _INT_MAX:

@@ -217,23 +217,27 @@ def qkv(
     first: int = 0,
     adapters: Any = None,
     norm_scale: float = 1.0,
+    rope_dims: int | None = None,
 ) -> tuple[tuple[FloatArray, FloatArray, FloatArray], Saved]:
     """`n = norm_scale·rms(m)`; per head `q = rope(rms(n·wqᵀ))`, `k = rope(rms(n·wkᵀ))`, `v = n·wvᵀ`.
 
     docs/spec.md §2.4–2.5.
 
-    RoPE turns the pair (j, j + D/2): (a, b) → (a·cos + b·sin, −a·sin + b·cos). The query gain is `attention`'s.
+    RoPE turns the pair (j, j + R/2), R = rope_dims: (a, b) → (a·cos + b·sin, −a·sin + b·cos). The query gain is
+    `attention`'s.
 
     Args:
         mixed: the parts of m [B, T, d].
         wq: [H·D, d].
         wk, wv: [K·D, d].
-        cos, sin: [R, D/2] with R ≥ T; row t is for position t of every sequence.
+        cos, sin: [rows, D/2], at least T rows; row t is for position t of every sequence. Columns from R/2 on are 1 in
+            cos and 0 in sin.
         first: 0 … T−1; only positions from there on get queries. `qkv_backward` needs those of all.
         adapters: [B, r·(2d + H·D + K·D)], low-rank changes of q's and v's products (docs/spec.md §5), with first = 0:
             row b holds sequence b's a's, [r, d] of q and of v, then their b's, [H·D, r] and [K·D, r]; each product
             gains (n·aᵀ)·bᵀ. None: none.
         norm_scale: above 0.
+        rope_dims: R, even and at most D; None: D. A GPU takes D, or a multiple of 16 that is at most D/2.
 
     Returns:
         q [B, T − first, H, D], k and v [B, T, K, D]; and what `qkv_backward` needs.
@@ -241,8 +245,20 @@ def qkv(
     call = Arrays()
     _add_heads(call, mixed, wq, wk, wv, cos, sin, first, adapters)
     outputs = {"q": ("B", "T'", "H", "D"), "k": ("B", "T", "K", "D"), "v": ("B", "T", "K", "D")}
-    saved = forward("qkv", call, outputs, norm_scale=_norm_scale(norm_scale))
+    numbers = {"norm_scale": _norm_scale(norm_scale), "rope_dims": _rope_dims(call, rope_dims)}
+    saved = forward("qkv", call, outputs, **numbers)
     return (saved.tensors["q"], saved.tensors["k"], saved.tensors["v"]), saved
+
+
+def _rope_dims(call: Arrays, dims: int | None) -> int:
+    width = call.sizes["D"]
+    turned = width if dims is None else _integer(dims, "rope_dims", 2, width)
+    if turned % 2:
+        raise ValueError(f"rope_dims is {turned}; expected an even number.")
+    idle = call.arrays["cos"][:, turned // 2 :], call.arrays["sin"][:, turned // 2 :]
+    if (idle[0] != 1).any() or idle[1].any():
+        raise ValueError(f"rope_dims is {turned}; expected columns of 1 in cos and of 0 in sin from {turned // 2} on.")
+    return turned
 
 
 def _norm_scale(value: float) -> float:
@@ -255,11 +271,11 @@ def _add_heads(
     call: Arrays, mixed: MixedInput, wq: Any, wk: Any, wv: Any, cos: Any, sin: Any, first: int, adapters: Any
 ) -> None:
     call.add_mixed(mixed)
-    call.add("cos", cos, "R", "D/2")
-    call.add("sin", sin, "R", "D/2")
+    call.add("cos", cos, "rows", "D/2")
+    call.add("sin", sin, "rows", "D/2")
     sizes = call.sizes
-    if sizes["R"] < sizes["T"]:
-        raise ValueError(f"cos and sin have {sizes['R']} rows; expected one for each of {sizes['T']} positions.")
+    if sizes["rows"] < sizes["T"]:
+        raise ValueError(f"cos and sin have {sizes['rows']} rows; expected one for each of {sizes['T']} positions.")
     sizes["D"] = 2 * sizes["D/2"]
     for name, value, rows, heads in (("wq", wq, "H·D", "H"), ("wk", wk, "K·D", "K"), ("wv", wv, "K·D", "K")):
         call.add(name, value, rows, "d")
@@ -356,6 +372,7 @@ def attention_backward(
         add_to: may hold gain.
     """
     call = Backward("attention", saved)
+    numbers: dict[str, int] = {}
     call.needs_all("q", "k")
     call.upstream(do=do)
     if qkv is not None:
@@ -366,10 +383,11 @@ def attention_backward(
             if not np.array_equal(made[name], saved.tensors[name], equal_nan=True):
                 raise ValueError(f"qkv comes from a call that made another {name} than this attention read.")
         call.inputs |= {"cos": made["cos"], "sin": made["sin"], "qkv_saved": made["saved"]}
+        numbers["rope_dims"] = qkv.numbers["rope_dims"]
     (B, T, H, D), K = saved.tensors["q"].shape, saved.tensors["k"].shape[2]
     dqkv = call.outputs["dqkv"] = np.full((B, T, H + 2 * K, D), np.nan, saved.dtype)
     call.added(add_to, *(("gain",) if weights else ()))
-    (gain,) = call.run("gain")
+    (gain,) = call.run("gain", **numbers)
     q, k, v = (part.copy() for part in np.split(dqkv, (H, H + K), axis=2))
     return AttentionGrads(q, k, v, gain)
 
@@ -530,11 +548,12 @@ def attention_sublayer(
     first: int = 0,
     adapters: Any = None,
     norm_scale: float = 1.0,
+    rope_dims: int | None = None,
 ) -> tuple[FloatArray, Saved]:
     """`out = m + attention(norm_scale·rms(m))·woᵀ`: `qkv`, `attention` and `project_residual`, as a model runs them.
 
     Args:
-        mixed, wq, wk, wv, cos, sin, first, adapters, norm_scale: as `qkv`.
+        mixed, wq, wk, wv, cos, sin, first, adapters, norm_scale, rope_dims: as `qkv`.
         gain: [H].
         wo: [d, H·D], the projection's scale included: `working_copy(wo, scale)`.
 
@@ -547,7 +566,8 @@ def attention_sublayer(
     call.add("wo", wo, "d", "H·D")
     if call.sizes["H"] % call.sizes["K"]:
         raise ValueError(f"wq has {call.sizes['H']} heads; expected a multiple of wk's {call.sizes['K']}.")
-    numbers = {"position": 0, "backward": first == 0, "norm_scale": _norm_scale(norm_scale)}
+    numbers = {"norm_scale": _norm_scale(norm_scale), "rope_dims": _rope_dims(call, rope_dims)}
+    numbers |= {"position": 0, "backward": first == 0}
     saved = forward("attention_sublayer", call, {"out": ("B", "T'", "d")}, **numbers)
     return saved.tensors["out"], saved
 

@@ -128,15 +128,21 @@ void memory() {
 }
 
 void rotation_tables() {
-  const RopeTables exact = rope_tables(3, 4, 10000.0, false);
+  const RopeTables exact = rope_tables(3, 4, 4, 10000.0, false);
   const double angles[] = {0, 0, 1, 0.01, 2, 0.02};  // [position, pair]
   for (std::size_t i = 0; i < 6; ++i) {
     CHECK_NEAR(exact.cos[i], std::cos(angles[i]), 1e-15);
     CHECK_NEAR(exact.sin[i], std::sin(angles[i]), 1e-15);
   }
-  const RopeTables rounded = rope_tables(300, 4, 10000.0, true);
+  const RopeTables rounded = rope_tables(300, 4, 4, 10000.0, true);
   CHECK_EQUAL(rounded.cos[2], 0.5390625);               // cos 1 to 8 bits
   CHECK_EQUAL(rounded.sin[2 * 257], rounded.sin[512]);  // position 257 is 256 in bfloat16
+  const RopeTables part = rope_tables(3, 8, 4, 10000.0, false);
+  for (std::size_t i = 0; i < 6; ++i) {
+    CHECK_EQUAL(part.cos[i / 2 * 4 + i % 2], exact.cos[i]);
+    CHECK_EQUAL(part.cos[i / 2 * 4 + i % 2 + 2], 1.0);
+    CHECK_EQUAL(part.sin[i / 2 * 4 + i % 2 + 2], 0.0);
+  }
 }
 
 }  // namespace

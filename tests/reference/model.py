@@ -81,7 +81,7 @@ def smear(x: Tensor, gate: Tensor, reset: Tensor | None = None) -> Tensor:
 
 
 def rope_tables(length: int, head_dim: int, base: float, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles, each (T, D/2); `exact`, or `bf16` as the public script's eager table."""
+    """cos and sin, each (T, D/2), where D numbers of a head turn; `exact`, or `bf16` as the script's eager table."""
     if kind == "exact":
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
         angle = torch.outer(torch.arange(length, dtype=torch.float64), base**-exponent)
@@ -96,10 +96,10 @@ def rope_tables(length: int, head_dim: int, base: float, kind: str, dtype: torch
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """§2.5: rotate the pairs (j, j + D/2) of every head of x (B, T, heads, D)."""
-    a, b = x.chunk(2, dim=-1)
+    """§2.5: rotate the pairs (j, j + R/2) of every head of x (B, T, heads, D); cos and sin are (T, R/2), R ≤ D."""
+    a, b, rest = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
-    return torch.cat([a * cos + b * sin, -a * sin + b * cos], dim=-1)
+    return torch.cat([a * cos + b * sin, -a * sin + b * cos, rest], dim=-1)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -228,7 +228,8 @@ class ReferenceGPT:
         """The residual stream before the head, (B, T, d)."""
         cfg, ids = self.cfg, as_ids(ids)
         layers = cfg.num_layers
-        cos, sin = rope_tables(ids.shape[1], cfg.model_dim // cfg.num_heads, cfg.rope_base, cfg.rope_tables, self.dtype)
+        turned = cfg.rope_dims or cfg.model_dim // cfg.num_heads
+        cos, sin = rope_tables(ids.shape[1], turned, cfg.rope_base, cfg.rope_tables, self.dtype)
         bigram = self.params.get("bigram.embed.weight")
         proj = self.params.get("bigram.proj.weight")
         x = embed(ids, self.params["tok_emb.weight"], bigram, proj, self.params.get("bigram.scale"))

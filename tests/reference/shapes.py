@@ -25,6 +25,7 @@ class ModelShape:
     tied_embed_init_std: float = 0.005
     logit_softcap: float = 30.0
     rope_base: float = 10000.0
+    rope_dims: int = 0
     qk_gain_init: float = 1.5
     bigram_vocab_size: int = 10240
     bigram_dim: int = 128

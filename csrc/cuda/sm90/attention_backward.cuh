@@ -226,7 +226,10 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
     if (past_norms) {
       cp_async_wait_all();
       __syncwarp();
-      rows_backward(dq[0], dots, angles, factors, query_at);
+      const RopeOrder order = g.norms.order;
+      order.exchange_rows<kHeadWidth / 8>(dq[0]);
+      rows_backward(dq[0], dots, angles, factors,
+                    [&](int n, int half_row) { return query_at(order(n, kHeadWidth / 16), half_row); });
       fence_proxy_async_shared();
     } else {
 #pragma unroll
@@ -240,7 +243,8 @@ __global__ void __launch_bounds__(DqTiles::kThreads, 1)
     if (tiles == 0) continue;
     if (elected && warp_query < a.queries)
       g.dgain[(i64{at.h} * a.batch + at.b) * gain_rows + warp_query / Tiles::kGainRows] = a.root * dgain;
-    store_rows<S, kHeadWidth, 1>(own_tile, dq, g.head(a, at.b, at.h), g.stride(a), warp_position, a.T, a.D);
+    store_rows<S, kHeadWidth, 1>(own_tile, dq, g.head(a, at.b, at.h), g.stride(a), warp_position, a.T, a.D,
+                                 [&](int n) { return g.norms.order(n, kHeadWidth / 16); });
     __syncwarp();  // the tile is free for the next rows
   }
 }
@@ -422,6 +426,15 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
       const auto key_at = [&](int n, int half_row) { return unpack<S>(k[0][n / 2][n % 2 * 2 + half_row]); };
       float dots[2];
       row_dots(dots, dk[0], key_at);
+      g.norms.order.exchange_rows<kHeadWidth / 8>(dk[0]);
+      g.norms.order.exchange<kHeadWidth / 8>([&](int one, int other) {
+#pragma unroll
+        for (int half_row = 0; half_row < 2; ++half_row) {
+          const unsigned was = k[0][one / 2][one % 2 * 2 + half_row];
+          k[0][one / 2][one % 2 * 2 + half_row] = k[0][other / 2][other % 2 * 2 + half_row];
+          k[0][other / 2][other % 2 * 2 + half_row] = was;
+        }
+      });
       rows_backward(dk[0], dots, angles, factors, key_at);
     } else {
 #pragma unroll
@@ -429,7 +442,8 @@ __global__ void __launch_bounds__(DkdvTiles::kThreads, 1)
 #pragma unroll
         for (int i = 0; i < 4; ++i) dk[0][n][i] *= a.root;
     }
-    store_rows<S, kHeadWidth, 1>(own_tile, dk, g.head(a, at.b, a.H + at.kv), g.stride(a), warp_key, a.T, a.D);
+    store_rows<S, kHeadWidth, 1>(own_tile, dk, g.head(a, at.b, a.H + at.kv), g.stride(a), warp_key, a.T, a.D,
+                                 [&](int n) { return g.norms.order(n, kHeadWidth / 16); });
     __syncwarp();  // the rows before have left the tile
     store_rows<S, kHeadWidth, 1>(own_tile, dv, g.head(a, at.b, a.H + a.K + at.kv), g.stride(a), warp_key, a.T, a.D);
     __syncwarp();
