@@ -214,6 +214,23 @@ struct ProjectionEnd {
   TensorView dw, dscale;  // inout
 };
 
+// X ← a·X + (b·A + c·A²)·X with A = X·Xᵀ, `steps` times. Step i takes the i-th of `count` polynomials, a later one the
+// last.                                                                                              §3
+struct NewtonSchulzSteps {
+  static constexpr int kMost = 8;
+  struct Polynomial {
+    double a, b, c;
+  };
+  int steps = 5;
+  int count = 1;
+  Polynomial polynomials[kMost] = {{3.4445, -4.7750, 2.0315}};  // Keller Jordan's
+  PGOLF_INLINE const Polynomial& of(int step) const { return polynomials[step < count ? step : count - 1]; }
+};
+struct MuonRule {
+  NewtonSchulzSteps steps;
+  bool normalize_rows = false;  // of the update, before the steps: each over max(its L2 norm, 1e−7)
+};
+
 struct AdamTensor {
   TensorView w, grad, m, v;  // w, m, v inout
   Group group;

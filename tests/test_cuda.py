@@ -23,7 +23,7 @@ import torch
 
 import pgolf
 from pgolf import _C, ops, speed
-from pgolf.config import Config, ModelConfig
+from pgolf.config import NEWTON_SCHULZ, Config, ModelConfig
 from pgolf.errors import DeviceError, NonFiniteError
 from pgolf.model import GPT
 from pgolf.trainer import Trainer
@@ -441,7 +441,7 @@ def test_float16_counts_what_saturates(device: str) -> None:
         if name.endswith("mlp.proj.weight"):
             w[:, 0] = 0  # nobody reads that hidden unit
     model = made(config, state, device, "float16")
-    optimizer = _C.Optimizer(model._native, 5)
+    optimizer = _C.Optimizer(model._native, 5, NEWTON_SCHULZ["keller_jordan"], False)
     model._native.begin_step(False)
     model._native.micro_step(ids.astype(np.int32), targets.astype(np.int32), 1.0 / ids.size)
     model._native.end_step()

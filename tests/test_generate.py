@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 import pgolf
 import pgolf.generate
 from pgolf import _C
-from pgolf.config import ModelConfig
+from pgolf.config import NEWTON_SCHULZ, ModelConfig
 from pgolf.errors import DeviceError, NonFiniteError
 from pgolf.generate import _draw, distribution, sample
 from pgolf.model import GPT
@@ -364,7 +364,7 @@ def test_weights_must_not_change_while_a_text_grows(monkeypatch: pytest.MonkeyPa
 
     def train_in_between(logits_fn: Any, ids: np.ndarray, *rest: Any) -> np.ndarray:
         first = logits_fn(ids)
-        optimizer = _C.Optimizer(model._native, 5)
+        optimizer = _C.Optimizer(model._native, 5, NEWTON_SCHULZ["keller_jordan"], False)
         settings = {"lr": [0.1] * 4, "weight_decay": [0.0] * 4, "momentum": 0.9, "clip": 1.0}
         settings |= {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
         model._native.begin_step(False)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pgolf import _C, GPT
+from pgolf.config import NEWTON_SCHULZ
 from tests.test_model import tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,7 +33,7 @@ class Run:
     def __init__(self, dtype: str) -> None:
         config = tiny()
         self.model = GPT(config, seed=1, device="cpu", dtype=dtype)
-        self.optimizer = _C.Optimizer(self.model._native, 5)
+        self.optimizer = _C.Optimizer(self.model._native, 5, NEWTON_SCHULZ["keller_jordan"], False)
         ids, targets = tokens(config, 2, 9)
         self.batch = ids.astype(np.int32), targets.astype(np.int32)
         self.factor = 1.0

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import pgolf
 from pgolf import _C, ops
+from pgolf.config import NEWTON_SCHULZ
 from tests.cases import (
     DTYPES,
     adapted_head_case,
@@ -371,11 +372,14 @@ def check_optimizers(dtype: str) -> None:
     for t, gradients in enumerate(steps, start=1):
         lr, momentum, scale = 0.02 * t, 0.9 + 0.01 * t, 1 / t
         native = [g.astype(dtype) for g in gradients]
-        muon = ops.muon(muon[0], native, muon[1], lr=lr, momentum=momentum, weight_decay=0.04, grad_scale=scale)
+        # An odd step has the rule of the public record, whose every iteration has a polynomial of its own.
+        rule = {"coefficients": NEWTON_SCHULZ["polar_express"], "normalize_rows": True} if t % 2 else {}
+        ways = {"lr": lr, "momentum": momentum, "weight_decay": 0.04, "grad_scale": scale}
+        muon = ops.muon(muon[0], native, muon[1], **ways, **rule)
         adam = ops.adam(*[adam[0], native, *adam[1:]], step=t, lr=lr, eps=1e-6, weight_decay=0.01, grad_scale=scale)
         for i, g in enumerate(gradients):
             trainer.muon_update(
-                expected_muon[i][0], torch.tensor(g) * scale, expected_muon[i][1], lr, momentum, 0.04, 5
+                expected_muon[i][0], torch.tensor(g) * scale, expected_muon[i][1], lr, momentum, 0.04, 5, **rule
             )
             trainer.adamw_update(
                 expected_adam[i][0], torch.tensor(g) * scale, *expected_adam[i][1:], t, lr, (0.9, 0.95), 1e-6, 0.01
@@ -696,6 +700,12 @@ def saved_attention() -> ops.Saved:
             "group is 'bias'; expected one of matrix",
         ),
         (lambda: ops.muon([X], [X], [X], lr=0.1), ValueError, r"weights\[0\] has shape \(2, 3, 4\); expected a matrix"),
+        (
+            lambda: ops.muon([W], [W], [W], lr=0.1, coefficients=[(1.0, 2.0)]),
+            ValueError,
+            "coefficients = .*: must be one of keller_jordan, polar_express, or a list of 1 to 8",
+        ),
+        (lambda: ops.newton_schulz(W, coefficients=[(1.0, 2.0, 3.0)] * 9), ValueError, "a list of 1 to 8 lists"),
         (lambda: ops.muon([W], [W], [W], lr=0.1, ns_steps=0), ValueError, "ns_steps is 0; 1 … "),
         (lambda: ops.working_copy(W, clip=128), ValueError, "clip is 128; 0 … 127 was expected"),
         (lambda: ops.working_copy(GATE, clip=15), ValueError, r"w has shape \(4,\); expected \(rows, cols\)"),

@@ -9,12 +9,15 @@ float16: an eighth of that in norm, but not less than 1e-3. float32: 1e-5 in nor
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from pgolf import ops
+from pgolf.config import NEWTON_SCHULZ
 from pgolf.quantize import quantize_rows
 from tests.cases import (
     Case,
@@ -419,14 +422,15 @@ NS_SHAPES = [(64, 64), (40, 136), (136, 40), (1, 8), (8, 1), (512, 128), (256, 5
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-def test_newton_schulz_rounds_as_the_storage_does(place: Place) -> None:
+@pytest.mark.parametrize("coefficients", NEWTON_SCHULZ)
+def test_newton_schulz_rounds_as_the_storage_does(coefficients: str, place: Place) -> None:
     """Beside the same iteration with the same rounding in PyTorch; and what it is for: singular values near 1."""
     rng = np.random.default_rng(17)
     for shape in NS_SHAPES:
         u = draw(rng, *shape).astype(np.float32)
-        expected = emulated_newton_schulz(u, place)
+        expected = emulated_newton_schulz(u, place, coefficients=NEWTON_SCHULZ[coefficients])
         with ops.on(place.device, place.dtype):
-            found = ops.newton_schulz(u)
+            found = ops.newton_schulz(u, coefficients=NEWTON_SCHULZ[coefficients])
         bound = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 2e-5}[place.dtype]
         assert np.linalg.norm(found - expected) <= bound * np.linalg.norm(expected), shape
         values = np.linalg.svd(u, compute_uv=False)
@@ -435,15 +439,17 @@ def test_newton_schulz_rounds_as_the_storage_does(place: Place) -> None:
             assert reached.min() >= 0.6 and reached.max() <= 1.3, shape
 
 
-def emulated_newton_schulz(u: np.ndarray, place: Place, steps: int = 5) -> np.ndarray:
+def emulated_newton_schulz(
+    u: np.ndarray, place: Place, steps: int = 5, coefficients: Sequence[Sequence[float]] = trainer.KELLER_JORDAN
+) -> np.ndarray:
     def stored(x: torch.Tensor) -> torch.Tensor:
         return x.to(place.torch_dtype).to(torch.float32)
 
-    a, b, c = 3.4445, -4.7750, 2.0315
     x = torch.tensor(u)
     x = x.T if x.shape[0] > x.shape[1] else x
     x = stored(x / (x.norm() + 1e-7))
-    for _ in range(steps):
+    for step in range(steps):
+        a, b, c = coefficients[min(step, len(coefficients) - 1)]
         gram = stored(x @ x.T)
         poly = stored(b * gram + c * (gram @ gram))
         x = stored(a * x + poly @ x)
@@ -485,10 +491,11 @@ def test_muon_of_many_shapes_is_muon_of_each(place: Place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-def test_steps_of_muon_and_adam(place: Place) -> None:
+@pytest.mark.parametrize("rule", [{}, {"normalize_rows": True}], ids=["plain", "rows"])
+def test_steps_of_muon_and_adam(rule: dict[str, Any], place: Place) -> None:
     """Three steps of each on several tensors; Adam is float32 everywhere, Muon's direction is that of the storage."""
     rng = np.random.default_rng(13)
-    shapes = [(64, 64), (136, 40), (40, 136), (64, 64), (1, 7), (130, 2)]
+    shapes = [(64, 64), (136, 40), (40, 136), (64, 64), (1, 7), (130, 2), (600, 24)]
     weights = [draw(rng, *shape).astype(np.float32) for shape in shapes]
     zeros = [np.zeros_like(w) for w in weights]
     muon, adam = [weights, zeros], [weights, zeros, zeros]
@@ -497,11 +504,12 @@ def test_steps_of_muon_and_adam(place: Place) -> None:
     for t in (1, 2, 3):
         gradients = [draw(rng, *shape).astype(np.float32) for shape in shapes]
         with ops.on(place.device, place.dtype):
-            muon = [*ops.muon(muon[0], gradients, muon[1], lr=0.02, momentum=0.9, weight_decay=0.04, grad_scale=0.5)]
+            ways = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.04, "grad_scale": 0.5, **rule}
+            muon = [*ops.muon(muon[0], gradients, muon[1], **ways)]
             adam = [*ops.adam(*[adam[0], gradients, *adam[1:]], step=t, lr=0.02, weight_decay=0.01, grad_scale=0.5)]
         for i, g in enumerate(gradients):
             half = torch.tensor(g).double() * 0.5
-            trainer.muon_update(expected_muon[i][0], half, expected_muon[i][1], 0.02, 0.9, 0.04, 5)
+            trainer.muon_update(expected_muon[i][0], half, expected_muon[i][1], 0.02, 0.9, 0.04, 5, **rule)
             trainer.adamw_update(expected_adam[i][0], half, *expected_adam[i][1:], t, 0.02, (0.9, 0.95), 1e-8, 0.01)
     for i, shape in enumerate(shapes):
         for state in range(3):

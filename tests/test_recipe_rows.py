@@ -31,7 +31,7 @@ import zstandard
 import pgolf
 import pgolf.trainer
 from pgolf.artifact import export_with, read_artifact
-from pgolf.config import Config, ModelConfig
+from pgolf.config import NEWTON_SCHULZ, Config, ModelConfig
 from pgolf.container import unpack
 from pgolf.data.shards import find_data
 from pgolf.evaluate import evaluate
@@ -624,7 +624,7 @@ def gpu_bytes(recipe: str, micro_batch_seqs: int) -> float:
     """
     config = Config.from_recipe(recipe)
     model = GPT(config.model, seed=None, device="cpu")
-    optimizer = pgolf._C.Optimizer(model._native, 5)
+    optimizer = pgolf._C.Optimizer(model._native, 5, NEWTON_SCHULZ["keller_jordan"], False)
     run = SimpleNamespace(config=config, model=model, _native=Limited(model._native), _optimizer=optimizer, _ahead=2)
     size = micro_batch_seqs or Trainer._automatic_micro_batch(run)  # type: ignore[arg-type]
     assert size >= 8
@@ -711,6 +711,8 @@ def test_common_steps(recipe: str, tied: bool, data: Path, monkeypatch: pytest.M
         head_lr=0.008,
         scalar_lr=0.02,
         matrix_lr=number(ROWS["matrix lr"][recipe]),
+        muon_coefficients=[(3.4445, -4.7750, 2.0315)],
+        muon_row_normalize=False,
         muon_weight_decay=0.04,
         weight_decay=number(ROWS["AdamW decay"][recipe]),
         muon_momentum=0.99,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import pgolf.config
-from pgolf.config import Config, recipe_policy, recipes
+from pgolf.config import NEWTON_SCHULZ, Config, recipe_policy, recipes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,6 +44,8 @@ def golden() -> dict[str, dict[str, Any]]:
             tables[name][key.strip("`")] = value(cell)
     for name, policy in rows("| recipe | policy |")[1:]:
         tables[name]["export.policy"] = [list(pair) for pair in re.findall(r"`([^`]+)` (\w+)", policy)]
+    for table in tables.values():
+        table["train.muon_coefficients"] = [list(abc) for abc in NEWTON_SCHULZ[table["train.muon_coefficients"]]]
     controls = SPEC[SPEC.index("`export.control_patterns` is the same for all:") :].split("\n\n")[0]
     for table in tables.values():
         table["export.control_patterns"] = re.findall(r"`([^`]+)`", controls)[1:]

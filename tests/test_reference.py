@@ -361,6 +361,8 @@ def train_config(**changes: Any) -> SimpleNamespace:
         "muon_momentum_warmup_start": 0.92,
         "muon_momentum_warmup_steps": 4,
         "muon_backend_steps": 5,
+        "muon_coefficients": [(3.4445, -4.7750, 2.0315)],
+        "muon_row_normalize": False,
         "muon_weight_decay": 0.04,
         "weight_decay": 0.04,
         "embed_lr": 0.6,

@@ -142,6 +142,17 @@ void bind_decoder(py::module_& m) {
 
 }  // namespace
 
+NewtonSchulzSteps newton_schulz_steps(int steps, const Polynomials& polynomials) {
+  require(steps >= 1, "The number of Newton–Schulz steps is ", steps, "; it must be at least 1.");
+  require(!polynomials.empty() && polynomials.size() <= NewtonSchulzSteps::kMost, "There are ", polynomials.size(),
+          " Newton–Schulz polynomials; expected from 1 to ", NewtonSchulzSteps::kMost, ".");
+  NewtonSchulzSteps out;
+  out.steps = steps;
+  out.count = 0;
+  for (const auto& [a, b, c] : polynomials) out.polynomials[out.count++] = {a, b, c};
+  return out;
+}
+
 std::unique_ptr<Backend> make_backend(int device, const std::string& dtype) {
   const auto types = std::map<std::string, DType>{
       {"float32", DType::f32}, {"float64", DType::f64}, {"bfloat16", DType::bf16}, {"float16", DType::f16}};
@@ -347,7 +358,8 @@ void bind_model(py::module_& m) {
 
   m.def(
       "newton_schulz",
-      [](const py::array& u, int steps) {
+      [](const py::array& u, int count, const Polynomials& polynomials) {
+        const NewtonSchulzSteps steps = newton_schulz_steps(count, polynomials);
         const bool wide = u.dtype().is(py::dtype("float64"));
         const DType type = wide ? DType::f64 : DType::f32;
         py::array out = empty(type, {u.shape(0), u.shape(1)});
@@ -361,7 +373,7 @@ void bind_model(py::module_& m) {
         backend->newton_schulz(in, to, steps, scratch.data());
         return out;
       },
-      py::arg("u"), py::arg("steps"));
+      py::arg("u"), py::arg("steps"), py::arg("polynomials"));
 }
 
 }  // namespace pgolf

@@ -1,6 +1,7 @@
 // What Python holds: a model and the lock that serialises the threads using it.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -20,6 +21,9 @@ struct NativeModel {
   std::mutex mutex;
   std::int64_t step_allocations = 0;
 };
+
+using Polynomials = std::vector<std::array<double, 3>>;  // (a, b, c) each
+NewtonSchulzSteps newton_schulz_steps(int steps, const Polynomials& polynomials);
 
 // device −1 is the CPU. There a 16-bit dtype means float32 arithmetic rounded to it where a GPU would store it.
 std::unique_ptr<Backend> make_backend(int device, const std::string& dtype);

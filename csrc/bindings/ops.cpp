@@ -625,7 +625,9 @@ void adam(Ops& self, const Arrays& w, const Arrays& grads, const Arrays& m, cons
   });
 }
 
-void muon(Ops& self, const Arrays& w, const Arrays& grads, const Arrays& momenta, int ns_steps, const py::kwargs& n) {
+void muon(Ops& self, const Arrays& w, const Arrays& grads, const Arrays& momenta, int steps,
+          const Polynomials& polynomials, const py::kwargs& n) {
+  const MuonRule rule{newton_schulz_steps(steps, polynomials), number<bool>(n, "normalize_rows")};
   Staged arrays(*self.backend);
   const auto ws = add_all(arrays, w, true), gs = add_all(arrays, grads, false), ms = add_all(arrays, momenta, true);
   std::vector<MuonTensor> tensors;
@@ -635,7 +637,7 @@ void muon(Ops& self, const Arrays& w, const Arrays& grads, const Arrays& momenta
   self.run(arrays, [&] {
     const TensorView scratch = arrays.area(self.backend->muon_scratch(tensors));
     const StepValues* const device = self.upload(arrays, values);
-    self.timed([&] { self.backend->muon(tensors, ns_steps, device, scratch.data); });
+    self.timed([&] { self.backend->muon(tensors, rule, device, scratch.data); });
   });
 }
 
@@ -652,7 +654,8 @@ void finish_projection(Ops& self, const py::dict& inputs, const py::dict& output
   self.run(arrays, [&] { self.timed([&] { self.backend->finish_projections({&end, 1}); }); });
 }
 
-void newton_schulz(Ops& self, const py::array& u, const py::array& out, int steps) {
+void newton_schulz(Ops& self, const py::array& u, const py::array& out, int count, const Polynomials& polynomials) {
+  const NewtonSchulzSteps steps = newton_schulz_steps(count, polynomials);
   Staged arrays(*self.backend);
   const TensorView from = arrays.add(u, false), to = arrays.add(out, true);
   self.run(arrays, [&] {

@@ -9,7 +9,7 @@ namespace pgolf {
 namespace {
 
 struct NativeOptimizer {
-  NativeOptimizer(NativeModel& m, int ns_steps) : model(m), optimizer(m.gpt, ns_steps) {}
+  NativeOptimizer(NativeModel& m, const MuonRule& rule) : model(m), optimizer(m.gpt, rule) {}
   NativeModel& model;  // kept alive by Python
   Optimizer optimizer;
 };
@@ -47,7 +47,12 @@ const TensorView find_state(const NativeOptimizer& self, const std::string& name
 
 void bind_optim(py::module_& m) {
   py::class_<NativeOptimizer>(m, "Optimizer")
-      .def(py::init<NativeModel&, int>(), py::arg("model"), py::arg("ns_steps"), py::keep_alive<1, 2>())
+      .def(py::init([](NativeModel& model, int steps, const Polynomials& polynomials, bool normalize_rows) {
+             return std::make_unique<NativeOptimizer>(
+                 model, MuonRule{newton_schulz_steps(steps, polynomials), normalize_rows});
+           }),
+           py::arg("model"), py::arg("ns_steps"), py::arg("polynomials"), py::arg("normalize_rows"),
+           py::keep_alive<1, 2>())
       .def(
           "step",
           [](NativeOptimizer& self, const py::dict& settings) {

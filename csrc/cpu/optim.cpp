@@ -50,6 +50,7 @@ struct NewtonSchulz {
   i64 r, c;
   T *x, *next, *gram, *poly;  // [r, c] twice, [r, r] twice
   T* packed;                  // x as a right-hand side
+  T* row_factors;             // [rows], of u as it stands
 
   NewtonSchulz(Layout& layout, i64 rows, i64 cols) : r(rows < cols ? rows : cols), c(rows < cols ? cols : rows) {
     x = layout.take<T>(r * c);
@@ -57,18 +58,18 @@ struct NewtonSchulz {
     gram = layout.take<T>(r * r);
     poly = layout.take<T>(r * r);
     packed = layout.take<T>(packed_size<T>(c, r));
+    row_factors = layout.take<T>(rows);
   }
 
-  // x ← NS5 of x; the quintic's coefficients are Keller Jordan's.
-  void run(int steps, Rounding rounding) {
-    constexpr T a = T(3.4445), b = T(-4.7750), q = T(2.0315);
+  void run(const NewtonSchulzSteps& steps, Rounding rounding) {
     double squares = 0;
     PGOLF_SIMD_SUM(squares)
     for (i64 i = 0; i < r * c; ++i) squares += double(x[i]) * double(x[i]);
     const T inverse = T(1.0 / (std::sqrt(squares) + 1e-7));
     for (i64 i = 0; i < r * c; ++i) x[i] *= inverse;
     round_values(rounding, x, r * c);
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps.steps; ++step) {
+      const T a = T(steps.of(step).a), b = T(steps.of(step).b), q = T(steps.of(step).c);
       gemm_symmetric<T>(r, c, x, c, gram);
       round_values(rounding, gram, r * r);
       gemm_symmetric<T>(r, r, gram, r, poly);  // the Gram matrix is symmetric: its square is G·Gᵀ
@@ -97,6 +98,21 @@ void orient(i64 rows, i64 cols, T* x, F&& element) {
     for (i64 c0 = 0; c0 < cols; c0 += kTile)
       for (i64 r = r0; r < rows && r < r0 + kTile; ++r)
         for (i64 c = c0; c < cols && c < c0 + kTile; ++c) element(r * cols + c, x[c * rows + r]);
+}
+
+// u's rows, of which ns.x holds the numbers, each over max(its L2 norm, 1e−7).
+template <class T>
+void normalize_rows(i64 rows, i64 cols, const T* grad, const T* m, T scale, T momentum, NewtonSchulz<T>& ns) {
+  for (i64 row = 0; row < rows; ++row) {
+    double squares = 0;
+    PGOLF_SIMD_SUM(squares)
+    for (i64 i = row * cols; i < (row + 1) * cols; ++i) {
+      const double u = double(grad[i] * scale + momentum * m[i]);
+      squares += u * u;
+    }
+    ns.row_factors[row] = T(1.0 / std::fmax(std::sqrt(squares), 1e-7));
+  }
+  orient(rows, cols, ns.x, [&](i64 i, T& x) { x *= ns.row_factors[i / cols]; });
 }
 
 template <class T>
@@ -196,7 +212,8 @@ std::size_t CpuBackend<T>::muon_scratch(std::span<const MuonTensor> tensors) con
 }
 
 template <class T>
-void CpuBackend<T>::muon(std::span<const MuonTensor> tensors, int ns_steps, const StepValues* values, void* scratch) {
+void CpuBackend<T>::muon(std::span<const MuonTensor> tensors, const MuonRule& rule, const StepValues* values,
+                         void* scratch) {
   if (!values->finite) return;
   const std::size_t per_worker = muon_scratch(tensors) / static_cast<std::size_t>(concurrency());
   const T momentum = T(values->momentum), scale = T(values->grad_scale);
@@ -213,7 +230,8 @@ void CpuBackend<T>::muon(std::span<const MuonTensor> tensors, int ns_steps, cons
       m[i] = momentum * m[i] + g;
       x = g + momentum * m[i];
     });
-    ns.run(ns_steps, rounding_);
+    if (rule.normalize_rows) normalize_rows(rows, cols, grad, m, scale, momentum, ns);
+    ns.run(rule.steps, rounding_);
     const double ratio = double(rows) / double(cols);
     const T rate = T(values->lr[kMatrix] * std::sqrt(ratio > 1 ? ratio : 1.0));
     const T keep = T(1 - values->lr[kMatrix] * values->weight_decay[kMatrix]);
@@ -227,7 +245,8 @@ std::size_t CpuBackend<T>::newton_schulz_scratch(const TensorView& u) const {
 }
 
 template <class T>
-void CpuBackend<T>::newton_schulz(const TensorView& u, const TensorView& out, int steps, void* scratch) {
+void CpuBackend<T>::newton_schulz(const TensorView& u, const TensorView& out, const NewtonSchulzSteps& steps,
+                                  void* scratch) {
   const i64 rows = u.shape[0], cols = u.shape[1];
   Layout layout(scratch);
   NewtonSchulz<T> ns(layout, rows, cols);
@@ -257,16 +276,16 @@ void CpuBackend<T>::axpby(double a, const TensorView& x, double b, const TensorV
   });
 }
 
-#define PGOLF_INSTANTIATE(T)                                                                                       \
-  template void CpuBackend<T>::grad_norm(std::span<const TensorView>, StepValues*);                                \
-  template void CpuBackend<T>::adam(std::span<const AdamTensor>, const StepValues*);                               \
-  template void CpuBackend<T>::adapters_begin(std::span<const AdapterRows>, const TensorView&, std::uint64_t);     \
-  template void CpuBackend<T>::adapters_step(std::span<const AdapterRows>, const TensorView&, const AdapterAdam&); \
-  template std::size_t CpuBackend<T>::muon_scratch(std::span<const MuonTensor>) const;                             \
-  template void CpuBackend<T>::muon(std::span<const MuonTensor>, int, const StepValues*, void*);                   \
-  template std::size_t CpuBackend<T>::newton_schulz_scratch(const TensorView&) const;                              \
-  template void CpuBackend<T>::newton_schulz(const TensorView&, const TensorView&, int, void*);                    \
-  template void CpuBackend<T>::add_sum(const TensorView&, double*);                                                \
+#define PGOLF_INSTANTIATE(T)                                                                                         \
+  template void CpuBackend<T>::grad_norm(std::span<const TensorView>, StepValues*);                                  \
+  template void CpuBackend<T>::adam(std::span<const AdamTensor>, const StepValues*);                                 \
+  template void CpuBackend<T>::adapters_begin(std::span<const AdapterRows>, const TensorView&, std::uint64_t);       \
+  template void CpuBackend<T>::adapters_step(std::span<const AdapterRows>, const TensorView&, const AdapterAdam&);   \
+  template std::size_t CpuBackend<T>::muon_scratch(std::span<const MuonTensor>) const;                               \
+  template void CpuBackend<T>::muon(std::span<const MuonTensor>, const MuonRule&, const StepValues*, void*);         \
+  template std::size_t CpuBackend<T>::newton_schulz_scratch(const TensorView&) const;                                \
+  template void CpuBackend<T>::newton_schulz(const TensorView&, const TensorView&, const NewtonSchulzSteps&, void*); \
+  template void CpuBackend<T>::add_sum(const TensorView&, double*);                                                  \
   template void CpuBackend<T>::axpby(double, const TensorView&, double, const TensorView&, const StepValues*);
 PGOLF_INSTANTIATE(float)
 PGOLF_INSTANTIATE(double)

@@ -23,11 +23,12 @@ struct MuonUpdate {
   __device__ float operator()(float grad, float momentum) const { return kMuon ? grad * scale + mu * momentum : grad; }
 };
 
-// A piece of a matrix: m ← μ·m + g, and the sum of squares of u. Memory-bound: 2 reads, 1 write.
+// A piece of a matrix: m ← μ·m + g, and the sum of squares of u. Memory-bound: 2 reads, 1 write. gather_rows takes
+// whole rows: the squares are those of normalised rows, whose factors are kept.
 template <bool kMuon>
 __device__ __forceinline__ void gather_piece(const MuonMatrix& matrix, unsigned number, const MuonUpdate<kMuon>& update,
                                              double* shared, unsigned* gathered) {
-  const i64 size = matrix.size(), piece = matrix.piece(), begin = number * piece;
+  const i64 size = matrix.size(), piece = matrix.piece(false), begin = number * piece;
   const i64 end = begin + piece < size ? begin + piece : size;
   double sum = 0;
   for (i64 at = begin; at < end; at += MuonElements::kChunk) {
@@ -51,27 +52,56 @@ __device__ __forceinline__ void gather_piece(const MuonMatrix& matrix, unsigned 
   release_increment(gathered, 1);
 }
 
+template <bool kMuon>
+__device__ __forceinline__ void gather_rows(const MuonMatrix& matrix, unsigned number, const MuonUpdate<kMuon>& update,
+                                            double* shared, unsigned* gathered) {
+  const int count = static_cast<int>(matrix.piece(true) / matrix.cols), begin = static_cast<int>(number) * count;
+  const int end = begin + count < matrix.rows ? begin + count : matrix.rows;
+  double normed = 0;
+  for (int row = begin; row < end; ++row) {
+    double sum = 0;
+    for (int column = static_cast<int>(threadIdx.x); column < matrix.cols; column += kThreads) {
+      const i64 at = i64{row} * matrix.cols + column;
+      const float grad = matrix.grad[at], m = update.momentum(grad, matrix.momentum[at]);
+      matrix.momentum[at] = m;
+      const double u = update(grad, m);
+      sum += u * u;
+    }
+    __syncthreads();  // all have read the sum before
+    sum = block_sum(sum, shared);
+    const float factor = static_cast<float>(1.0 / fmax(sqrt(sum), 1e-7));
+    if (threadIdx.x == 0) matrix.row_factors()[row] = factor;
+    normed += sum * factor * factor;
+  }
+  __syncthreads();  // all have stored
+  if (threadIdx.x != 0) return;
+  matrix.partials[number] = normed;
+  release_increment(gathered, 1);
+}
+
 // A tile of X = u/(‖u‖ + 1e−7), lying wide and padded, once all pieces are gathered. 2 reads, from L2 where the pieces
 // were gathered a moment ago, and 1 write of S.
 template <class S, bool kMuon>
 __device__ __forceinline__ void normalize_tile(const MuonMatrix& matrix, unsigned number,
-                                               const MuonUpdate<kMuon>& update, double* shared,
+                                               const MuonUpdate<kMuon>& update, bool normalize_rows, double* shared,
                                                const unsigned* gathered) {
   __shared__ float square[MuonTile::kSide * MuonTile::kStride];
   const MuonTile tile(matrix, number);
   float4 grad[MuonTile::kQuads], m[MuonTile::kQuads];
 #pragma unroll
   for (int q = 0; q < MuonTile::kQuads; ++q) grad[q] = tile.load_quad(matrix.grad, q);
-  if (threadIdx.x == 0) acquire_at_least(gathered, static_cast<unsigned>(matrix.pieces()));
+  if (threadIdx.x == 0) acquire_at_least(gathered, static_cast<unsigned>(matrix.pieces(normalize_rows)));
   __syncthreads();
 #pragma unroll
   for (int q = 0; q < MuonTile::kQuads; ++q)
     m[q] = kMuon ? tile.load_quad(matrix.momentum, q) : make_float4(0, 0, 0, 0);
-  const bool mine = static_cast<int>(threadIdx.x) < matrix.pieces();
+  const bool mine = static_cast<int>(threadIdx.x) < matrix.pieces(normalize_rows);
   const double squares = block_sum(mine ? matrix.partials[threadIdx.x] : 0.0, shared);
-  const float inverse = static_cast<float>(1.0 / (sqrt(squares) + 1e-7));
+  const float whole = static_cast<float>(1.0 / (sqrt(squares) + 1e-7));
 #pragma unroll
   for (int q = 0; q < MuonTile::kQuads; ++q) {
+    const int row = tile.row + MuonTile::quad_row(q);
+    const float inverse = normalize_rows && row < tile.rows ? whole * matrix.row_factors()[row] : whole;
     float* to = square + MuonTile::quad_row(q) * MuonTile::kStride + MuonTile::quad_col(q);
     to[0] = update(grad[q].x, m[q].x) * inverse;
     to[1] = update(grad[q].y, m[q].y) * inverse;
@@ -108,7 +138,9 @@ __global__ void __launch_bounds__(kThreads)
   const MuonMatrix& matrix = preparation.matrices[step.matrix];
   unsigned* const gathered = counters + 1 + step.matrix;
   if (step.normalizes)
-    normalize_tile<S, kMuon>(matrix, number, update, shared, gathered);
+    normalize_tile<S, kMuon>(matrix, number, update, preparation.normalize_rows, shared, gathered);
+  else if (kMuon && preparation.normalize_rows)
+    gather_rows<kMuon>(matrix, number, update, shared, gathered);
   else
     gather_piece<kMuon>(matrix, number, update, shared, gathered);
 }
@@ -154,20 +186,20 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// With values: Muon's whole step of these matrices. Without: w = NS5(grad).
+// With values: Muon's whole step of these matrices. Without: w = the steps of grad/(‖grad‖ + 1e−7).
 template <bool kMuon>
-void orthogonalize(const CudaBackend& backend, std::span<const MuonTensor> tensors, int steps, const StepValues* values,
-                   void* scratch) {
+void orthogonalize(const CudaBackend& backend, std::span<const MuonTensor> tensors, const MuonRule& rule,
+                   const StepValues* values, void* scratch) {
   Layout layout(scratch);
   NewtonSchulz ns(layout, backend.dtype(), tensors);
   const cudaStream_t stream = backend.stream();
   with_storage(backend.dtype(), [&](auto storage) {
     using S = decltype(storage);
-    ns.prepare(stream, [&](const Preparation& preparation, unsigned* counters) {
+    ns.prepare(stream, rule.normalize_rows, [&](const Preparation& preparation, unsigned* counters) {
       prepare_updates<S, kMuon><<<preparation.blocks, kThreads, 0, stream>>>(preparation, values, counters);
       PGOLF_LAUNCHED("prepare_updates");
     });
-    ns.iterate(backend, steps);
+    ns.iterate(backend, rule.steps);
     ns.in_all(MuonTile::count, [&](const MuonMatrices& batch) {
       apply_updates<S, kMuon><<<batch.blocks, kThreads, 0, stream>>>(batch, values);
       PGOLF_LAUNCHED("apply_updates");
@@ -187,8 +219,9 @@ std::size_t CudaBackend::muon_scratch(std::span<const MuonTensor> tensors) const
   return scratch_bytes(storage_, tensors);
 }
 
-void CudaBackend::muon(std::span<const MuonTensor> tensors, int ns_steps, const StepValues* values, void* scratch) {
-  orthogonalize<true>(*this, tensors, ns_steps, values, scratch);
+void CudaBackend::muon(std::span<const MuonTensor> tensors, const MuonRule& rule, const StepValues* values,
+                       void* scratch) {
+  orthogonalize<true>(*this, tensors, rule, values, scratch);
 }
 
 std::size_t CudaBackend::newton_schulz_scratch(const TensorView& u) const {
@@ -196,9 +229,10 @@ std::size_t CudaBackend::newton_schulz_scratch(const TensorView& u) const {
   return scratch_bytes(storage_, {&single, 1});
 }
 
-void CudaBackend::newton_schulz(const TensorView& u, const TensorView& out, int steps, void* scratch) {
+void CudaBackend::newton_schulz(const TensorView& u, const TensorView& out, const NewtonSchulzSteps& steps,
+                                void* scratch) {
   const MuonTensor single{out, u, {}};
-  orthogonalize<false>(*this, {&single, 1}, steps, nullptr, scratch);
+  orthogonalize<false>(*this, {&single, 1}, MuonRule{steps}, nullptr, scratch);
 }
 
 }  // namespace pgolf::cuda

@@ -16,19 +16,24 @@ struct MuonMatrix {
   const float* grad;
   float* momentum;
   void* x;           // S [padded_r, padded_c]
-  double* partials;  // [pieces]
+  double* partials;  // [kThreads], of which pieces() are written; then float row_factors [rows]
   int rows, cols;
 
   __host__ __device__ bool tall() const { return rows > cols; }
   __host__ __device__ int padded_r() const { return padded(tall() ? cols : rows); }
   __host__ __device__ int padded_c() const { return padded(tall() ? rows : cols); }
   __host__ __device__ i64 size() const { return i64{rows} * cols; }
-  // Elements that one block squares, and how many blocks that takes.
-  __host__ __device__ i64 piece() const {
-    return ((size() + kThreads - 1) / kThreads + MuonElements::kChunk - 1) / MuonElements::kChunk *
-           MuonElements::kChunk;
+  // Elements that one block squares, whole rows where rows are normalised, and how many blocks that takes: at most
+  // kThreads.
+  __host__ __device__ i64 piece(bool whole_rows) const {
+    const i64 unit = whole_rows ? cols : MuonElements::kChunk;
+    return ((size() + kThreads - 1) / kThreads + unit - 1) / unit * unit;
   }
-  __host__ __device__ int pieces() const { return static_cast<int>((size() + piece() - 1) / piece()); }
+  __host__ __device__ int pieces(bool whole_rows) const {
+    return static_cast<int>((size() + piece(whole_rows) - 1) / piece(whole_rows));
+  }
+  __host__ __device__ float* row_factors() const { return reinterpret_cast<float*>(partials + kThreads); }
+  static i64 scratch_doubles(i64 rows) { return kThreads + (rows + 1) / 2; }
 
  private:
   __host__ __device__ static int padded(int side) { return (side + kVector - 1) / kVector * kVector; }
@@ -105,6 +110,7 @@ struct Preparation {
   unsigned first[2 * kMatrices];
   int count = 0;
   unsigned blocks = 0;
+  bool normalize_rows = false;
 
   void number() {
     blocks = 0;
@@ -112,8 +118,8 @@ struct Preparation {
       const PreparationStep step = preparation_step(i, count);
       const MuonMatrix& matrix = matrices[step.matrix];
       first[i] = blocks;
-      blocks +=
-          step.normalizes ? static_cast<unsigned>(MuonTile::count(matrix)) : static_cast<unsigned>(matrix.pieces());
+      blocks += step.normalizes ? static_cast<unsigned>(MuonTile::count(matrix))
+                                : static_cast<unsigned>(matrix.pieces(normalize_rows));
     }
   }
 };

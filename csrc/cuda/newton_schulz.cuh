@@ -22,7 +22,7 @@ class NewtonSchulz {
                         nullptr,
                         static_cast<int>(t.w.shape[0]),
                         static_cast<int>(t.w.shape[1])};
-      matrix.partials = layout.take<double>(matrix.pieces());
+      matrix.partials = layout.take<double>(MuonMatrix::scratch_doubles(matrix.rows));
       const i64 r = matrix.padded_r(), c = matrix.padded_c();
       auto group = std::find_if(groups_.begin(), groups_.end(), [&](const Group& g) { return g.r == r && g.c == c; });
       if (group == groups_.end()) group = groups_.insert(group, Group{.count = 0, .r = r, .c = c});
@@ -40,11 +40,12 @@ class NewtonSchulz {
 
   // Calls launch(preparation, counters) until every matrix was in one; first of all, as it sets all counters to 0.
   template <class F>
-  void prepare(cudaStream_t stream, F&& launch) const {
+  void prepare(cudaStream_t stream, bool normalize_rows, F&& launch) const {
     if (placed_.empty()) return;
     PGOLF_CUDA(cudaMemsetAsync(state_, 0, static_cast<std::size_t>(states_) * sizeof *state_, stream));
     unsigned* counters = state_ + groups_.size() + placed_.size();
     Preparation preparation;
+    preparation.normalize_rows = normalize_rows;
     for (const Placed& p : placed_) {
       preparation.matrices[preparation.count++] = with_x(p);
       if (preparation.count < Preparation::kMatrices && &p != &placed_.back()) continue;
@@ -61,22 +62,19 @@ class NewtonSchulz {
     multi_tensor_apply(placed_, [&](const Placed& p) { return with_x(p); }, blocks_of, launch);
   }
 
-  // x ← the quintic of x, `steps` times.
-  void iterate(const CudaBackend& backend, int steps) {
+  void iterate(const CudaBackend& backend, const NewtonSchulzSteps& steps) {
     if (groups_.empty()) return;
     with_storage(dtype_, [&](auto storage) {
       using S = decltype(storage);
       if constexpr (sizeof(S) == 2)
-        if (backend.has_wgmma()) return sm90::launch_newton_schulz<S>(backend, groups_, steps, a, b, q, state_);
+        if (backend.has_wgmma()) return sm90::launch_newton_schulz<S>(backend, groups_, steps, state_);
       for (const Group& g : groups_) iterate_group(backend, g, steps);
     });
-    if (steps % 2 != 0)
+    if (steps.steps % 2 != 0)
       for (Group& g : groups_) std::swap(g.x, g.next);
   }
 
  private:
-  static constexpr float a = 3.4445f, b = -4.7750f, q = 2.0315f;  // Keller Jordan's
-
   using Group = sm90::WideMatrices;
   struct Placed {
     MuonMatrix matrix;
@@ -93,7 +91,7 @@ class NewtonSchulz {
     return matrix;
   }
 
-  void iterate_group(const CudaBackend& backend, const Group& g, int steps) const {
+  void iterate_group(const CudaBackend& backend, const Group& g, const NewtonSchulzSteps& steps) const {
     Gemm square;  // gram = x·xᵀ
     square.transpose_b = true;
     square.m = square.n = g.r;
@@ -104,21 +102,21 @@ class NewtonSchulz {
     square.count = g.count;
     square.a_step = square.b_step = g.r * g.c;
     square.d_step = g.r * g.r;
-    Gemm quartic = square;  // poly = q·gram² + b·gram; the Gram matrix is symmetric: its square is G·Gᵀ
+    Gemm quartic = square;  // poly = c·gram² + b·gram; the Gram matrix is symmetric: its square is G·Gᵀ
     quartic.k = quartic.lda = quartic.ldb = g.r;
     quartic.a = quartic.b = quartic.c = g.gram;
     quartic.d = g.poly;
-    quartic.alpha = q;
-    quartic.beta = b;
     quartic.a_step = quartic.b_step = g.r * g.r;
     Gemm quintic = quartic;  // next = poly·x + a·x
     quintic.transpose_b = false;
     quintic.n = quintic.ldb = quintic.ldd = g.c;
     quintic.a = g.poly;
     quintic.alpha = 1.0f;
-    quintic.beta = a;
     quintic.b_step = quintic.d_step = g.r * g.c;
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0; step < steps.steps; ++step) {
+      quartic.alpha = static_cast<float>(steps.of(step).c);
+      quartic.beta = static_cast<float>(steps.of(step).b);
+      quintic.beta = static_cast<float>(steps.of(step).a);
       square.a = square.b = quintic.b = quintic.c = step % 2 == 0 ? g.x : g.next;
       quintic.d = step % 2 == 0 ? g.next : g.x;
       backend.gemm(square);

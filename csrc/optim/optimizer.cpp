@@ -8,8 +8,7 @@
 
 namespace pgolf {
 
-Optimizer::Optimizer(std::shared_ptr<GPT> model, int ns_steps) : model_(std::move(model)), ns_steps_(ns_steps) {
-  require(ns_steps >= 1, "The number of Newton–Schulz steps is ", ns_steps, "; it must be at least 1.");
+Optimizer::Optimizer(std::shared_ptr<GPT> model, const MuonRule& rule) : model_(std::move(model)), rule_(rule) {
   Backend& backend = model_->backend();
   const auto& table = model_->table();
   model_->begin_step(false);  // makes the gradients
@@ -50,7 +49,7 @@ int Optimizer::step(const StepSettings& settings) {
   const auto work = [&] {
     backend.grad_norm(grads_, values);
     backend.adam(adam_, values);
-    backend.muon(muon_, ns_steps_, values, scratch_.data());
+    backend.muon(muon_, rule_, values, scratch_.data());
   };
   recording_ = backend.capture(recording_, std::cref(work));
   model_->weights_changed();

@@ -27,7 +27,7 @@ struct StepCounts {
 
 class Optimizer {
  public:
-  Optimizer(std::shared_ptr<GPT> model, int ns_steps);
+  Optimizer(std::shared_ptr<GPT> model, const MuonRule& rule);
   ~Optimizer();
   Optimizer(const Optimizer&) = delete;
   Optimizer& operator=(const Optimizer&) = delete;
@@ -69,7 +69,7 @@ class Optimizer {
   StepValues read_values() const;
 
   std::shared_ptr<GPT> model_;
-  int ns_steps_;
+  MuonRule rule_;
   std::int64_t snapshots_ = 0;
   ParameterSet first_, second_, average_;  // momentum or m; v; running sum or exponential average
   std::vector<TensorView> grads_;

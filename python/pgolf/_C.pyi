@@ -118,7 +118,9 @@ class Decoder:
 
 @final
 class Optimizer:
-    def __init__(self, model: Model, ns_steps: int) -> None: ...
+    def __init__(
+        self, model: Model, ns_steps: int, polynomials: Sequence[Sequence[float]], normalize_rows: bool
+    ) -> None: ...
     def step(self, settings: dict[str, Any]) -> int:
         """Applies the gradients in the model; returns a ticket for `wait`."""
 
@@ -220,7 +222,9 @@ class Ops:
         /,
         **numbers: float,
     ) -> None: ...
-    def newton_schulz(self, u: _Floats, out: _Floats, steps: int, /) -> None: ...
+    def newton_schulz(
+        self, u: _Floats, out: _Floats, steps: int, polynomials: Sequence[Sequence[float]], /
+    ) -> None: ...
     def working_copy(self, inputs: _Arrays, outputs: _Arrays, clip: int, factor: float, /) -> None: ...
     def quantize_rows(
         self, w: _Floats, clip: int, q: npt.NDArray[np.int8], scale: npt.NDArray[np.uint16], /
@@ -232,7 +236,7 @@ class Ops:
 def parameter_table(config: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
     """(name, shape) of every parameter that a configuration implies."""
 
-def newton_schulz(u: _Floats, steps: int) -> _Floats: ...
+def newton_schulz(u: _Floats, steps: int, polynomials: Sequence[Sequence[float]]) -> _Floats: ...
 def quantize_rows_amax(w: npt.NDArray[np.float32], clip: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint16]]:
     """(rows, columns) -> integers of that shape and (rows,) fp16 scales as bit patterns."""
 

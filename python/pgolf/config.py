@@ -155,6 +155,33 @@ def _policy(value: Any) -> list[tuple[str, str]]:
 _NO_VALUE: Any = object()
 
 
+NEWTON_SCHULZ = {
+    "keller_jordan": [(3.4445, -4.7750, 2.0315)],
+    "polar_express": [
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ],
+}
+"""Coefficients of Muon's iterations: Keller Jordan's, and Polar Express (Amsel et al., arXiv:2505.16932), for five."""
+
+
+def read_polynomials(value: Any) -> list[tuple[float, float, float]]:
+    allowed = f"must be one of {', '.join(NEWTON_SCHULZ)}, or a list of 1 to 8 lists [a, b, c] of finite numbers"
+    if isinstance(value, str) and value in NEWTON_SCHULZ:
+        return list(NEWTON_SCHULZ[value])
+    number = _number()
+    try:
+        polynomials = [(number(a), number(b), number(c)) for a, b, c in value]
+    except (TypeError, ValueError):
+        polynomials = []
+    if not 1 <= len(polynomials) <= 8:
+        raise ValueError(allowed)
+    return polynomials
+
+
 def _key(default: _T, read: _Reader, absent: _T = _NO_VALUE) -> _T:
     """A dataclass field with its reader.
 
@@ -361,6 +388,14 @@ class TrainConfig(_Table):
     muon_momentum_warmup_steps: int = _key(1500, _integer(0))
     # Newton-Schulz iterations of one Muon update. [§3]
     muon_backend_steps: int = _key(5, _integer(1))
+    # (a, b, c) of each iteration, X <- a X + (b A + c A^2) X, the last of them for later ones too; or a set's name:
+    # keller_jordan, polar_express. [§3]
+    muon_coefficients: list[tuple[float, float, float]] = field(
+        default_factory=lambda: read_polynomials("keller_jordan"),
+        metadata={"read": read_polynomials, "absent": [[3.4445, -4.775, 2.0315]]},
+    )
+    # Whether each row of an update is divided by its norm before the iterations. [§3]
+    muon_row_normalize: bool = _key(False, _flag, absent=False)
     # Decoupled weight decay of the matrices. [§3]
     muon_weight_decay: float = _key(0.04, _number(0))
     # Decoupled weight decay of every AdamW tensor except lm_head. [§3]

@@ -128,8 +128,10 @@ def training_bytes(recipe: str) -> int:
 
     config = Config.from_recipe(recipe)
     model = GPT(config.model, seed=None, device="cpu")
-    optimizer = _C.Optimizer(model._native, config.train.muon_backend_steps)
-    model._native.prepare_training(1, config.train.train_seq_len)
+    train = config.train
+    rule = (train.muon_backend_steps, train.muon_coefficients, train.muon_row_normalize)
+    optimizer = _C.Optimizer(model._native, *rule)
+    model._native.prepare_training(1, train.train_seq_len)
     # Indented rows share the memory of the row above them.
     planned = sum(size for what, size in model._native.memory_table() if not what.startswith(" "))
     return planned + optimizer.bytes() + 4 * model.num_parameters

@@ -8,14 +8,14 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pgolf import _C
-from pgolf.config import ModelConfig
+from pgolf.config import ModelConfig, read_polynomials
 from pgolf.data.declared import Record
 from pgolf.machine import shows_nvidia_gpu
 
@@ -302,12 +302,13 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return dict(_C.parameter_table(_native_config(config)))
 
 
-def newton_schulz(u: Any, steps: int = 5) -> FloatArray:
+def newton_schulz(u: Any, steps: int = 5, coefficients: Sequence[Sequence[float]] | None = None) -> FloatArray:
     """Muon's orthogonalisation: moves the singular values of u towards 1 (docs/spec.md §3, NS5).
 
     Args:
         u: (rows, cols) floating-point array; float64 is computed in float64, anything else in float32.
         steps: iterations, at least 1.
+        coefficients: (a, b, c) of each iteration, the last also of those after it, at most 8; None: Keller Jordan's.
 
     Returns:
         A new array of u's shape.
@@ -326,7 +327,15 @@ def newton_schulz(u: Any, steps: int = 5) -> FloatArray:
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1.")
     dtype = np.float64 if array.dtype == np.float64 else np.float32
-    return _C.newton_schulz(np.ascontiguousarray(array, dtype=dtype), steps)
+    return _C.newton_schulz(np.ascontiguousarray(array, dtype=dtype), steps, polynomials(coefficients))
+
+
+def polynomials(coefficients: Sequence[Sequence[float]] | None) -> list[tuple[float, float, float]]:
+    """Checked Newton-Schulz coefficients; None: Keller Jordan's."""
+    try:
+        return read_polynomials("keller_jordan" if coefficients is None else list(coefficients))
+    except ValueError as error:
+        raise ValueError(f"coefficients = {coefficients!r}: {error}.") from None
 
 
 def as_array(value: Any, name: str) -> npt.NDArray[Any]:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pgolf.model import FloatArray, as_array
+from pgolf.model import FloatArray, as_array, polynomials
 from pgolf.op_calls import Arrays, Backward, forward, operations_for
 from pgolf.op_calls import MixedInput as MixedInput
 from pgolf.op_calls import Saved as Saved
@@ -873,6 +873,8 @@ def muon(
     momentum: float = 0.95,
     weight_decay: float = 0.0,
     ns_steps: int = 5,
+    coefficients: Sequence[Sequence[float]] | None = None,
+    normalize_rows: bool = False,
     grad_scale: float = 1.0,
     finite: bool = True,
 ) -> tuple[list[FloatArray], list[FloatArray]]:
@@ -883,6 +885,8 @@ def muon(
     Args:
         weights, grads, momenta: as many matrices each, shaped alike.
         ns_steps: Newton–Schulz iterations, at least 1.
+        coefficients: as `newton_schulz`.
+        normalize_rows: divide each row of g + μ·m by max(its norm, 1e−7) before the iterations.
         finite: False: nothing changes (see `GradNorm`).
 
     Returns:
@@ -901,6 +905,8 @@ def muon(
         gradients,
         new_momenta,
         steps,
+        polynomials(coefficients),
+        normalize_rows=bool(normalize_rows),
         group=GROUPS.index("matrix"),
         lr=float(lr),
         weight_decay=float(weight_decay),
@@ -926,17 +932,18 @@ def product(a: Any, b: Any) -> FloatArray:
     return out
 
 
-def newton_schulz(u: Any, steps: int = 5) -> FloatArray:
+def newton_schulz(u: Any, steps: int = 5, coefficients: Sequence[Sequence[float]] | None = None) -> FloatArray:
     """Muon's orthogonalisation of a matrix, as `pgolf.newton_schulz`, where and as `on` says.
 
     Args:
         u: [rows, cols].
         steps: iterations, at least 1.
+        coefficients: (a, b, c) of each iteration, the last also of those after it, at most 8; None: Keller Jordan's.
     """
     call = Arrays()
     call.add("u", u, "rows", "cols")
     out = call.empty("rows", "cols")
-    call.native().newton_schulz(call.arrays["u"], out, _integer(steps, "steps", 1, 1000))
+    call.native().newton_schulz(call.arrays["u"], out, _integer(steps, "steps", 1, 1000), polynomials(coefficients))
     return out
 
 

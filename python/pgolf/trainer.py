@@ -170,7 +170,8 @@ class Trainer:
         self.model.scoring = config.eval.scoring(config.eval_seq_len)
         self.model.record = self._record()
         self._native = self.model._native
-        self._optimizer = _C.Optimizer(self._native, train.muon_backend_steps)
+        rule = (train.muon_backend_steps, train.muon_coefficients, train.muon_row_normalize)
+        self._optimizer = _C.Optimizer(self._native, *rule)
         self._flop = speed.flop_per_token(model, train.train_seq_len)
         self.limit = speed.known_limit(self.model.device)
         """What this machine reaches at most; None until it is measured, after the first step."""

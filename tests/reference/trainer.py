@@ -64,22 +64,39 @@ def clip_scale(gradients: Sequence[Tensor], limit: float) -> tuple[float, float]
     return (min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0), norm
 
 
-def newton_schulz(u: Tensor, steps: int = 5) -> Tensor:
-    """NS5: the quintic iteration that drives the singular values of u towards 1."""
+KELLER_JORDAN = ((3.4445, -4.7750, 2.0315),)
+
+
+def newton_schulz(u: Tensor, steps: int = 5, coefficients: Sequence[Sequence[float]] = KELLER_JORDAN) -> Tensor:
+    """NS5: the quintic iterations that drive the singular values of u towards 1."""
     if u.shape[0] > u.shape[1]:
-        return newton_schulz(u.T, steps).T
+        return newton_schulz(u.T, steps, coefficients).T
     x = u / (u.norm() + 1e-7)
-    for _ in range(steps):
+    for step in range(steps):
+        one, two, three = coefficients[min(step, len(coefficients) - 1)]
         a = x @ x.T
-        b = -4.7750 * a + 2.0315 * a @ a
-        x = 3.4445 * x + b @ x
+        b = two * a + three * a @ a
+        x = one * x + b @ x
     return x
 
 
-def muon_update(p: Tensor, g: Tensor, m: Tensor, lr: float, mu: float, decay: float, steps: int) -> None:
+def muon_update(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    lr: float,
+    mu: float,
+    decay: float,
+    steps: int,
+    coefficients: Sequence[Sequence[float]] = KELLER_JORDAN,
+    normalize_rows: bool = False,
+) -> None:
     """One Muon step on p, with its momentum m, in place."""
     m.copy_(mu * m + g)
-    u = newton_schulz(g + mu * m, steps)
+    u = g + mu * m
+    if normalize_rows:
+        u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    u = newton_schulz(u, steps, coefficients)
     rows, cols = p.shape
     p.copy_(p * (1 - lr * decay) - lr * math.sqrt(max(1, rows / cols)) * u)
 
@@ -168,7 +185,9 @@ class ReferenceTrainer:
         group = parameter_group(name)
         if group == "matrix":
             lr = cfg.matrix_lr * multiplier
-            muon_update(p, g, m, lr, momentum, cfg.muon_weight_decay, cfg.muon_backend_steps)
+            polynomials, normalize = cfg.muon_coefficients, cfg.muon_row_normalize
+            decay, steps = cfg.muon_weight_decay, cfg.muon_backend_steps
+            muon_update(p, g, m, lr, momentum, decay, steps, polynomials, normalize)
             return
         embed_lr = cfg.tied_embed_lr if self.model.cfg.tie_embeddings else cfg.embed_lr
         lr = {"embed": embed_lr, "scalar": cfg.scalar_lr, "head": cfg.head_lr}[group] * multiplier

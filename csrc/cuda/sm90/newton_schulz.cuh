@@ -1,5 +1,5 @@
 // Newton–Schulz iterations on all matrices in one launch, by wgmma. An iteration is three GEMMs,
-//   gram = x·xᵀ,  poly = q·gram² + b·gram,  next = poly·x + a·x
+//   gram = x·xᵀ,  poly = c·gram² + b·gram,  next = poly·x + a·x
 // in 16-bit storage, with float32 accumulators, rounded once. The first two are symmetric: only tiles on and below the
 // diagonal are computed, and each one below is written twice, as it is and transposed, so that both halves have the
 // same bits.
@@ -64,12 +64,16 @@ struct IterationArgs {
   };
   Group groups[IterationTiles::kGroups];
   IterationTiles tiles;
-  int steps;
-  float a, b, q;
+  struct Polynomial {
+    float a, b, c;
+  };
+  int steps, last;  // last: of the polynomials, which later steps take, too
+  Polynomial polynomials[NewtonSchulzSteps::kMost];
   unsigned* next_tile;
 };
 
-static_assert(sizeof(IterationArgs<bf16>) <= 4096);  // what a launch takes everywhere
+static_assert(sizeof(IterationArgs<bf16>) <=
+              32'764);  // what a launch takes since CUDA 12.1; sm_90a is here built by 13
 
 // The operands of one GEMM of a group's matrices, [rows, columns] each.
 template <class S>
@@ -276,7 +280,9 @@ __global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
     if (lane == 0) pipeline.release(before);
     cp_async_wait_all();
     __syncwarp();
-    const float alpha = operands.over_rows ? 1.0f : args.q, beta = operands.over_rows ? args.a : args.b;
+    const auto& polynomial = args.polynomials[min(work.tile.step, args.last)];
+    const float alpha = operands.over_rows ? 1.0f : polynomial.c;
+    const float beta = operands.over_rows ? polynomial.a : polynomial.b;
     const auto epilogue = [&](int half) {
       epilogue_rows<S>(own_tiles + half * Tiles::kWarpTile,
                        *reinterpret_cast<Accumulator<1, Tiles::kSide>*>(&accumulator[half]), operands.addend != nullptr,
@@ -291,19 +297,21 @@ __global__ void __launch_bounds__(NewtonSchulzTiles::kThreads, 1)
   }
 }
 
-// x ← its quintic, `steps` times, for all matrices of all groups; after an odd number the result lies in `next`. state:
-// zeros, one for each group and each matrix.
+// The steps for all matrices of all groups; after an odd number the result lies in `next`. state: zeros, one for each
+// group and each matrix.
 template <class S>
-void launch_newton_schulz(const CudaBackend& backend, std::span<const WideMatrices> groups, int steps, float a, float b,
-                          float q, unsigned* state) {
+void launch_newton_schulz(const CudaBackend& backend, std::span<const WideMatrices> groups,
+                          const NewtonSchulzSteps& steps, unsigned* state) {
   using Tiles = NewtonSchulzTiles;
   const DType dtype = backend.dtype();
   while (!groups.empty()) {
     IterationArgs<S> args{};
-    args.steps = steps;
-    args.a = a;
-    args.b = b;
-    args.q = q;
+    args.steps = steps.steps;
+    args.last = steps.count - 1;
+    for (int i = 0; i < steps.count; ++i) {
+      const NewtonSchulzSteps::Polynomial& p = steps.of(i);
+      args.polynomials[i] = {static_cast<float>(p.a), static_cast<float>(p.b), static_cast<float>(p.c)};
+    }
     args.next_tile = state++;
     const auto these = groups.first(std::min<std::size_t>(groups.size(), IterationTiles::kGroups));
     for (const WideMatrices& g : these) {
