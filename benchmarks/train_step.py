@@ -76,7 +76,7 @@ def measure_pgolf(work: Work, args: argparse.Namespace) -> dict[str, Any]:
     scale = 1 / ids.size
     if args.device != "cpu":
         sizes = sorted({work.micro, work.sequences % work.micro} - {0})
-        optimizer.warm_up(sizes, work.length, scale, False, True)
+        optimizer.warm_up(sizes, work.length, scale, False, False, True)
 
     def step() -> int:
         model._native.begin_step(False)
@@ -239,7 +239,7 @@ from pgolf.model import GPT
 model = GPT(ModelConfig(num_layers=10, bigram_vocab_size=10240), seed=1, device="cuda", dtype="bfloat16")
 made = time.perf_counter()
 optimizer = _C.Optimizer(model._native, 5)
-optimizer.warm_up([48], 2048, 1e-6, False, True); warm = time.perf_counter()
+optimizer.warm_up([48], 2048, 1e-6, False, False, True); warm = time.perf_counter()
 ids = np.zeros((48, 2048), np.int32)
 model._native.begin_step(False); model._native.micro_step(ids, ids, 1e-6); model._native.end_step()
 optimizer.wait(optimizer.step(%r)); stepped = time.perf_counter()

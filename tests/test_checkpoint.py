@@ -46,8 +46,9 @@ def stop_after(config: Config, data: Path, run_dir: Path, step: int) -> Trainer:
         {"ema_decay": 0.7, "muon_momentum_warmup_steps": 5},
         {"swa_start_frac": 1.0, "qat_start_frac": 0.5, "val_loss_every": 3, "micro_batch_seqs": 3},
         {"warmup_steps": 2, "grad_clip_norm": 0.01},
+        {"model__num_loops": 1, "model__loop_end": 1, "enable_looping_at": 0.5, "val_loss_every": 2},
     ],
-    ids=["plain", "EMA", "SWA, QAT and validation", "priming"],
+    ids=["plain", "EMA", "SWA, QAT and validation", "priming", "loops from the middle on"],
 )
 @pytest.mark.parametrize("step", [3, 7])
 def test_a_resumed_run_equals_one_that_never_stopped(

@@ -122,6 +122,11 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"model.rope_base": -1.0}, ["model.rope_base = -1.0", "above 0"]),
     ({"model.qk_gain_init": float("nan")}, ["model.qk_gain_init = nan", "finite"]),
     ({"model.tie_embeddings": 1}, ["model.tie_embeddings = 1", "true or false"]),
+    ({"model.num_loops": 1, "model.loop_end": 10}, ["model.loop_end = 10", "below model.num_layers = 10"]),
+    (
+        {"model.num_loops": 1, "model.loop_start": 3, "model.loop_end": 2},
+        ["model.loop_start = 3", "at most model.loop_end = 2"],
+    ),
     ({"model.rope_dims": 5}, ["model.rope_dims = 5", "even and at most a head's width, 64"]),
     ({"model.rope_dims": 66}, ["model.rope_dims = 66", "even and at most a head's width, 64"]),
     ({"model.rope_tables": "fp16"}, ["model.rope_tables = 'fp16'", "exact, bf16"]),

@@ -56,6 +56,7 @@ MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
     "bigram as wide as the model": ({"bigram_dim": 128, "num_layers": 2}, 3, 33),
     "smear reset": ({"smear_reset_at_bos": True, "vocab_size": 4, "bos_id": 2, "num_layers": 2}, 3, 20),
     "bf16 rope tables": ({"rope_tables": "bf16", "num_layers": 2}, 1, 300),
+    "loops": ({"loop_start": 1, "loop_end": 2, "num_loops": 2}, 2, 65),
     "part of a head turned": ({"num_heads": 2, "num_kv_heads": 1, "rope_dims": 16, "num_layers": 2}, 2, 65),
     "leaky, norms scaled by depth": ({"mlp_negative_slope": 0.5, "ln_scale": True, "num_layers": 2}, 3, 43),
     "heads of 64": ({"num_heads": 2, "num_kv_heads": 1}, 2, 130),
@@ -322,7 +323,9 @@ def test_recorded_steps_have_the_bits_of_launched_ones(
 
 
 def test_fifty_replays_with_changing_rates_follow_the_cpu(small_corpus: Path) -> None:
+    """Loops come on after half of them: from then on the other recording is replayed, in the same memory."""
     config = tiny(iterations=50, dtype="float32", warmdown_iters=45, muon_momentum_warmup_steps=40, qat_start_frac=1.0)
+    config = config.override({"model.num_loops": 2, "model.loop_end": 1, "train.enable_looping_at": 0.5})
     losses = []
     for device in ("cuda", "cpu"):
         trainer = Trainer(config, small_corpus, device=device)

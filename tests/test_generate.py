@@ -215,6 +215,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "one head": {"num_heads": 1, "num_kv_heads": 1},
     "smear reset": {"smear_reset_at_bos": True, "vocab_size": 4, "bos_id": 2},
     "bf16 rope tables": {"rope_tables": "bf16"},
+    "loops": {"loop_start": 1, "loop_end": 2, "num_loops": 2},
+    "part of a head turned": {"model_dim": 32, "rope_dims": 4, "ln_scale": True, "mlp_negative_slope": 0.5},
     "low softcap": {"logit_softcap": 0.7, "rope_base": 500.0},
     "odd sizes": {"model_dim": 70, "num_heads": 7, "num_kv_heads": 7, "bigram_dim": 33, "mlp_mult": 2.7},
 }

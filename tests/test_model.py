@@ -15,6 +15,7 @@ import torch
 
 import pgolf
 import pgolf.model
+from pgolf import _C
 from pgolf.config import ModelConfig
 from pgolf.errors import DeviceError
 from pgolf.model import GPT, newton_schulz
@@ -55,6 +56,8 @@ CASES: dict[str, tuple[dict[str, Any], int, int]] = {
     "smear reset": ({"smear_reset_at_bos": True, "vocab_size": 4, "bos_id": 2}, 3, 20),
     "bf16 rope tables": ({"rope_tables": "bf16"}, 1, 300),
     "norms scaled by depth": ({"ln_scale": True}, 2, 9),
+    "loops": ({"num_layers": 5, "loop_start": 1, "loop_end": 2, "num_loops": 2}, 2, 9),
+    "a loop over the last layer": ({"loop_start": 2, "loop_end": 2, "num_loops": 1}, 2, 9),
     "part of a head turned": ({"model_dim": 32, "rope_dims": 4}, 2, 9),
     "leaky": ({"mlp_negative_slope": 0.5}, 2, 9),
     "low softcap": ({"logit_softcap": 0.7, "rope_base": 500.0}, 2, 9),
@@ -106,6 +109,51 @@ def assert_gradients_close(
         assert g.size == 0 or g.any() != name.endswith(zero or ("nothing",)), f"{name}: a gradient that tests nothing"
         error = np.linalg.norm(found[name].astype(np.float64) - g)
         assert error <= tolerance * max(np.linalg.norm(g), 0.01 * total), f"{name}: {error:.3g}"
+
+
+# Loops ----------------------------------------------------------------------------------------------------------------
+
+
+def test_loops_that_are_off_leave_a_plain_model() -> None:
+    """Its layers' first skip weights are those of the model without loops: so are its losses, to the bit."""
+    looped, state = perturbed(tiny(num_layers=5, loop_start=1, loop_end=2, num_loops=2))
+    assert state["skip_weights"].shape == (4, 16)
+    plain = GPT(tiny(num_layers=5))
+    plain.load_state_dict({**state, "skip_weights": state["skip_weights"][:2]})
+    ids, targets = tokens(plain.config, 2, 9)
+    with_loops = looped.token_losses(ids, targets)
+    looped.looping = False
+    assert np.array_equal(looped.token_losses(ids, targets), plain.token_losses(ids, targets))
+    looped.looping = True
+    assert np.array_equal(looped.token_losses(ids, targets), with_loops)
+    plain.looping = False  # it has none to switch off
+    assert plain.looping is False
+
+
+def test_a_model_with_loops_and_without_them_trains_in_one_arena() -> None:
+    model, state = perturbed(tiny(num_layers=5, loop_start=1, loop_end=2, num_loops=2))
+    reference = ReferenceGPT(model.config, state)
+    ids, targets = tokens(model.config, 2, 9)
+    arenas = set()
+    for looping in (False, True, False):
+        model.looping = reference.looping = looping
+        loss, gradients = model.loss_and_grads(ids, targets)
+        expected_loss, expected = reference.loss_and_grads(ids, targets)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        if not looping:
+            assert not gradients["skip_weights"][2:].any()
+        assert_gradients_close(gradients, expected, 1e-5)
+        arenas.add(dict(model.memory_table())["training arena, 2×9 tokens"])
+    assert len(arenas) == 1
+
+
+def test_a_text_does_not_grow_past_a_change_of_loops() -> None:
+    model, _ = perturbed(tiny(num_layers=3, loop_end=1, num_loops=1))
+    decoder = _C.Decoder(model._native, 8)
+    decoder.read(np.array([1, 2], np.int32))
+    model.looping = False
+    with pytest.raises(RuntimeError, match="changed"):
+        decoder.read(np.array([3], np.int32))
 
 
 # Parity ---------------------------------------------------------------------------------------------------------------

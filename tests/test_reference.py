@@ -363,6 +363,7 @@ def train_config(**changes: Any) -> SimpleNamespace:
         "muon_backend_steps": 5,
         "muon_coefficients": [(3.4445, -4.7750, 2.0315)],
         "muon_row_normalize": False,
+        "enable_looping_at": 0.0,
         "muon_weight_decay": 0.04,
         "weight_decay": 0.04,
         "embed_lr": 0.6,

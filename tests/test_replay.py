@@ -42,6 +42,9 @@ def timed(**changes: Any) -> Config:
         qat_start_frac=0.6,
         muon_momentum_warmup_steps=5,
         val_loss_every=3,
+        model__num_loops=1,
+        model__loop_end=1,
+        enable_looping_at=0.4,
         **changes,
     )
 
@@ -51,7 +54,8 @@ def logged(small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """A time-limited run in which everything that the clock decides changes, and its log."""
     monkeypatch.setattr(pgolf.trainer, "time", UnevenClock())
     trainer, records = run(timed(), small_corpus, run_dir=tmp_path / "run")
-    assert {record.qat for record in records[1:]} == {record.snapshot for record in records[1:]} == {False, True}
+    for decision in ("qat", "snapshot", "looping"):
+        assert {getattr(record, decision) for record in records[1:]} == {False, True}
     assert len({record.lr_scale for record in records[1:]}) > 3
     monkeypatch.undo()
     return trainer, tmp_path / "run" / "log.jsonl"

@@ -37,6 +37,7 @@ MODEL = {
     "bigram_dim": 16,
     "tied_embed_init_std": 0.1,
 }
+LOOPS = {"loop_start": 1, "loop_end": 2, "num_loops": 1}
 SMALL = {"chunk": 24, "context": 100, "rank": 4, "lr": 0.02}
 
 PLACES = [Place("cpu", "float32"), *ROUNDING_PLACES, *GPU_PLACES]
@@ -107,8 +108,8 @@ def assert_parity(found: np.ndarray, expected: np.ndarray, tokens: np.ndarray, p
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_embeddings": False, "num_layers": 2}, {"num_layers": 1, "bigram_vocab_size": 0}],
-    ids=["three layers", "untied", "one layer"],
+    [{}, {"tie_embeddings": False, "num_layers": 2}, {"num_layers": 1, "bigram_vocab_size": 0}, LOOPS],
+    ids=["three layers", "untied", "one layer", "loops"],
 )
 def test_losses_are_the_reference_s(changes: dict[str, Any], place: Place) -> None:
     model_config = config(**changes)

@@ -33,6 +33,9 @@ ModelConfig config_from(const py::dict& d) {
   get("logit_softcap", c.logit_softcap);
   get("rope_base", c.rope_base);
   get("rope_dims", c.rope_dims);
+  get("loop_start", c.loop_start);
+  get("loop_end", c.loop_end);
+  get("num_loops", c.num_loops);
   get("qk_gain_init", c.qk_gain_init);
   get("bigram_vocab_size", c.bigram_vocab_size);
   get("bigram_dim", c.bigram_dim);
@@ -268,6 +271,12 @@ void bind_model(py::module_& m) {
             return out;
           },
           py::arg("ticket"), py::arg("batch_seqs"), py::arg("count"))
+      .def_property(
+          "looping", [](NativeModel& self) { return self.gpt->looping(); },
+          [](NativeModel& self, bool looping) {
+            std::lock_guard lock(self.mutex);
+            self.gpt->set_looping(looping);
+          })
       .def(
           "begin_step",
           [](NativeModel& self, bool qat) {

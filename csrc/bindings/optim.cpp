@@ -77,9 +77,11 @@ void bind_optim(py::module_& m) {
       .def(
           "warm_up",
           [](NativeOptimizer& self, const std::vector<std::int64_t>& batches, std::int64_t T, double loss_scale,
-             bool qat,
-             bool averaging) { locked(self, [&] { self.optimizer.warm_up(batches, T, loss_scale, qat, averaging); }); },
-          py::arg("batches"), py::arg("seq_len"), py::arg("loss_scale"), py::arg("qat"), py::arg("averaging"))
+             bool qat, bool looping, bool averaging) {
+            locked(self, [&] { self.optimizer.warm_up(batches, T, loss_scale, qat, looping, averaging); });
+          },
+          py::arg("batches"), py::arg("seq_len"), py::arg("loss_scale"), py::arg("qat"), py::arg("looping"),
+          py::arg("averaging"))
       .def_property(
           "counts",
           [](NativeOptimizer& self) {

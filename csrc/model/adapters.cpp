@@ -40,6 +40,8 @@ DocumentAdapters::DocumentAdapters(std::shared_ptr<GPT> model, const AdapterSett
   require(scores <= Backend::kReadBytes, "The scores of ", B, " windows of ", most, " targets take ", scores,
           " bytes; at most ", Backend::kReadBytes, " are read at once: take fewer documents or shorter chunks.");
 
+  require(model_->looping() || model_->config().num_loops == 0,
+          "Adapters belong to the places of a model that runs with its loops; this one's are off.");
   make_adapters();
   const std::size_t numbers = align_up(static_cast<std::size_t>(B) * sizeof(std::int32_t));
   control_.reserve(backend, 2 * numbers + scores);
@@ -114,8 +116,9 @@ void DocumentAdapters::make_plans() {
 
 void DocumentAdapters::bind(Plan& plan) const {
   const auto read = [](const AdapterRows& rows) { return rows.copy ? rows.copy : rows.w; };
-  for (Plan::Block& block : plan.blocks) {
-    const AdapterRows& rows = adapters_[block.pass.layer];
+  for (std::size_t place = 0; place < plan.blocks.size(); ++place) {
+    Plan::Block& block = plan.blocks[place];
+    const AdapterRows& rows = adapters_[place];
     block.attention.adapters = read(rows);
     block.attention.rank = settings_.rank;
     block.attention_grads.adapters = rows.grad;

@@ -23,12 +23,30 @@ void ModelConfig::validate() const {
           num_kv_heads, ".");
   require(rope_dims >= 0 && rope_dims % 2 == 0 && rope_dims <= head_dim(), "model.rope_dims is ", rope_dims,
           "; it must be even and at most a head's width, ", head_dim(), " (0: all of it).");
+  require(num_loops >= 0 && num_loops <= 1000, "model.num_loops is ", num_loops, "; it must be from 0 to 1000.");
+  require(num_loops == 0 || (0 <= loop_start && loop_start <= loop_end && loop_end < num_layers),
+          "model.loop_start is ", loop_start, " and loop_end ", loop_end,
+          "; they must be layers, the first not behind the last.");
   require(bigram_vocab_size == 0 || bigram_vocab_size >= 2, "model.bigram_vocab_size is ", bigram_vocab_size,
           "; it must be 0 (no bigram table) or at least 2.");
   require(mlp_negative_slope >= 0, "model.mlp_negative_slope is ", mlp_negative_slope, "; it must be at least 0.");
   require(logit_softcap > 0, "model.logit_softcap is ", logit_softcap, "; it must be above 0.");
   require(rope_base > 0, "model.rope_base is ", rope_base, "; it must be above 0.");
 }
+
+std::vector<std::size_t> ModelConfig::layer_order(bool looping) const {
+  std::vector<std::size_t> order;
+  for (std::int64_t layer = 0; layer < num_layers; ++layer) {
+    order.push_back(static_cast<std::size_t>(layer));
+    if (!looping || layer != loop_end) continue;
+    for (std::int64_t loop = 0; loop < num_loops; ++loop)
+      for (std::int64_t again = loop_start; again <= loop_end; ++again)
+        order.push_back(static_cast<std::size_t>(again));
+  }
+  return order;
+}
+
+std::int64_t ModelConfig::num_skips() const { return static_cast<std::int64_t>(layer_order(true).size() / 2); }
 
 namespace {
 
@@ -80,9 +98,12 @@ ParameterTable parameter_table(const ModelConfig& c) {
 std::vector<AdapterSpec> adapter_table(const ModelConfig& c) {
   const std::int64_t d = c.model_dim, D = c.head_dim();
   std::vector<AdapterSpec> table;
-  for (std::int64_t i = 0; i < c.num_layers; ++i) {
-    const std::string attn = block_name(i) + "attn.";
-    table.push_back({{attn + "c_q.lora_a", attn + "c_v.lora_a"}, d, {c.num_heads * D, c.num_kv_heads * D}});
+  std::vector<int> turns(static_cast<std::size_t>(c.num_layers), 0);
+  for (const std::size_t layer : c.layer_order(true)) {
+    const int turn = turns[layer]++;  // a layer's first place bears its own name
+    const std::string attn = block_name(static_cast<std::int64_t>(layer)) + "attn.";
+    const std::string a = turn ? ".lora_a." + std::to_string(turn) : ".lora_a";
+    table.push_back({{attn + "c_q" + a, attn + "c_v" + a}, d, {c.num_heads * D, c.num_kv_heads * D}});
   }
   table.push_back({{"lm_head.lora_a"}, d, {c.vocab_size}});
   return table;

@@ -19,14 +19,17 @@ struct ModelConfig {
   double mlp_negative_slope, tied_embed_init_std, logit_softcap, rope_base, qk_gain_init;
   std::int64_t bigram_vocab_size, bigram_dim;  // n = 0: no bigram table
   std::int64_t rope_dims;                      // 0: whole heads
+  // Layers loop_start … loop_end run num_loops times more, one turn after another; num_loops 0: none does.
+  std::int64_t loop_start, loop_end, num_loops;
   bool smear_reset_at_bos;
   std::int64_t bos_id;
   bool rope_tables_bf16;
 
   std::int64_t head_dim() const { return model_dim / num_heads; }
   std::int64_t rope_width() const { return rope_dims ? rope_dims : head_dim(); }
-  std::int64_t encoder_layers() const { return num_layers / 2; }
-  std::int64_t num_skips() const { return num_layers / 2; }  // min(⌊L/2⌋, L − ⌊L/2⌋) = ⌊L/2⌋
+  // The layers in the order in which they run, with their loops or each once.
+  std::vector<std::size_t> layer_order(bool looping) const;
+  std::int64_t num_skips() const;  // of the longest order: the half of it that pushes
   bool has_bigram() const { return bigram_vocab_size > 0; }
   bool has_bigram_proj() const { return has_bigram() && bigram_dim != model_dim; }
 
@@ -84,7 +87,7 @@ struct AdapterSpec {
     return all;
   }
 };
-// Those of every layer's queries and values, then those of the head.
+// Those of the queries and values of every place in the layers' order, then those of the head.
 std::vector<AdapterSpec> adapter_table(const ModelConfig& config);
 
 // The initial value of a parameter, float32, bit-equal on one platform.

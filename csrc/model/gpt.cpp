@@ -79,7 +79,8 @@ GPT::GPT(const ModelConfig& config, std::unique_ptr<Backend> backend, std::optio
     : config_(config), backend_(std::move(backend)) {
   config_.validate();
   table_ = parameter_table(config_);
-  passes_ = passes_of(config_);
+  for (const bool looping : {false, true}) passes_[looping] = passes_of(config_, looping);
+  looping_ = config_.num_loops > 0;
   check_heads();
   weights_.allocate(*backend_, table_.specs, backend_->master_dtype());
   std::vector<ParameterSpec> copied = table_.specs;
@@ -235,43 +236,84 @@ void GPT::bind(Plan& plan, bool qat) const {
   bind(table_.head, plan.head.w, plan.head_grads.w);
 }
 
+// The plans of a shape without loops and with them: they run one at a time, in one arena.
+struct RunOfShape {
+  Mode mode;
+  std::int64_t B, T, first;
+  int concurrency;
+  DeviceMemory arena;
+  DeviceMemory tables;  // RoPE's, where there are two plans: in the arena each would overwrite the other one's
+  std::unique_ptr<Plan> plans[2];
+};
+
+// A plan with its size, but no place.
+std::unique_ptr<Plan> GPT::planned(Mode mode, std::int64_t B, std::int64_t T, std::int64_t first, bool looping) const {
+  auto plan = std::make_unique<Plan>(passes_[looping], mode, B, T, first);
+  if (config_.num_loops > 0) plan->cos = plan->sin = TensorView(backend_->master_dtype(), {T, config_.head_dim() / 2});
+  bind(*plan, false);
+  plan->lay_out(config_, *backend_, false);
+  return plan;
+}
+
+void GPT::set_looping(bool looping) {
+  if (config_.num_loops == 0 || looping == looping_) return;
+  looping_ = looping;
+  ++changes_;
+}
+
 Plan& GPT::plan_for(Mode mode, std::int64_t B, std::int64_t T, std::int64_t first) {
   require(B >= 1 && T >= 1, "The batch has shape (", B, ", ", T, "); both sides must be at least 1.");
   require(first >= 0 && first < T, "The first scored position is ", first, "; it must lie in 0 … ", T - 1, ".");
-  auto& plans = mode == Mode::train ? training_ : inference_;
-  const auto fits = [&](const std::unique_ptr<Plan>& p) {
-    return p->mode == mode && p->B == B && p->T == T && p->first == first && p->concurrency == backend_->concurrency();
+  auto& shapes = mode == Mode::train ? training_ : inference_;
+  const auto fits = [&](const std::unique_ptr<RunOfShape>& s) {
+    return s->mode == mode && s->B == B && s->T == T && s->first == first && s->concurrency == backend_->concurrency();
   };
-  auto found = std::find_if(plans.begin(), plans.end(), fits);
-  if (found == plans.end()) {
-    constexpr std::size_t kKept = 2;
-    auto plan = std::make_unique<Plan>(passes_, mode, B, T, first);
-    if (plans.size() == kKept) {
-      plan->memory.swap(plans.back()->memory);
-      plans.pop_back();
-    }
+  auto found = std::find_if(shapes.begin(), shapes.end(), fits);
+  if (found == shapes.end() || !(*found)->plans[looping_]) {
     if (mode == Mode::train) grads_.allocate(*backend_, table_.specs, backend_->master_dtype());
-    bind(*plan, false);
+    std::unique_ptr<Plan> plan = planned(mode, B, T, first, looping_);
     try {
+      if (found == shapes.end()) {
+        constexpr std::size_t kKept = 2;
+        auto shape = std::make_unique<RunOfShape>(RunOfShape{mode, B, T, first, backend_->concurrency(), {}, {}, {}});
+        if (shapes.size() == kKept) {
+          shape->arena.swap(shapes.back()->arena);
+          shapes.pop_back();
+        }
+        std::size_t bytes = plan->arena_bytes;
+        if (config_.num_loops > 0) bytes = std::max(bytes, planned(mode, B, T, first, !looping_)->arena_bytes);
+        if (!separate_buffers()) shape->arena.reserve(*backend_, bytes);
+        if (plan->cos) {
+          const std::size_t each = align_up(plan->cos.bytes());
+          shape->tables.reserve(*backend_, 2 * each);
+          TensorView cos = plan->cos, sin = plan->sin;
+          cos.data = shape->tables.data();
+          sin.data = shape->tables.data() + each;
+          upload_rope_tables(config_, *backend_, cos, sin);
+        }
+        shapes.reserve(kKept);
+        found = shapes.insert(shapes.end(), std::move(shape));
+      }
+      plan->base = (*found)->arena.data();
+      plan->cos.data = (*found)->tables.data();
+      if (plan->sin) plan->sin.data = (*found)->tables.data() + align_up(plan->sin.bytes());
       plan->lay_out(config_, *backend_, true);
     } catch (const DeviceError& error) {
       throw DeviceError(describe_shortage(error.what(), plan->arena, B, T));
     }
-    plans.reserve(kKept);
-    found = plans.insert(plans.end(), std::move(plan));
+    (*found)->plans[looping_] = std::move(plan);
   }
-  std::rotate(plans.begin(), found, found + 1);
-  Plan& plan = *plans.front();
+  std::rotate(shapes.begin(), found, found + 1);
+  Plan& plan = *shapes.front()->plans[looping_];
   const bool wanted = mode == Mode::train && qat_;
   if (plan.qat != wanted && !backend_->rounds()) bind(plan, wanted);  // rounded copies are one set
   return plan;
 }
 
 std::size_t GPT::training_bytes(std::int64_t B, std::int64_t T) const {
-  Plan plan(passes_, Mode::train, B, T, 0);
-  bind(plan, false);
-  plan.lay_out(config_, *backend_, false);
-  return plan.arena_bytes;
+  std::size_t most = 0;
+  for (const bool looping : {false, true}) most = std::max(most, planned(Mode::train, B, T, 0, looping)->arena_bytes);
+  return most;
 }
 
 void GPT::prepare(Mode mode, std::int64_t B, std::int64_t T) { plan_for(mode, B, T, 0); }
@@ -393,12 +435,14 @@ std::vector<MemoryRow> GPT::memory_table() const {
   std::vector<MemoryRow> rows{{"weights", weights_.bytes()}};
   if (grads_.allocated()) rows.push_back({"gradients", grads_.bytes()});
   rows.push_back({"working copies of weights", working_.bytes() + quantized_.bytes()});
-  const auto add_plan = [&](const char* name, const Plan& plan) {
-    rows.push_back({sentence(name, " arena, ", plan.B, "×", plan.T, " tokens"), plan.memory.bytes()});
-    for (MemoryRow& kind : kinds_of(plan.arena)) rows.push_back({"  of it, at some time: " + kind.what, kind.bytes});
+  const auto add_shape = [&](const char* name, const RunOfShape& shape) {
+    rows.push_back(
+        {sentence(name, " arena, ", shape.B, "×", shape.T, " tokens"), shape.arena.bytes() + shape.tables.bytes()});
+    const auto& plan = shape.plans[1] ? shape.plans[1] : shape.plans[0];
+    for (MemoryRow& kind : kinds_of(plan->arena)) rows.push_back({"  of it, at some time: " + kind.what, kind.bytes});
   };
-  for (const auto& plan : training_) add_plan("training", *plan);
-  for (const auto& plan : inference_) add_plan("inference", *plan);
+  for (const auto& shape : training_) add_shape("training", *shape);
+  for (const auto& shape : inference_) add_shape("inference", *shape);
   return rows;
 }
 

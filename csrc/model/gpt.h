@@ -66,7 +66,8 @@ struct MemoryRow {
   std::size_t bytes;
 };
 
-struct Plan;  // plan.h
+struct Plan;        // plan.h
+struct RunOfShape;  // gpt.cpp: the plans of one shape
 
 class GPT {
  public:
@@ -105,18 +106,23 @@ class GPT {
   void end_step();
   double loss_sum();  // waits for the step
 
+  // Whether the layers run with their loops, from the next run on; a model that has any starts with them. Nothing is
+  // allocated but the plan of a shape that has not run this way before, in the arena that it has.
+  void set_looping(bool looping);
+  bool looping() const { return looping_; }
+
   // Plans the arena for a shape without running it.
   void prepare(Mode mode, std::int64_t B, std::int64_t T);
-  // Bytes of the arena that a training shape would need.
+  // Bytes of the arena that a training shape would need, with loops and without.
   std::size_t training_bytes(std::int64_t B, std::int64_t T) const;
   std::vector<MemoryRow> memory_table() const;
 
   // For whoever plans runs of its own over these weights (decode.h, adapters.h): a Plan of these passes is bound, laid
   // out and run, with working copies of the weights as they are now.
-  const std::vector<Pass>& passes() const { return passes_; }
+  const std::vector<Pass>& passes() const { return passes_[looping_]; }
   void bind(Plan& plan, bool qat) const;  // points the operations at the parameters: the weights or their copies
   void ensure_copies(bool qat);
-  std::int64_t changes() const { return changes_; }  // of weights so far
+  std::int64_t changes() const { return changes_; }  // of weights and loops so far
   // Throws std::invalid_argument for an id outside 0 … V − 1 in [B, T].
   void check_ids(const char* what, const std::int32_t* ids, std::int64_t B, std::int64_t T) const;
 
@@ -131,11 +137,13 @@ class GPT {
   void make_copies(bool qat);
   void check_heads() const;  // throws std::invalid_argument where the backend's attention does not have their width
   void write(const TensorView& to, const std::vector<float>& values);
+  std::unique_ptr<Plan> planned(Mode mode, std::int64_t B, std::int64_t T, std::int64_t first, bool looping) const;
 
   ModelConfig config_;
   std::unique_ptr<Backend> backend_;  // outlives the memory below
   ParameterTable table_;
-  std::vector<Pass> passes_;
+  std::vector<Pass> passes_[2];  // without and with loops
+  bool looping_ = false;
   ParameterSet weights_, grads_;
   // What products read in place of weights: rounded, scaled (projections) or fake-quantised (late QAT). Where nothing
   // is rounded, matrices that only QAT changes have their copies in quantized_, made when it is first asked for.
@@ -147,8 +155,8 @@ class GPT {
   DeviceMemory values_;
   int begin_recording_[2] = {};
   // The two last shapes of each kind: a step's last micro-batch may be smaller than the others.
-  std::vector<std::unique_ptr<Plan>> inference_, training_;  // most recently used first
-  bool qat_ = false;                                         // of the step that was begun
+  std::vector<std::unique_ptr<RunOfShape>> inference_, training_;  // most recently used first
+  bool qat_ = false;                                               // of the step that was begun
 };
 
 }  // namespace pgolf

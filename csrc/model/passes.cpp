@@ -2,15 +2,15 @@
 
 namespace pgolf {
 
-// A U-net: the first half of the layers push what they make, the others pop it, the last first.
-std::vector<Pass> passes_of(const ModelConfig& config) {
-  const auto layers = static_cast<std::size_t>(config.num_layers);
-  const auto encoders = static_cast<std::size_t>(config.encoder_layers());
+// A U-net: the first half of the places push what they make, the others pop it, the last first.
+std::vector<Pass> passes_of(const ModelConfig& config, bool looping) {
+  const std::vector<std::size_t> order = config.layer_order(looping);
+  const std::size_t encoders = order.size() / 2;
   std::vector<Pass> passes;
   std::vector<std::size_t> pushed;
   std::size_t skips = 0;
-  for (std::size_t layer = 0; layer < layers; ++layer) {
-    Pass pass{layer, layer, layer + 1, layer < encoders, {}, 0};
+  for (std::size_t place = 0; place < order.size(); ++place) {
+    Pass pass{order[place], place, place + 1, place < encoders, {}, 0};
     if (pass.pushes) {
       pushed.push_back(pass.out);
     } else if (!pushed.empty()) {

@@ -20,6 +20,6 @@ struct Pass {
 };
 
 // docs/spec.md §2.3
-std::vector<Pass> passes_of(const ModelConfig& config);
+std::vector<Pass> passes_of(const ModelConfig& config, bool looping);
 
 }  // namespace pgolf

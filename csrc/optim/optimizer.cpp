@@ -95,13 +95,16 @@ void Optimizer::set_counts(const StepCounts& counts) {
 }
 
 void Optimizer::warm_up(const std::vector<std::int64_t>& batches, std::int64_t T, double loss_scale, bool qat,
-                        bool averaging) {
+                        bool looping, bool averaging) {
   const StepValues before = read_values();
   StepValues idle = before;
   idle.stopped = 1;  // no weight or moment changes
   model_->backend().upload(model_->values(), &idle, sizeof idle);
-  for (int variant = 0; variant <= (qat ? 1 : 0); ++variant) {
-    model_->begin_step(variant != 0);
+  const bool looped = model_->looping();
+  const int loops = looping ? 2 : 1;
+  for (int variant = 0; variant < (qat ? 2 : 1) * loops; ++variant) {
+    if (looping) model_->set_looping(variant % 2 != 0);
+    model_->begin_step(variant >= loops);
     for (const std::int64_t B : batches) {
       const std::vector<std::int32_t> ids(static_cast<std::size_t>(B * T), 0);
       model_->micro_step(ids.data(), ids.data(), B, T, loss_scale);
@@ -109,6 +112,7 @@ void Optimizer::warm_up(const std::vector<std::int64_t>& batches, std::int64_t T
     model_->end_step();
     wait(step(before));
   }
+  model_->set_looping(looped);
   if (averaging) {
     average_.allocate(model_->backend(), model_->table(), model_->backend().master_dtype());
     model_->backend().axpby(1.0, model_->weights().all(), 1.0, average_.all(), model_->values());

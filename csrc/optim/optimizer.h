@@ -43,9 +43,10 @@ class Optimizer {
   void set_counts(const StepCounts& counts);
 
   // Records everything a training step runs, for micro-batches of these sizes, by running it once without effect, and
-  // with `averaging` makes room for the average: no later step compiles, allocates or chooses anything. Call before the
-  // first step.
-  void warm_up(const std::vector<std::int64_t>& batches, std::int64_t T, double loss_scale, bool qat, bool averaging);
+  // with `averaging` makes room for the average: no later step compiles, allocates or chooses anything. qat, looping:
+  // steps are to come with it as well as without. Call before the first step.
+  void warm_up(const std::vector<std::int64_t>& batches, std::int64_t T, double loss_scale, bool qat, bool looping,
+               bool averaging);
 
   // Averaging. A snapshot adds the weights to a running sum; the mean replaces the weights at the end.
   void add_snapshot();

@@ -32,6 +32,9 @@ class Model:
         """`losses` without waiting for a GPU; returns a ticket for `wait_losses`. At most a MiB of losses."""
 
     def wait_losses(self, ticket: int, batch_seqs: int, count: int) -> _Floats: ...
+    looping: bool
+    """Whether the layers run with their loops."""
+
     def begin_step(self, qat: bool) -> None: ...
     def micro_step(self, ids: npt.NDArray[np.int32], targets: npt.NDArray[np.int32], loss_scale: float) -> None:
         """Adds loss_scale times the gradients of the summed loss; does not wait for a GPU."""
@@ -131,7 +134,9 @@ class Optimizer:
     def go_on(self) -> None:
         """After a step that was not finite: later ones change weights again."""
 
-    def warm_up(self, batches: Sequence[int], seq_len: int, loss_scale: float, qat: bool, averaging: bool) -> None:
+    def warm_up(
+        self, batches: Sequence[int], seq_len: int, loss_scale: float, qat: bool, looping: bool, averaging: bool
+    ) -> None:
         """Runs and records without effect what a step of micro-batches of these sizes runs; makes room for averages."""
 
     @property

@@ -250,6 +250,10 @@ class ModelConfig(_Table):
     vocab_size: int = _key(1024, _integer(2, 65_536))
     # L, the number of blocks. [§2.3]
     num_layers: int = _key(10, _integer(1))
+    # The layers that run again, loop_start to loop_end, and how many times more; 0: every layer runs once. [§2.3]
+    loop_start: int = _key(0, _integer(0), absent=0)
+    loop_end: int = _key(0, _integer(0), absent=0)
+    num_loops: int = _key(0, _integer(0, 1000), absent=0)
     # d, the width of the residual stream. [§1]
     model_dim: int = _key(512, _integer(2))
     # H, query heads, each of width D = d / H. [§2.5]
@@ -296,10 +300,14 @@ class ModelConfig(_Table):
         return math.floor(self.mlp_mult * self.model_dim)
 
     @property
+    def virtual_layers(self) -> int:
+        """The layers that a token passes through, loops counted."""
+        return self.num_layers + self.num_loops * (self.loop_end - self.loop_start + 1)
+
+    @property
     def num_skips(self) -> int:
-        """S = min(floor(L/2), L - floor(L/2)), the rows of ``skip_weights``; 0 for one layer."""
-        encoder = self.num_layers // 2
-        return min(encoder, self.num_layers - encoder)
+        """S, the rows of ``skip_weights``: half of the virtual layers, rounded down; 0 for one."""
+        return self.virtual_layers // 2
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -332,6 +340,11 @@ class ModelConfig(_Table):
                 yield "rope_dims", f"must be even and at most a head's width, {self.head_dim} (0: all of it)"
         if usable("num_heads", "num_kv_heads") and self.num_heads % self.num_kv_heads:
             yield "num_kv_heads", f"must divide model.num_heads = {self.num_heads}"
+        if usable("num_loops", "loop_start", "loop_end", "num_layers") and self.num_loops:
+            if self.loop_end >= self.num_layers:
+                yield "loop_end", f"must be below model.num_layers = {self.num_layers}"
+            if self.loop_start > self.loop_end:
+                yield "loop_start", f"must be at most model.loop_end = {self.loop_end}"
         if usable("mlp_mult", "model_dim") and not 1 <= self.mlp_mult * self.model_dim <= _INT_MAX:
             yield (
                 "mlp_mult",
@@ -426,6 +439,8 @@ class TrainConfig(_Table):
     ema_decay: float = _key(0.0, _below_one)
     # Share of the time limit (without one, of N) from which late QAT is on; 0: always, 1: never. [§3]
     qat_start_frac: float = _key(1.0, _fraction)
+    # Share of the time limit (without one, of N) from which the model's loops are on; 0: always. [§3]
+    enable_looping_at: float = _key(0.0, _fraction, absent=0.0)
     # Steps between validations; 0: only at the end. [§3]
     val_loss_every: int = _key(500, _integer(0))
     # Steps between checkpoints in the run folder; 0: only at the end and when interrupted.

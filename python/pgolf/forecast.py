@@ -43,9 +43,11 @@ def forecast(config: Config, val_targets: int, flops: float) -> Forecast:
         flops: what the machine reaches at most, FLOP/s (`pgolf.speed.Limit`).
     """
     train, ev = config.train, config.eval
-    rate = flops / flop_per_token(config.model, train.train_seq_len)
-    step = train.train_batch_tokens / rate
-    limits = [train.iterations * step] if train.iterations else []
+    plain, looped = (flops / flop_per_token(config.model, train.train_seq_len, looping) for looping in (False, True))
+    step = train.train_batch_tokens / (looped if train.enable_looping_at == 0 else plain)  # the first
+    late = train.train_batch_tokens / looped
+    at = train.enable_looping_at
+    limits = [train.iterations * (at * step + (1 - at) * late)] if train.iterations else []
     if train.max_wallclock_seconds:
         # The last step begins within the limit.
         limits.append(max(train.max_wallclock_seconds, step))
@@ -54,7 +56,7 @@ def forecast(config: Config, val_targets: int, flops: float) -> Forecast:
     # trained, averaged and quantised.
     times = 4 + (int(training / step) // train.val_loss_every if train.val_loss_every else 0)
     tokens = times * val_targets + _scored_tokens(config, val_targets) * (3 if ev.method == "ttt" else 1)
-    return Forecast(step, training, tokens / (3 * rate))
+    return Forecast(step, training, tokens / (3 * looped))
 
 
 def _scored_tokens(config: Config, targets: int) -> int:

@@ -84,6 +84,18 @@ class GPT:
         return sum(int(np.prod(shape)) for shape in self._shapes.values())
 
     @property
+    def looping(self) -> bool:
+        """Whether the layers run with their loops (docs/spec.md §2.3); False for a model that has none.
+
+        A model that has any starts with them on. Texts whose keys and values are kept cannot go on past a change.
+        """
+        return bool(self._native.looping)
+
+    @looping.setter
+    def looping(self, on: bool) -> None:
+        self._native.looping = bool(on)
+
+    @property
     def description(self) -> str:
         """Device, instruction set, dtype and threads, as reports name them."""
         return str(self._native.description())
@@ -230,8 +242,8 @@ class GPT:
     ) -> npt.NDArray[np.int64]:
         """Continues a text by sampling, one token at a time; see `pgolf.generate.sample` for the arguments.
 
-        The keys and values of the tokens so far are kept until the end, 2·num_layers·num_kv_heads·head_dim numbers of
-        the model's dtype a token, so that each new token is one pass over one position. Nothing limits the length:
+        The keys and values of the tokens so far are kept until the end, 2·virtual_layers·num_kv_heads·head_dim numbers
+        of the model's dtype a token, so that each new token is one pass over one position. Nothing limits the length:
         positions go on counting beyond those the model was trained at.
 
         Args:

@@ -49,6 +49,9 @@ class Replay:
     def qat(self, step: int, seconds: float) -> bool:
         return bool(self._steps[step]["qat"])
 
+    def looping(self, step: int, seconds: float) -> bool:
+        return bool(self._steps[step].get("looping", False))  # a log from before there were loops
+
     def snapshot(self, step: int, lr_scale: float) -> bool:
         return bool(self._steps[step]["snapshot"])
 
@@ -72,7 +75,7 @@ def _record(path: Path, number: int, line: str) -> dict[str, Any]:
             # Compared, for an integer beyond the largest float cannot be converted.
             if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
                 raise FormatError(f"{path}, line {number}: {name} is {value!r}; expected a finite number.")
-        for name in _FLAGS:
+        for name in (*_FLAGS, *(["looping"] if "looping" in record else [])):
             if not isinstance(record.get(name), bool):
                 raise FormatError(f"{path}, line {number}: {name} is {record.get(name)!r}; expected true or false.")
     return record

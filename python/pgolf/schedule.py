@@ -40,9 +40,15 @@ class Schedule:
 
     def qat(self, step: int, seconds: float) -> bool:
         """Whether this step's forward pass sees quantised matrices; decided once, at the step's start."""
+        return self._progress(step, seconds) >= self.train.qat_start_frac
+
+    def looping(self, step: int, seconds: float) -> bool:
+        """Whether the model's layers run with their loops in this step; decided once, at its start."""
+        return self._progress(step, seconds) >= self.train.enable_looping_at
+
+    def _progress(self, step: int, seconds: float) -> float:
         limit = self.train.max_wallclock_seconds
-        progress = seconds / limit if limit > 0 else step / self.train.iterations
-        return progress >= self.train.qat_start_frac
+        return seconds / limit if limit > 0 else step / self.train.iterations
 
     def snapshot(self, step: int, lr_scale: float) -> bool:
         """Whether the weights join the running mean after this step, which used the multiplier ``lr_scale``."""

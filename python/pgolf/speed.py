@@ -33,7 +33,7 @@ _GPU_SIDE = 8192
 _CPU_ROWS, _CPU_SIDE, _CPU_CHUNK = 4096, 512, 512  # the backend gives each thread 512 rows at a time
 
 
-def flop_per_token(config: ModelConfig, seq_len: int) -> float:
+def flop_per_token(config: ModelConfig, seq_len: int, looping: bool = True) -> float:
     """The arithmetic that a training step cannot do without, in FLOP for each of its tokens.
 
     Forward: 2·r·c for each r×c matrix of a block and of the head, 2·T·d for causal attention (q·kᵀ and p·v over the
@@ -43,11 +43,13 @@ def flop_per_token(config: ModelConfig, seq_len: int) -> float:
     Args:
         config: the [model] table.
         seq_len: T, tokens of a sequence.
+        looping: whether the model's layers run with their loops.
     """
     d, kv = config.model_dim, config.num_kv_heads * (config.model_dim // config.num_heads)
     matrices = d * (d + 2 * kv) + d * d + 2 * d * config.mlp_hidden
     block = 2 * matrices + 2 * seq_len * d
-    return 3.0 * (config.num_layers * block + 2 * d * config.vocab_size)
+    layers = config.virtual_layers if looping else config.num_layers
+    return 3.0 * (layers * block + 2 * d * config.vocab_size)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ class StepRecord:
     share_of_limit: the step's useful arithmetic (`pgolf.speed.flop_per_token`) over its time, as a share of what the
     machine was measured to reach; None where that is not known yet. memory_mib: the most that the model has had
     allocated on a GPU, without what CUDA takes itself; on a CPU the process's largest resident set; None where the
-    system does not say. device: the GPU's name, or the CPU's instruction set.
+    system does not say. device: the GPU's name, or the CPU's instruction set. looping: whether the model's layers ran
+    with their loops.
     """
 
     step: int
@@ -92,6 +93,7 @@ class StepRecord:
     share_of_limit: float | None = None
     memory_mib: float | None = None
     device: str | None = None
+    looping: bool = False
 
 
 MEASURED = ("seconds", "tokens_per_second", "share_of_limit", "memory_mib", "device")
@@ -112,6 +114,7 @@ class _Flight:
     momentum: float
     qat: bool
     snapshot: bool
+    looping: bool
 
 
 class Trainer:
@@ -172,7 +175,8 @@ class Trainer:
         self._native = self.model._native
         rule = (train.muon_backend_steps, train.muon_coefficients, train.muon_row_normalize)
         self._optimizer = _C.Optimizer(self._native, *rule)
-        self._flop = speed.flop_per_token(model, train.train_seq_len)
+        self._loops = model.num_loops > 0
+        self._flop = [speed.flop_per_token(model, train.train_seq_len, looping) for looping in (False, True)]
         self.limit = speed.known_limit(self.model.device)
         """What this machine reaches at most; None until it is measured, after the first step."""
         self._measures_limit, self._measured_limit = self.limit is None, False
@@ -195,6 +199,7 @@ class Trainer:
         self._warm = False  # whether the device has run and recorded what a step runs
         self._validated = -1  # the step after which validation was last measured
         self._warned = False  # of a warmdown from the start
+        self._looped = 0  # finished steps in which the model's layers ran with their loops
 
         if train.warmup_steps:
             self._prime(train.warmup_steps)
@@ -294,9 +299,15 @@ class Trainer:
             self._measure_limit()
         return None if self.limit is None else forecast(self.config, self.validation.tokens.size - 1, self.limit.flops)
 
-    def share_of_limit(self, tokens_per_second: float) -> float | None:
-        """What a training speed is of the limit; None where that is not known."""
-        return None if self.limit is None else tokens_per_second * self._flop / self.limit.flops
+    def share_of_limit(self, tokens_per_second: float, looped: float | None = None) -> float | None:
+        """What a training speed is of the limit; None where that is not known.
+
+        looped: the share of the tokens that ran with the model's loops; None: of those trained on so far.
+        """
+        if self.limit is None:
+            return None
+        share = self._looped / max(self.step, 1) if looped is None else looped
+        return tokens_per_second * ((1 - share) * self._flop[0] + share * self._flop[1]) / self.limit.flops
 
     @property
     def snapshots(self) -> int:
@@ -312,7 +323,8 @@ class Trainer:
         """Trains until the schedule ends the run. An iteration that was left can be taken up by another one."""
         if self.step == 0 and self._validated < 0 and self.schedule.validate(0, self.done):
             device = self.model.device_name
-            self._taken.append(StepRecord(0, 0, None, None, None, False, False, None, 0.0, None, device=device))
+            start = StepRecord(0, 0, None, None, None, False, False, None, 0.0, None, device=device)
+            self._taken.append(replace(start, looping=self._loops and self.schedule.looping(0, 0.0)))
         while self._taken or not self.done:
             if not self._taken:
                 self._taken.append(self._next_step())
@@ -367,8 +379,10 @@ class Trainer:
         lr_scale, momentum = schedule.lr_scale(step, self.seconds, self.step), schedule.momentum(step)
         qat = schedule.qat(step, self.seconds)
         snapshot = schedule.snapshot(step, lr_scale)
+        looping = self._loops and schedule.looping(step, self.seconds)
         try:
             ids, targets = self._stream.next()
+            self._native.looping = looping
             self._native.begin_step(qat)
             for start in range(0, len(ids), self.micro_batch_seqs):
                 part = slice(start, start + self.micro_batch_seqs)
@@ -386,7 +400,8 @@ class Trainer:
                 self._optimizer.update_ema(train.ema_decay)
             if snapshot:
                 self._optimizer.add_snapshot()
-            self._flights.append(_Flight(ticket, started, position, snapshots, lr_scale, momentum, qat, snapshot))
+            decided = (lr_scale, momentum, qat, snapshot, looping)
+            self._flights.append(_Flight(ticket, started, position, snapshots, *decided))
 
     def _land(self) -> StepRecord:
         """Waits for the oldest step under way."""
@@ -401,7 +416,8 @@ class Trainer:
             self._clock = now
             self.step, self.seconds = self.step + 1, self.seconds + elapsed
             self.model.provenance = {"steps": self.step, "tokens": self.tokens, "seed": self.config.train.seed}
-            loss, share = loss_sum / tokens, self.share_of_limit(tokens / elapsed)
+            self._looped += flight.looping
+            loss, share = loss_sum / tokens, self.share_of_limit(tokens / elapsed, float(flight.looping))
             if share is not None and share > 1 and not self._measured_limit:
                 self._measures_limit = True  # the machine was busy when the limit was measured
             return StepRecord(
@@ -420,6 +436,7 @@ class Trainer:
                 share_of_limit=share,
                 memory_mib=self.peak_memory_mib,
                 device=self.model.device_name,
+                looping=flight.looping,
             )
 
     def _stop(self, flight: _Flight) -> None:
@@ -454,9 +471,10 @@ class Trainer:
         if self._ahead:
             sequences = train.train_batch_tokens // train.train_seq_len
             sizes = {min(self.micro_batch_seqs, sequences), sequences % self.micro_batch_seqs} - {0}
-            qat = train.qat_start_frac < 1
+            qat, looping = train.qat_start_frac < 1, self._loops and train.enable_looping_at > 0
             averaging = train.swa_enabled or train.ema_decay > 0
-            self._optimizer.warm_up(sorted(sizes), train.train_seq_len, 1.0 / train.train_batch_tokens, qat, averaging)
+            scale = 1.0 / train.train_batch_tokens
+            self._optimizer.warm_up(sorted(sizes), train.train_seq_len, scale, qat, looping, averaging)
         self._warm = True
 
     def _automatic_micro_batch(self) -> int:
@@ -484,6 +502,7 @@ class Trainer:
         return score.loss, score.bpb
 
     def _validate(self, record: StepRecord) -> StepRecord:
+        self._native.looping = record.looping  # as it trains
         loss, bpb = self.validation_loss()
         self._validated = record.step
         measured = self.last_validation = self._taken[0] = replace(record, val_loss=loss, val_bpb=bpb)
@@ -505,6 +524,7 @@ class Trainer:
         self._settle()
         while self._taken:
             self._log_taken()
+        self._native.looping = True  # as whoever loads the artifact will run it
         return finish_run(self, progress, code)
 
     def use_average(self) -> bool:
@@ -537,6 +557,7 @@ class Trainer:
             "snapshots": self.snapshots,
             "validated": self._validated,
             "warned": self._warned,
+            "looped": self._looped,
             "taken": [asdict(record) for record in self._taken],
             "micro_batch_seqs": self.micro_batch_seqs,
             "dtype": self.model.dtype,
@@ -563,6 +584,7 @@ class Trainer:
         self.step, self.seconds = values["step"], values["seconds"]
         self._stream.position = values["position"]
         self._validated, self._warned = values["validated"], values["warned"]
+        self._looped = values.get("looped", 0)
         self._taken = [StepRecord(**record) for record in values["taken"]]
         if self.micro_batch_seqs != values["micro_batch_seqs"]:
             self.micro_batch_seqs, self._warm = values["micro_batch_seqs"], False

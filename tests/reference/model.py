@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.reference.rng import normal
-from tests.reference.shapes import ModelShape, is_control, parameter_shapes
+from tests.reference.shapes import ModelShape, is_control, layer_order, parameter_shapes
 
 __all__ = ["ModelShape", "ReferenceGPT", "parameter_shapes", "perturb"]
 
@@ -187,6 +187,8 @@ class ReferenceGPT:
         self.cfg = cfg
         self.dtype = dtype
         self.clips: dict[str, int] = {}
+        self.looping = True  # of the layers that have loops
+        self.turn = 0  # of the layer that is computed
         shapes = parameter_shapes(cfg)
         if set(state) != set(shapes):
             raise ValueError(f"These tensors are missing or extra: {sorted(set(state) ^ set(shapes))}.")
@@ -227,7 +229,7 @@ class ReferenceGPT:
     def hidden(self, ids: Any) -> Tensor:
         """The residual stream before the head, (B, T, d)."""
         cfg, ids = self.cfg, as_ids(ids)
-        layers = cfg.num_layers
+        order = layer_order(cfg, self.looping)
         turned = cfg.rope_dims or cfg.model_dim // cfg.num_heads
         cos, sin = rope_tables(ids.shape[1], turned, cfg.rope_base, cfg.rope_tables, self.dtype)
         bigram = self.params.get("bigram.embed.weight")
@@ -236,13 +238,14 @@ class ReferenceGPT:
         x = smear(rms(x), self.params["smear.gate"], ids == cfg.bos_id if cfg.smear_reset_at_bos else None)
         x0 = x
         stack = []
-        for i in range(layers // 2):
-            x = self.block(i, x, x0, cos, sin)
-            stack.append(x)
-        for j, i in enumerate(range(layers // 2, layers)):
-            if stack:
+        for place, i in enumerate(order):
+            self.turn = order[:place].count(i)
+            j = place - len(order) // 2
+            if j >= 0 and stack:
                 x = x + self.params["skip_weights"][j] * stack.pop()
             x = self.block(i, x, x0, cos, sin)
+            if j < 0:
+                stack.append(x)
         return x
 
     def logits(self, ids: Any) -> Tensor:

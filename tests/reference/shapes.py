@@ -15,6 +15,9 @@ class ModelShape:
 
     vocab_size: int = 1024
     num_layers: int = 10
+    loop_start: int = 0
+    loop_end: int = 0
+    num_loops: int = 0
     model_dim: int = 512
     num_heads: int = 8
     num_kv_heads: int = 4
@@ -37,6 +40,13 @@ class ModelShape:
 def is_control(name: str) -> bool:
     """Whether `name` is a scale, mix, gain, gate or skip tensor."""
     return any(word in name for word in CONTROL)
+
+
+def layer_order(cfg: Any, looping: bool = True) -> list[int]:
+    """§2.3: the layers in the order in which they run, with their loops or each once."""
+    start, end = cfg.loop_start, cfg.loop_end + 1
+    loops = cfg.num_loops if looping else 0
+    return [*range(end), *list(range(start, end)) * loops, *range(end, cfg.num_layers)]
 
 
 def parameter_shapes(cfg: Any) -> dict[str, tuple[int, ...]]:
@@ -64,7 +74,8 @@ def parameter_shapes(cfg: Any) -> dict[str, tuple[int, ...]]:
         shapes[f"blocks.{i}.attn.q_gain"] = (cfg.num_heads,)
         shapes[f"blocks.{i}.mlp.fc.weight"] = (hidden, d)
         shapes[f"blocks.{i}.mlp.proj.weight"] = (d, hidden)
-    shapes["skip_weights"] = (min(layers // 2, layers - layers // 2), d)
+    places = len(layer_order(cfg))
+    shapes["skip_weights"] = (min(places // 2, places - places // 2), d)
     if not cfg.tie_embeddings:
         shapes["lm_head.weight"] = (vocab, d)
     return shapes

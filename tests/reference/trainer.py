@@ -41,6 +41,12 @@ def muon_momentum(cfg: Any, step: int) -> float:
     return cfg.muon_momentum_warmup_start * (1 - f) + cfg.muon_momentum * f
 
 
+def looping_active(cfg: Any, step: int, seconds: float) -> bool:
+    """§2.3: whether the step runs the layers with their loops."""
+    limit = cfg.max_wallclock_seconds
+    return (seconds / limit if limit > 0 else step / cfg.iterations) >= cfg.enable_looping_at
+
+
 def qat_active(cfg: Any, step: int, seconds: float) -> bool:
     """Whether the step trains through quantised weights; `qat_start_frac` None is never."""
     if cfg.qat_start_frac is None:
@@ -169,6 +175,7 @@ class ReferenceTrainer:
         momentum = muon_momentum(cfg, s)
         qat = qat_active(cfg, s, seconds)
         self.model.clips = qat_clips(self.model.cfg) if qat else {}
+        self.model.looping = looping_active(cfg, s, seconds)
         loss, gradients = self.mean_gradients(batches)
         self.model.clips = {}
         scale, norm = clip_scale(list(gradients.values()), cfg.grad_clip_norm)

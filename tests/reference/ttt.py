@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.reference.model import ReferenceGPT, head
 from tests.reference.rng import uniform
+from tests.reference.shapes import layer_order
 
 
 def split(tokens: npt.ArrayLike, bos_id: int) -> list[tuple[int, int]]:
@@ -28,7 +29,8 @@ class AdaptedGPT(ReferenceGPT):
 
     def __init__(self, cfg: Any, state: Mapping[str, npt.ArrayLike], dtype: torch.dtype = torch.float64) -> None:
         super().__init__(cfg, state, dtype)
-        self.adapters: dict[str, tuple[Tensor, Tensor]] = {}
+        self.adapters: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        """By weight and by the turn in which its layer runs: a layer's loops have adapters of their own."""
         for p in self.params.values():
             p.requires_grad_(False)
 
@@ -38,22 +40,31 @@ class AdaptedGPT(ReferenceGPT):
 
     def begin(self, document: int, rank: int, seed: int) -> None:
         """Adapters of a new document: A uniform ±1/√in, B = 0."""
-        blocks = [f"blocks.{i}.attn.{name}" for i in range(self.cfg.num_layers) for name in ("c_q", "c_v")]
+        order = layer_order(self.cfg)
         self.adapters = {}
-        for name, weight in [*((name, f"{name}.weight") for name in blocks), ("lm_head", self.head_name)]:
+        products = []
+        for place, i in enumerate(order):
+            turn = order[:place].count(i)
+            for matrix in ("c_q", "c_v"):
+                name = f"blocks.{i}.attn.{matrix}"
+                products.append((f"{name}.lora_a" + (f".{turn}" if turn else ""), f"{name}.weight", turn))
+        products.append(("lm_head.lora_a", self.head_name, 0))
+        for name, weight, turn in products:
             rows, columns = self.params[weight].shape
-            a = uniform(seed, f"{name}.lora_a", (rank, columns), 1 / math.sqrt(columns), document)
+            a = uniform(seed, name, (rank, columns), 1 / math.sqrt(columns), document)
             b = torch.zeros(rows, rank, dtype=self.dtype)
-            self.adapters[weight] = (torch.from_numpy(a).to(self.dtype).requires_grad_(), b.requires_grad_())
+            pair = (torch.from_numpy(a).to(self.dtype).requires_grad_(), b.requires_grad_())
+            self.adapters[weight, turn] = pair
 
     def numbers(self) -> list[Tensor]:
         return [t for pair in self.adapters.values() for t in pair]
 
     def weight(self, name: str) -> Tensor:
         w = super().weight(name)
-        if name not in self.adapters:
+        turn = 0 if name == self.head_name else self.turn
+        if (name, turn) not in self.adapters:
             return w
-        a, b = self.adapters[name]
+        a, b = self.adapters[name, turn]
         return w + b @ a
 
     def logits(self, ids: Any) -> Tensor:
