@@ -14,6 +14,7 @@ from common import WORK, batch_of, settings
 from torch.profiler import ProfilerActivity, profile
 
 from pgolf import _C
+from pgolf.config import NEWTON_SCHULZ
 from pgolf.model import GPT
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     work = WORK[args.work]
     model = GPT(work.config, seed=1, device="cuda", dtype=args.dtype)
-    optimizer = _C.Optimizer(model._native, 5)
+    optimizer = _C.Optimizer(model._native, 5, NEWTON_SCHULZ["keller_jordan"], False)
     ids, targets = (a[: work.micro] for a in batch_of(work))
 
     def optimize() -> None:

@@ -67,11 +67,12 @@ def found(seconds: Sequence[float], before: float | None, device: str) -> dict[s
 
 def measure_pgolf(work: Work, args: argparse.Namespace) -> dict[str, Any]:
     from pgolf import _C
+    from pgolf.config import NEWTON_SCHULZ
     from pgolf.model import GPT
 
     before = used_mib(args.device)
     model = GPT(work.config, seed=1, device=args.device, dtype=args.dtype)
-    optimizer = _C.Optimizer(model._native, 5)
+    optimizer = _C.Optimizer(model._native, 5, NEWTON_SCHULZ["keller_jordan"], False)
     ids, targets = common.batch_of(work)
     scale = 1 / ids.size
     if args.device != "cpu":
@@ -234,11 +235,11 @@ import time; start = time.perf_counter()
 import pgolf; from pgolf import _C; imported = time.perf_counter()
 _C.cuda_status(); found = time.perf_counter()
 import numpy as np
-from pgolf.config import ModelConfig
+from pgolf.config import NEWTON_SCHULZ, ModelConfig
 from pgolf.model import GPT
 model = GPT(ModelConfig(num_layers=10, bigram_vocab_size=10240), seed=1, device="cuda", dtype="bfloat16")
 made = time.perf_counter()
-optimizer = _C.Optimizer(model._native, 5)
+optimizer = _C.Optimizer(model._native, 5, NEWTON_SCHULZ["keller_jordan"], False)
 optimizer.warm_up([48], 2048, 1e-6, False, False, True); warm = time.perf_counter()
 ids = np.zeros((48, 2048), np.int32)
 model._native.begin_step(False); model._native.micro_step(ids, ids, 1e-6); model._native.end_step()

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from pgolf import _C, ops
-from pgolf.config import Config, ModelConfig
+from pgolf.config import NEWTON_SCHULZ, Config, ModelConfig
 from pgolf.evaluate import evaluate
 from pgolf.model import GPT
 from pgolf.trainer import step_settings
@@ -34,6 +34,8 @@ VARIANTS = [
     {"tie_embeddings": False, "bigram_dim": 96, "num_heads": 3, "num_kv_heads": 3},
     {"bigram_vocab_size": 0},
 ]
+# April's: signs beside hidden values, part of a head turned, scaled norms, layers that run again.
+APRIL = {"mlp_negative_slope": 0.5, "rope_dims": 16, "ln_scale": True, "loop_start": 1, "loop_end": 2, "num_loops": 1}
 # What Hopper's own kernels take: numbers of 16 bits.
 HOPPER = {"model_dim": 256, "num_heads": 4, "num_kv_heads": 2}
 
@@ -41,9 +43,12 @@ HOPPER = {"model_dim": 256, "num_heads": 4, "num_kv_heads": 2}
 def train(dtype: str, changes: dict[str, object], adapts: bool) -> None:
     config = ModelConfig(**{**SMALL, **changes})
     model = GPT(config, seed=1, device="cuda", dtype=dtype)
-    optimizer = _C.Optimizer(model._native, 5)
+    april = bool(config.num_loops)
+    polynomials = NEWTON_SCHULZ["polar_express" if april else "keller_jordan"]
+    optimizer = _C.Optimizer(model._native, 5, polynomials, april)
     rng = np.random.default_rng(0)
     for step in range(2):
+        model.looping = step == 1
         model._native.begin_step(step == 1)
         for batch in (3, 1):
             ids = rng.integers(0, config.vocab_size, (batch, 71), dtype=np.int32)
@@ -113,7 +118,7 @@ def main() -> None:
         return
     steps = sys.argv[1:2] == ["steps"]
     for dtype in sys.argv[1 + steps :] or ("float32", "bfloat16", "float16"):
-        for changes in (*VARIANTS, *([] if dtype == "float32" else [HOPPER])):
+        for changes in (*VARIANTS, APRIL, *([] if dtype == "float32" else [HOPPER, {**HOPPER, **APRIL}])):
             train(dtype, changes, adapts=not steps)
     with ops.on("cuda"):
         q, scale = ops.quantize_rows(np.random.default_rng(1).standard_normal((70, 33)).astype(np.float32), 15)
