@@ -93,7 +93,7 @@ struct ProjectResidualGrads {
   TensorView dout;  // in [B, T, d]; it is at once the gradient at the residual, which needs no copy
   // Where a is MlpUp's h, its slope belongs to the product that makes its gradient: with activation.scale > 0, da is
   // the gradient at u, (dout·w)⊙f'(u), rounded once; with 0 that at a.
-  SquaredRelu activation{.scale = 0.0};
+  SquaredRelu activation{0.0, 0.0, {}};
   TensorView da;  // out [B, T, c]
   TensorView w;   // [d, c] += doutᵀ·a, NOT yet times scale: finish_projections ends it, once a step
   TensorView scratch;
