@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pgolf.config import Config
+from pgolf.config import NEWTON_SCHULZ, Config
 from pgolf.environment import VARIABLES, Variable, config_from_environment
 
 # Variables that pgolf has known from the beginning: those of the reference train_gpt.py, of the merged 10-layer script
@@ -123,7 +123,6 @@ def test_every_collected_variable_has_a_verdict() -> None:
 REFUSED = {name: variable for name, variable in VARIABLES.items() if variable.refused}
 # Refused unless the configuration says the same: one value that does, for the base recipe.
 AGREEING = {
-    "ROPE_DIMS": ["0", "64"],
     "ROPE_TRAIN_SEQ_LEN": ["2048", "4096"],
     "PARALLEL_START_LAYER": ["0", "10", "11"],
     "PARALLEL_RESIDUAL_START": ["-1", "10"],
@@ -157,8 +156,6 @@ def test_every_refused_variable_is_named_with_any_other_value(text: str) -> None
 
 def test_what_the_configuration_says_is_compared_with_the_configuration_that_results() -> None:
     assert AGREEING.keys() == {name for name, variable in VARIABLES.items() if variable.agrees}
-    assert changes(ROPE_DIMS="32", NUM_HEADS="16") == {"model.num_heads": 16}
-    assert "ROPE_DIMS = '64': RoPE turns whole heads" in refusal(ROPE_DIMS="64", NUM_HEADS="16")
     assert changes(EMBED_WD="0.5", ADAM_WD="0.5") == {"train.weight_decay": 0.5}
     assert "so it must be what ADAM_WD (train.weight_decay) is" in refusal(EMBED_WD="0.04", ADAM_WD="0.5")
     assert "LATE_QAT_THRESHOLD = '0': " in refusal(LATE_QAT_THRESHOLD="0", RECIPE="pr286")
@@ -184,7 +181,7 @@ def test_a_parameter_of_a_thing_that_is_on_is_refused_as_the_switch_is() -> None
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("USE_XSA", "0"), ("XSA_LAST_N", "0.0"), ("USE_XSA", "False"), ("LN_SCALE", ""), ("COMPRESSOR", "zstd")],
+    [("USE_XSA", "0"), ("XSA_LAST_N", "0.0"), ("USE_XSA", "False"), ("USE_XSA", ""), ("COMPRESSOR", "zstd")],
 )
 def test_off_is_written_in_many_ways(name: str, value: str) -> None:
     assert changes(**{name: value}) == {}
@@ -276,6 +273,19 @@ def test_a_mapped_variable_changes_the_keys_that_it_names_and_no_other(name: str
         ({"ADAM_WEIGHT_DECAY": "0.01"}, {"train.weight_decay": 0.01}),
         ({"WEIGHT_DECAY": "0.01", "ADAM_WEIGHT_DECAY": "1e-2"}, {"train.weight_decay": 0.01}),
         ({"MUON_WD": "0.02"}, {"train.muon_weight_decay": 0.02}),
+        ({"NEGATIVE_SLOPE": "0.5", "LN_SCALE": "1"}, {"model.mlp_negative_slope": 0.5, "model.ln_scale": True}),
+        ({"ROPE_DIMS": "16", "NUM_LOOPS": "0"}, {"model.rope_dims": 16}),
+        (
+            {"NUM_LOOPS": "2", "LOOP_START": "3", "LOOP_END": "5", "ENABLE_LOOPING_AT": "0.35"},
+            {
+                "model.loop_start": 3,
+                "model.loop_end": 5,
+                "model.num_loops": 2,
+                "train.enable_looping_at": 0.35,
+            },
+        ),
+        ({"MUON_ROW_NORMALIZE": "1", "POLAR_EXPRESS": "0"}, {"train.muon_row_normalize": True}),
+        ({"POLAR_EXPRESS": "1"}, {"train.muon_coefficients": [list(p) for p in NEWTON_SCHULZ["polar_express"]]}),
         ({"PRUNE_FRAC": "0"}, {"export.prune": 0.0}),
         ({"CONTROL_TENSOR_NAME_PATTERNS": "q_gain, ,smear"}, {"export.control_patterns": ["q_gain", "smear"]}),
         ({"QAT_ENABLED": "0", "QAT_START_FRAC": "0.5"}, {}),

@@ -153,6 +153,7 @@ _SLIDING, _EMA, _BIGRAM = (
     "model.bigram_vocab_size (on or off)",
 )
 _DATA = "train.data_path, train.tokenizer_path"
+_COEFFICIENTS = "train.muon_coefficients (Polar Express)"
 _FP16_PATTERNS, _LATE_KEYS, _EMBEDDING = (
     "export.policy (the fp16 rules)",
     "export.policy (the last blocks' keys)",
@@ -194,6 +195,8 @@ def _translate(values: dict[str, Any], recipe: Config) -> dict[str, Any]:
     if _QAT in values:
         start = keys.get("train.qat_start_frac", recipe.train.qat_start_frac)
         keys["train.qat_start_frac"] = 1.0 if not values[_QAT] else start if start < 1 else _QAT_START
+    if values.get(_COEFFICIENTS):
+        keys["train.muon_coefficients"] = "polar_express"
     layers = keys.get("model.num_layers", recipe.model.num_layers)
     return {**keys, "export.policy": _policy(recipe.export.policy, values, layers)}
 
@@ -335,14 +338,15 @@ def _lacking(lack: Lack) -> Iterator[tuple[str, Variable]]:
 _NAMESAKES = {
     "model": (
         "VOCAB_SIZE NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT TIE_EMBEDDINGS TIED_EMBED_INIT_STD "
-        "LOGIT_SOFTCAP ROPE_BASE QK_GAIN_INIT BIGRAM_VOCAB_SIZE BIGRAM_DIM"
+        "LOGIT_SOFTCAP ROPE_BASE QK_GAIN_INIT BIGRAM_VOCAB_SIZE BIGRAM_DIM ROPE_DIMS LN_SCALE LOOP_START LOOP_END "
+        "NUM_LOOPS"
     ),
     "train": (
         "DATA_PATH TOKENIZER_PATH SEED ITERATIONS MAX_WALLCLOCK_SECONDS TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN EMBED_LR "
         "TIED_EMBED_LR HEAD_LR MATRIX_LR SCALAR_LR MUON_MOMENTUM MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_STEPS "
         "MUON_BACKEND_STEPS MUON_WEIGHT_DECAY WEIGHT_DECAY BETA1 BETA2 ADAM_EPS GRAD_CLIP_NORM WARMDOWN_ITERS "
         "WARMUP_STEPS SWA_ENABLED SWA_START_FRAC SWA_EVERY QAT_START_FRAC VAL_LOSS_EVERY TRAIN_LOG_EVERY "
-        "EMA_DECAY WARMDOWN_FRAC WARMDOWN_SHAPE GRAD_ACCUM_STEPS CHECKPOINT_EVERY"
+        "EMA_DECAY WARMDOWN_FRAC WARMDOWN_SHAPE GRAD_ACCUM_STEPS CHECKPOINT_EVERY ENABLE_LOOPING_AT MUON_ROW_NORMALIZE"
     ),
     "eval": "EVAL_SEQ_LEN EVAL_BATCH_SEQS TTT_LORA_RANK TTT_LORA_LR TTT_CHUNK_SIZE TTT_EVAL_SEQ_LEN TTT_BATCH_SIZE",
 }
@@ -362,6 +366,12 @@ VARIABLES: dict[str, Variable] = {
     "ADAM_WEIGHT_DECAY": _key("train.weight_decay", "#286, #289 and #997's name of WEIGHT_DECAY"),
     "MUON_WD": _key("train.muon_weight_decay", "#289's name of MUON_WEIGHT_DECAY"),
     "ADAM_WD": _key("train.weight_decay", "the later scripts' name of WEIGHT_DECAY"),
+    "NEGATIVE_SLOPE": _key("model.mlp_negative_slope"),
+    "MLP_LEAKY_SLOPE": _key("model.mlp_negative_slope"),
+    **{
+        name: Variable(_COEFFICIENTS, "1: polar_express; 0: the recipe's", _switch)
+        for name in ("POLAR_EXPRESS", "USE_POLAR_EXPRESS")
+    },
     "GRAD_CLIP": _key("train.grad_clip_norm"),
     "WARMDOWN_FRACTION": _key("train.warmdown_frac"),
     "LR_SCHEDULE": _key("train.warmdown_shape"),
@@ -420,10 +430,6 @@ VARIABLES: dict[str, Variable] = {
     "LOCAL_RANK": _refusal(_ONE_PROCESS.format(0), "0"),
     "WORLD_SIZE": _refusal(_ONE_PROCESS.format(1), "1"),
     **{name: variable for lack in LACKS for name, variable in _lacking(lack)},
-    "ROPE_DIMS": _compared(
-        "RoPE turns whole heads, so it must be 0 or their width, MODEL_DIM / NUM_HEADS",
-        lambda dims, config: dims in (0, config.model.head_dim),
-    ),
     "ROPE_TRAIN_SEQ_LEN": _compared(
         "RoPE is not rescaled for longer contexts, so it must be at least TRAIN_SEQ_LEN and EVAL_SEQ_LEN",
         lambda length, config: length >= max(config.train.train_seq_len, config.eval_seq_len),
@@ -449,7 +455,7 @@ VARIABLES: dict[str, Variable] = {
     ),
     **{
         name: _compared(
-            "every block has its own weights and runs once, so it must be 0 or NUM_LAYERS",
+            "blocks run again by NUM_LOOPS, LOOP_START and LOOP_END, so it must be 0 or NUM_LAYERS",
             lambda layers, config: layers in (0, config.model.num_layers),
         )
         for name in ("NUM_UNIQUE_BLOCKS", "NUM_VIRTUAL_LAYERS", "EFFECTIVE_DEPTH")
