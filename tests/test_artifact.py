@@ -249,8 +249,8 @@ def test_export_refusals_leave_the_old_file(tmp_path):
     large.state["blocks.1.attn.c_q.weight"][3, 0] = 1e9
     refused(ValueError, "blocks.1.attn.c_q.weight cannot be stored as int6: Row 3 reaches", large, small_numel=10)
     refused(ValueError, "no recipe 'bass'; the nearest is 'base'", policy="bass")
-    refused(ValueError, "'int3' is no encoding", policy=[("*", "int3")])
-    refused(ValueError, "'rms:0.4' is no encoding", policy=[("*", "rms:0.4")])
+    refused(ValueError, "'int3' is not an encoding", policy=[("*", "int3")])
+    refused(ValueError, "'rms:0.4' is not an encoding", policy=[("*", "rms:0.4")])
     refused(ValueError, "No pattern of the policy matches the tensor", policy=LIST[:-1], small_numel=10)
     with_a_cube = small_model()
     with_a_cube.state["cube"] = np.ones((30, 30, 30), np.float32)
@@ -312,7 +312,7 @@ INFINITE_SCALE = EncodedTensor("int6", np.zeros((2100, 32), np.int8), np.full(21
         (put("train_seq_len", True), "train_seq_len is True"),
         (put("model", [1]), "model = .1. must be a table"),
         (put_model("num_heads", 3), "model.model_dim = 32: must be divisible by model.num_heads = 3"),
-        (put_model("heads", 3), "model.heads is no key of the configuration"),
+        (put_model("heads", 3), "model.heads is not a key of the configuration"),
         (lambda header, tensors: header["model"].pop("num_layers"), "model.num_layers is missing"),
         (put_model("num_layers", 2**31 - 1), "model has 2,147,483,647 layers, but the file only 26 tensors"),
         (put_model("vocab_size", 65_536), r"tok_emb.weight has the shape \(2100, 32\); .* expects \(65536, 32\)"),

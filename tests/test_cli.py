@@ -522,7 +522,7 @@ def broken_data(small_corpus: Path, tmp_path: Path) -> Callable[[str], Path]:
         ("short", r"_train_\S+: the file has .* bytes"),
         ("odd", r"_train_\S+: the file has .* bytes"),
         ("token", r"_val_\S+: token 1,999 is 600; a vocabulary of 512 ends at 511"),
-        ("tokenizer", r"\.model: this is no SentencePiece model"),
+        ("tokenizer", r"\.model: this is not a SentencePiece model"),
     ],
 )
 def test_broken_data(
@@ -543,7 +543,7 @@ def test_broken_data(
         (["--data", "{data}", "--tokenizer", "{other}"], "has 300 tokens; the model has 512"),
         (
             ["--data", "{data}", "--set", "train.iteration=3"],
-            r"train\.iteration is no key .* nearest is train\.iterations",
+            r"train\.iteration is not a key .* nearest is train\.iterations",
         ),
         (["--data", "{data}", "--set", "train.iterations"], r"must have the form table\.key=value"),
         (
@@ -592,9 +592,9 @@ def test_configuration_files_are_refused(tmp_path: Path) -> None:
     refused(pgolf_("train", "--config", tmp_path / "no.toml"), r"no configuration file .*no\.toml")
     path = tmp_path / "wrong.toml"
     path.write_text("[model]\nnum_layer = 3\n")
-    refused(pgolf_("train", "--config", path), r"wrong\.toml: model\.num_layer is no key .* model\.num_layers")
+    refused(pgolf_("train", "--config", path), r"wrong\.toml: model\.num_layer is not a key .* model\.num_layers")
     path.write_text("[model\n")
-    refused(pgolf_("train", "--config", path), r"wrong\.toml is no TOML file")
+    refused(pgolf_("train", "--config", path), r"wrong\.toml is not a TOML file")
     refused(pgolf_("train", "--recipe", "tinny"), "no recipe 'tinny'; the nearest is 'tiny'")
     refused(pgolf_("recipes", "bass"), "no recipe 'bass'; the nearest is 'base'")
 
@@ -661,7 +661,7 @@ def test_damaged_artifacts(
         (["export", "{run}", "--out", "{tmp}/no/x.safetensors"], r"There is no folder .*no for the state dict"),
         (["generate", "{run}/model.pgolf"], "No tokenizer is known .* give --tokenizer"),
         (["generate", "{run}", "--tokenizer", "{other}"], "has 300 tokens; the model has 512"),
-        (["generate", "{run}", "--tokenizer", "{run}/log.jsonl"], r"log\.jsonl: this is no SentencePiece model"),
+        (["generate", "{run}", "--tokenizer", "{run}/log.jsonl"], r"log\.jsonl: this is not a SentencePiece model"),
         (["generate", "{run}", "--temperature", "-1"], "temperature is -1"),
         (["generate", "{run}", "--top-p", "2"], "--top-p is 2"),
         (["generate", "{run}", "--top-k", "0"], "--top-k is 0"),
@@ -672,7 +672,7 @@ def test_damaged_artifacts(
         (["plot", "{run}", "{run}", "--out", "{tmp}/x.png"], "is given twice"),
         (["plot", "{tmp}/no", "--out", "{tmp}/x.png"], "no: no such run folder or log"),
         (["plot", "{tmp}", "--out", "{tmp}/x.png"], r"log\.jsonl: no such log"),
-        (["plot", "{run}/config.toml", "--out", "{tmp}/x.png"], r"config\.toml, line 1: this is no step record"),
+        (["plot", "{run}/config.toml", "--out", "{tmp}/x.png"], r"config\.toml, line 1: this is not a step record"),
         (["data", "inspect", "{tmp}/no"], "no: no such data folder or shard"),
         (["data", "inspect", "{tmp}"], "the folder holds no"),
         (["data", "inspect", "{run}/config.toml"], "a shard starts with a header|the first header field"),

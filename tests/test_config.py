@@ -166,9 +166,9 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"eval.eval_seq_len": 63}, ["eval.eval_stride = 64", "at most", "63"]),
     ({"eval.ttt_chunk_size": 2000}, ["eval.ttt_chunk_size = 2000", "eval.ttt_eval_seq_len = 1024"]),
     ({"export.policy": []}, ["export.policy = []", "[pattern, encoding]"]),
-    ({"export.policy": [["*", "int3"]]}, ["'int3' is no encoding", "int5, int6, int8, fp16, fp32 or rms:4.5"]),
-    ({"export.policy": [["*", "rms:65"]]}, ["'rms:65' is no encoding"]),
-    ({"export.policy": [["*", ["int6"]]]}, ["['int6'] is no encoding"]),
+    ({"export.policy": [["*", "int3"]]}, ["'int3' is not an encoding", "int5, int6, int8, fp16, fp32 or rms:4.5"]),
+    ({"export.policy": [["*", "rms:65"]]}, ["'rms:65' is not an encoding"]),
+    ({"export.policy": [["*", ["int6"]]]}, ["['int6'] is not an encoding"]),
     ({"export.policy": [["*"]]}, ["['*'] is not such a pair"]),
     ({"export.policy": "pr98"}, ["no recipe 'pr98'", "nearest is 'pr9"]),
     ({"export.prune": 1.0}, ["export.prune = 1.0", "below 1"]),
@@ -258,7 +258,7 @@ def test_the_ends_of_the_ranges_are_allowed(overrides: dict[str, Any]) -> None:
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest(key: str, nearest: str) -> None:
-    told = re.escape(f"{key} is no key") + ".*nearest is " + re.escape(nearest)
+    told = re.escape(f"{key} is not a key") + ".*nearest is " + re.escape(nearest)
     with pytest.raises(ValueError, match=told):
         Config.from_recipe("base", {key: 1})
     with pytest.raises(ValueError, match=told):
@@ -291,7 +291,7 @@ def test_a_model_table_from_a_header_is_complete_and_known() -> None:
         ModelConfig.from_dict(values)
     with pytest.raises(ValueError, match="2 values.*wrong"):
         ModelConfig.from_dict(values)
-    with pytest.raises(ValueError, match=re.escape("model.colour is no key")):
+    with pytest.raises(ValueError, match=re.escape("model.colour is not a key")):
         ModelConfig.from_dict(ModelConfig().to_dict() | {"colour": 1})
     with pytest.raises(ValueError, match=re.escape("model.num_layers = 1000000000000")):
         ModelConfig.from_dict(ModelConfig().to_dict() | {"num_layers": 10**12})
@@ -390,9 +390,9 @@ def test_cycles_are_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"[train\n", "is no TOML file"),
-        (b"\xff\xfe", "is no TOML file"),
-        (b"x = " + b"[" * 100_000, "is no TOML file"),
+        (b"[train\n", "is not a TOML file"),
+        (b"\xff\xfe", "is not a TOML file"),
+        (b"x = " + b"[" * 100_000, "is not a TOML file"),
         (b"[train]\niteratons = 5\n", "nearest is train.iterations"),
         (b"[trian]\nswa_every = 5\n", "nearest is [train]"),
         (b"iterations = 5\n", "nearest is train.iterations"),
@@ -455,8 +455,8 @@ def test_overrides_use_tomls_values_and_bare_words(text: str, key: str, value: A
     [
         ("train.iterations", "the form table.key=value"),
         ("=5", "the form table.key=value"),
-        ('export.policy=[["*", "int8"]', "the value of export.policy is no TOML"),
-        ('train.data_path="open', "the value of train.data_path is no TOML"),
+        ('export.policy=[["*", "int8"]', "the value of export.policy is not TOML"),
+        ('train.data_path="open', "the value of train.data_path is not TOML"),
     ],
 )
 def test_broken_overrides_are_named(text: str, told: str) -> None:

@@ -320,7 +320,7 @@ def test_what_the_hub_does_not_have_is_named(hub: HubStandIn, tmp_path: Path) ->
     out = tmp_path / "out"
     with pytest.raises(FileNotFoundError, match="has no dataset nobody/nothing, or it is private"):
         fetch(hub, out, repo="nobody/nothing")
-    with pytest.raises(ValueError, match="'a/b/c' is no name of a dataset"):
+    with pytest.raises(ValueError, match="'a/b/c' is not the name of a dataset"):
         fetch(hub, out, repo="a/b/c")
     with pytest.raises(FileNotFoundError, match=f"{REPO} has no revision 'next'"):
         fetch(hub, out, revision="next")

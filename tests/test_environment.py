@@ -253,6 +253,9 @@ def test_a_mapped_variable_changes_the_keys_that_it_names_and_no_other(name: str
         "GRAD_ACCUM_STEPS": "4",
         "EMA_DECAY": "0.5",
         "SMEAR_GATE_BOS_FIX": "1",
+        "LN_SCALE": "1",
+        "MUON_ROW_NORMALIZE": "1",
+        "ENABLE_LOOPING_AT": "0.5",
         "EVAL_SEQ_LEN": "4096",
         "TTT_EVAL_SEQ_LEN": "4096",
     }

@@ -280,21 +280,21 @@ def test_limits_are_those_of_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("log.jsonl", '{"step": 1}\n{"loss": 2}\n', "log.jsonl, line 2: this is no step record"),
+        ("log.jsonl", '{"step": 1}\n{"loss": 2}\n', "log.jsonl, line 2: this is not a step record"),
         ("report.json", "{", "report.json: this is not the report of a run"),
         ("report.json", '{"val_loss": 1}', "report.json: this is not the report of a run"),
         ("report.json", {"steps": "six"}, "report.json: this is not the report of a run (steps is 'six')"),
         ("report.json", {"memory": 1}, "report.json: this is not the report of a run (memory is 1)"),
         ("report.json", "[" * 100_000, "report.json: this is not the report of a run"),
-        ("log.jsonl", "[" * 100_000 + "\n", "log.jsonl, line 1: this is no step record"),
-        ("log.jsonl", '{"step": -1}\n', "log.jsonl, line 1: this is no step record"),
-        ("log.jsonl", f'{{"step": 1, "loss": {10**400}}}\n', "log.jsonl, line 1: this is no step record"),
+        ("log.jsonl", "[" * 100_000 + "\n", "log.jsonl, line 1: this is not a step record"),
+        ("log.jsonl", '{"step": -1}\n', "log.jsonl, line 1: this is not a step record"),
+        ("log.jsonl", f'{{"step": 1, "loss": {10**400}}}\n', "log.jsonl, line 1: this is not a step record"),
         ("log.jsonl", '{"step": 1, "loss": 2, "seconds": 1e999}\n', "in the last record tokens, seconds, "),
         ("log.jsonl", '{"step": 1, "loss": 2, "tokens": "many"}\n', "in the last record tokens, seconds, "),
-        ("log.jsonl", '{"step": 1, "loss": 2, "memory_mib": []}\n', "share_of_limit or memory_mib is no number"),
+        ("log.jsonl", '{"step": 1, "loss": 2, "memory_mib": []}\n', "share_of_limit or memory_mib is not a number"),
         ("log.jsonl", '{"step": 1, "loss": 2, "share_of_limit": NaN}\n', "in the last record"),
         ("report.json", "[]", "report.json: this is not the report of a run"),
-        ("config.toml", "[model]\nnum_layer = 1\n", "model.num_layer is no key"),
+        ("config.toml", "[model]\nnum_layer = 1\n", "model.num_layer is not a key"),
     ],
 )
 def test_a_run_with_a_broken_file(

@@ -307,7 +307,7 @@ def test_a_checkpoint_that_cannot_be_written_then(
 def test_resuming_needs_no_recipe_and_refuses_what_is_no_run(plain: Path, tmp_path: Path) -> None:
     result = pgolf_("train", "--resume", "--run-dir", tmp_path)
     assert result.exit_code == 2
-    assert result.stderr == f"Error: {tmp_path}: this folder is no run folder, as it holds no config.toml.\n"
+    assert result.stderr == f"Error: {tmp_path}: this folder is not a run folder, as it holds no config.toml.\n"
     result = pgolf_("train", "--resume", "--run-dir", plain, "--recipe", "tiny", "--set", "train.data_path=x")
     assert result.exit_code == 2 and "x: no such data folder" in result.stderr
     result = pgolf_("train", "--resume")

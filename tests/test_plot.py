@@ -120,7 +120,7 @@ def test_a_broken_line_is_named(line: str, tmp_path: Path) -> None:
     log = write_log(tmp_path / "log.jsonl", RECORDS[:2])
     with log.open("a", encoding="latin-1") as file:
         file.write(line + "\n")
-    with pytest.raises(errors.FormatError, match=r"log\.jsonl, line 3: this is no step record"):
+    with pytest.raises(errors.FormatError, match=r"log\.jsonl, line 3: this is not a step record"):
         plot_loss(log, tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
 

@@ -209,7 +209,7 @@ def test_damaged_compressed_sources_are_refused(jsonl: Path, tmp_path: Path, how
     middle = len(packed) // 2
     broken = {
         "truncated": packed[:middle],
-        "junk": b"this is no compressed file at all",
+        "junk": b"this is not a compressed file at all",
         "flipped": packed[:2] + bytes([packed[2] ^ 0xFF]) + packed[3:],
     }[damage]
     path = tmp_path / f"broken.jsonl{how}"

@@ -97,7 +97,7 @@ def loose(folder: Path) -> None:
         (folder / f"seed-{number}.pgolf").write_bytes(b"")
 
 
-NO_CONFIG = "this folder is no run folder, as it holds no config.toml"
+NO_CONFIG = "this folder is not a run folder, as it holds no config.toml"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ NO_CONFIG = "this folder is no run folder, as it holds no config.toml"
         (not_begun, "the run folder holds no artifact (model.pgolf) and no checkpoint, only config.toml, log.jsonl; "
          "train the run first."),
         (data, "this is a data folder and holds no weights; give a run folder or a file with weights."),
-        (several, "this folder is no run folder but holds some; give one of them: a, b."),
+        (several, "this folder is not a run folder but holds some; give one of them: a, b."),
         (loose, f"{NO_CONFIG}; give one of its files: {', '.join(f'seed-{n}.pgolf' for n in range(8))} and 2 more."),
     ],
 )  # fmt: skip

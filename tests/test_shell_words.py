@@ -33,7 +33,7 @@ OPTIONS = {
         ("resume it (resume=True, --resume) or not.", "resume it (--resume) or not."),
         ("val_docs is 0; or fewer: val_docs=3.", "--val-docs is 0; or fewer: --val-docs 3."),
         ("limit_seconds is -1.", "--time-limit is -1."),
-        # Words of the language, keys of the configuration and what is no option of the command stay.
+        # Words of the language, keys of the configuration and what is not an option of the command stay.
         ("The device is 'x'; the data is short.", "The device is 'x'; the data is short."),
         ("train.seed is 3, batch_size is 2.", "train.seed is 3, batch_size is 2."),
         ("--seed is 3.", "--seed is 3."),

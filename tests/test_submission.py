@@ -827,7 +827,7 @@ def test_requests_that_cannot_be(runs: list[Path], code: Path, tmp_path: Path, m
     settings = Settings(code=code)
     with pytest.raises(ValueError, match="at least one run folder"):
         submit([], tmp_path / "out", ABOUT, settings=settings)
-    with pytest.raises(FileNotFoundError, match="this folder is no run folder"):
+    with pytest.raises(FileNotFoundError, match="this folder is not a run folder"):
         submit([tmp_path], tmp_path / "out", ABOUT, settings=settings)
     with pytest.raises(ValueError, match=r"have the seeds \[\d+, (\d+), \1\]; each may stand there once"):
         submit(runs, tmp_path / "out", ABOUT, baseline=[*runs[:2], runs[1]], settings=settings)

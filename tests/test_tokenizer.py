@@ -150,7 +150,7 @@ def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
 def test_files_that_are_no_models_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.model"
     path.write_bytes(content)
-    with pytest.raises(errors.FormatError, match=r"bad\.model: this is no SentencePiece model"):
+    with pytest.raises(errors.FormatError, match=r"bad\.model: this is not a SentencePiece model"):
         Tokenizer(path)
 
 

@@ -218,7 +218,7 @@ def test_toml_of_other_editors(tmp_path: Path) -> None:
         assert Config.from_toml(path).train.iterations == 7
     for encoding in ("utf-16", "utf-16-be", "utf-16-le"):
         path.write_bytes(("\ufeff" * (encoding != "utf-16") + plain).encode(encoding))
-        with pytest.raises(FormatError, match=r"a\.toml is no TOML file: it is UTF-16, and TOML is UTF-8"):
+        with pytest.raises(FormatError, match=r"a\.toml is not a TOML file: it is UTF-16, and TOML is UTF-8"):
             Config.from_toml(path)
 
 

@@ -185,7 +185,7 @@ def test_a_file_that_is_no_wheel(tmp_path: Path) -> None:
     for content in (None, b"no zip"):
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(wheel.Refused, match="pgolf.whl is no wheel"):
+        with pytest.raises(wheel.Refused, match="pgolf.whl is not a wheel"):
             wheel.read(path)
 
 

@@ -1,5 +1,5 @@
 // TensorView: where a tensor lies and what shape it has. It owns nothing and checks nothing;
-// shapes are checked once, at the Python border and when a plan is made.
+// shapes are checked once, at the boundary to Python and when a plan is made.
 #pragma once
 
 #include <array>

@@ -1,4 +1,4 @@
-// The library's side of the C border: its one exported function.
+// The library's side of the C ABI: its one exported function.
 #include "cuda/api.h"
 
 #include <cuda_runtime.h>
@@ -23,7 +23,7 @@
 namespace pgolf::cuda {
 namespace {
 
-using namespace border;
+using namespace abi;
 
 // Runs body; what it throws becomes a status and a message.
 template <class Body>
@@ -64,23 +64,23 @@ Pieces& face_of(const Instance& instance, const Pieces*) { return instance.backe
 
 // A method of Backend or Pieces, which is the Face, as it stands in the table.
 template <auto method, class Face, class R, class... A>
-Status call(void* self, typename Wire<R>::Type* result, typename Wire<A>::Type... arguments) noexcept {
+Status call(void* self, typename Abi<R>::Type* result, typename Abi<A>::Type... arguments) noexcept {
   auto& instance = *static_cast<Instance*>(self);
   return guard(instance.message, [&] {
     Face& face = face_of(instance, static_cast<const Face*>(nullptr));
     if constexpr (std::is_void_v<R>)
-      (face.*method)(Wire<A>::unpack(arguments)...);
+      (face.*method)(Abi<A>::unpack(arguments)...);
     else
-      *result = Wire<R>::pack((face.*method)(Wire<A>::unpack(arguments)...));
+      *result = Abi<R>::pack((face.*method)(Abi<A>::unpack(arguments)...));
   });
 }
 template <auto method, class Face, class R, class... A>
-constexpr auto entry(Crossing<R, A...>) {
+constexpr auto entry(AbiMethod<R, A...>) {
   return &call<method, Face, R, A...>;
 }
 template <class Face, auto method>
 constexpr auto entry() {
-  return entry<method, Face>(typename CrossingOf<decltype(method)>::Type());
+  return entry<method, Face>(typename AbiMethodOf<decltype(method)>::Type());
 }
 
 Problem pack(const Finding& finding) {
@@ -147,4 +147,4 @@ constexpr Api kApi = make_api();
 }  // namespace
 }  // namespace pgolf::cuda
 
-PGOLF_EXPORT const pgolf::border::Api* pgolf_cuda_open() noexcept { return &pgolf::cuda::kApi; }
+PGOLF_EXPORT const pgolf::abi::Api* pgolf_cuda_open() noexcept { return &pgolf::cuda::kApi; }

@@ -1,4 +1,4 @@
-// The C border between Python's extension (csrc/device) and the library of the CUDA backend (csrc/cuda).
+// The C ABI between Python's extension (csrc/device) and the library of the CUDA backend (csrc/cuda).
 //
 // The library exports one function, pgolf_cuda_open, which returns a table of functions. Each takes plain values and
 // pointers and returns a Status; no exception crosses. Structs cross as they are: both sides are compiled from these
@@ -15,7 +15,7 @@
 
 #include "pieces.h"
 
-namespace pgolf::border {
+namespace pgolf::abi {
 
 enum Status : int {
   kDone,
@@ -39,25 +39,25 @@ struct Text {
 
 // How an argument or a result crosses: `pack` on this side, `unpack` on the other. Numbers and pointers as they are, …
 template <class T>
-struct Wire {
+struct Abi {
   using Type = T;
   static Type pack(T value) { return value; }
   static T unpack(Type value) { return value; }
 };
 template <>
-struct Wire<void> {
+struct Abi<void> {
   using Type = void;
 };
 // … references as pointers, …
 template <class T>
-struct Wire<const T&> {
+struct Abi<const T&> {
   using Type = const T*;
   static Type pack(const T& value) { return &value; }
   static const T& unpack(Type value) { return *value; }
 };
 // … spans as pointer and size, …
 template <class T>
-struct Wire<std::span<T>> {
+struct Abi<std::span<T>> {
   struct Type {
     T* data;
     std::size_t size;
@@ -67,7 +67,7 @@ struct Wire<std::span<T>> {
 };
 // … strings as characters, …
 template <>
-struct Wire<std::string> {
+struct Abi<std::string> {
   using Type = Text;
   static Type pack(const std::string& value) {
     Type packed;
@@ -83,7 +83,7 @@ struct Callback {
 };
 struct CallbackFailed {};  // thrown inside the library alone
 template <>
-struct Wire<const std::function<void()>&> {
+struct Abi<const std::function<void()>&> {
   using Type = Callback;
   static std::function<void()> unpack(Type value) {
     return [value] {
@@ -94,23 +94,23 @@ struct Wire<const std::function<void()>&> {
 
 // What a method of Backend or Pieces looks like in the table.
 template <class Result, class... Arguments>
-struct Crossing {
-  using Function = Status(void* self, typename Wire<Result>::Type* result,
-                          typename Wire<Arguments>::Type... arguments) noexcept;
+struct AbiMethod {
+  using Function = Status(void* self, typename Abi<Result>::Type* result,
+                          typename Abi<Arguments>::Type... arguments) noexcept;
 };
 template <class Method>
-struct CrossingOf;
+struct AbiMethodOf;
 template <class Face, class R, class... A>
-struct CrossingOf<R (Face::*)(A...)> {
-  using Type = Crossing<R, A...>;
+struct AbiMethodOf<R (Face::*)(A...)> {
+  using Type = AbiMethod<R, A...>;
 };
 template <class Face, class R, class... A>
-struct CrossingOf<R (Face::*)(A...) const> {
-  using Type = Crossing<R, A...>;
+struct AbiMethodOf<R (Face::*)(A...) const> {
+  using Type = AbiMethod<R, A...>;
 };
 template <class Face, class R, class... A>
-struct CrossingOf<R (Face::*)(A...) noexcept> {
-  using Type = Crossing<R, A...>;
+struct AbiMethodOf<R (Face::*)(A...) noexcept> {
+  using Type = AbiMethod<R, A...>;
 };
 
 // What this machine lacks before a model can live on one of its GPUs; both empty: nothing.
@@ -149,17 +149,17 @@ struct Api {
   void (*destroy)(void* self) noexcept;
   const char* (*message)(const void* self) noexcept;  // of the last status that was not kDone
 
-#define PGOLF_METHOD(result, name, parameters, arguments) CrossingOf<decltype(&Backend::name)>::Type::Function* name;
+#define PGOLF_METHOD(result, name, parameters, arguments) AbiMethodOf<decltype(&Backend::name)>::Type::Function* name;
 #include "backend_methods.def"
 #include "sublayer_methods.def"
 #undef PGOLF_METHOD
-#define PGOLF_METHOD(result, name, parameters, arguments) CrossingOf<decltype(&Pieces::name)>::Type::Function* name;
+#define PGOLF_METHOD(result, name, parameters, arguments) AbiMethodOf<decltype(&Pieces::name)>::Type::Function* name;
 #include "piece_methods.def"
 #undef PGOLF_METHOD
-  CrossingOf<decltype(&Backend::capture)>::Type::Function* capture;
+  AbiMethodOf<decltype(&Backend::capture)>::Type::Function* capture;
 };
 
 inline constexpr const char* kOpenName = "pgolf_cuda_open";
 using Open = const Api*() noexcept;
 
-}  // namespace pgolf::border
+}  // namespace pgolf::abi

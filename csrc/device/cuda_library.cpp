@@ -15,7 +15,7 @@
 namespace pgolf {
 namespace {
 
-using namespace border;
+using namespace abi;
 
 #if defined(_WIN32)
 constexpr const char* kFile = "pgolf_cuda.dll";

@@ -9,24 +9,24 @@
 namespace pgolf {
 namespace {
 
-using namespace border;
+using namespace abi;
 
 // An entry of the table as a function that takes and returns what the method does.
 template <class C>
 struct Remote;
 template <class R, class... A>
-struct Remote<Crossing<R, A...>> {
+struct Remote<AbiMethod<R, A...>> {
   const Api& api;
   void* self;
-  typename Crossing<R, A...>::Function* function;
+  typename AbiMethod<R, A...>::Function* function;
 
   R operator()(A... arguments) const {
     if constexpr (std::is_void_v<R>) {
-      check(function(self, nullptr, Wire<A>::pack(arguments)...));
+      check(function(self, nullptr, Abi<A>::pack(arguments)...));
     } else {
-      typename Wire<R>::Type result{};
-      check(function(self, &result, Wire<A>::pack(arguments)...));
-      return Wire<R>::unpack(result);
+      typename Abi<R>::Type result{};
+      check(function(self, &result, Abi<A>::pack(arguments)...));
+      return Abi<R>::unpack(result);
     }
   }
   void check(Status status) const {
@@ -78,7 +78,7 @@ class CudaProxy final : public Backend, public Pieces {
 
  private:
   template <class Method>
-  Remote<typename CrossingOf<Method>::Type> remote(typename CrossingOf<Method>::Type::Function* function) const {
+  Remote<typename AbiMethodOf<Method>::Type> remote(typename AbiMethodOf<Method>::Type::Function* function) const {
     return {api_, self_, function};
   }
 

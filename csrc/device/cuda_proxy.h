@@ -8,8 +8,8 @@
 namespace pgolf {
 
 // Throws what a status stands for, unless it is kDone.
-void throw_status(border::Status status, const char* message);
+void throw_status(abi::Status status, const char* message);
 
-std::unique_ptr<Backend> make_cuda_proxy(const border::Api& api, int device, DType storage);
+std::unique_ptr<Backend> make_cuda_proxy(const abi::Api& api, int device, DType storage);
 
 }  // namespace pgolf

@@ -133,7 +133,7 @@ def fit(
 
     Raises:
         ValueError: impossible arguments, too little data, or a limit below what the coarsest encodings take.
-        TypeError: tokens or seq_len is no integer.
+        TypeError: tokens or seq_len is not an integer.
         FileNotFoundError, FormatError, NonFiniteError: as ``export`` and ``evaluate``.
     """
     began = time.perf_counter()

@@ -70,7 +70,7 @@ def load(path: Path) -> tuple[_Arrays, dict[str, Any]]:
             warnings.simplefilter("error")  # NumPy warns of an array's header that it did not write, a damaged one
             arrays = {name: file[name] for name in file.files}
         if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-            raise ValueError("an entry is no array")
+            raise ValueError("an entry is not an array")
         values = json.loads(arrays.pop("header").tobytes())
         version = values["version"]
         if version == VERSION and list(arrays) != values.pop("arrays"):

@@ -566,7 +566,7 @@ class Config:
         The file may say ``extends = "base"`` (a recipe) or ``extends = "other.toml"`` (a file, relative to this one);
         then it needs to hold only what differs. Without it, missing keys have the defaults.
 
-        Raises FileNotFoundError, FormatError for a file that is no TOML, extends itself or has unknown keys (the
+        Raises FileNotFoundError, FormatError for a file that is not TOML, extends itself or has unknown keys (the
         nearest is named), and ValueError for impossible values, all named.
         """
         tables = _overlay(_load(Path(path)), _tables_of(overrides or {}))
@@ -644,7 +644,7 @@ def recipe_policy(name: str) -> list[tuple[str, str]]:
 def parse_override(text: str) -> tuple[str, Any]:
     """Splits ``table.key=value``, as the command line's ``--set`` takes it, into the key and the value.
 
-    The value is read as TOML; what is no TOML value and opens no quote, list or table is a string as it stands, so
+    The value is read as TOML; what is not a TOML value and opens no quote, list or table is a string as it stands, so
     that ``eval.method=standard`` and paths need no quotes. Raises ValueError where there is no ``=`` or a value is
     broken off; whether the key exists is for the configuration to say.
     """
@@ -655,7 +655,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         document = tomllib.loads(f"value = {value}")
     except (ValueError, RecursionError) as error:
         if value.startswith(("[", "{", '"', "'")):
-            raise ValueError(f"the value of {key} is no TOML: {error} in {value!r}") from None
+            raise ValueError(f"the value of {key} is not TOML: {error} in {value!r}") from None
         return key, value
     parsed = document["value"]
     single = len(document) == 1 and isinstance(parsed, (bool, int, float, str, list))
@@ -682,14 +682,16 @@ def _unknown_key(key: str) -> str:
     names = [f"{table}.{item.name}" for table, cls in _TABLES.items() for item in fields(cls)]
     last = key.rpartition(".")[2]
     same_key = [name for name in names if name.partition(".")[2] == last]
-    return f"{key} is no key of the configuration; the nearest is {same_key[0] if same_key else _nearest(key, names)}"
+    return (
+        f"{key} is not a key of the configuration; the nearest is {same_key[0] if same_key else _nearest(key, names)}"
+    )
 
 
 def _unknown_keys(tables: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the names in ``tables``, each with the nearest right one."""
     for name, values in tables.items():
         if isinstance(values, Mapping) and name not in _TABLES:
-            yield f"[{name}] is no table of the configuration; the nearest is [{_nearest(name, _TABLES)}]"
+            yield f"[{name}] is not a table of the configuration; the nearest is [{_nearest(name, _TABLES)}]"
         elif isinstance(values, Mapping):
             known = {item.name for item in fields(_TABLES[name])}
             yield from (_unknown_key(f"{name}.{key}") for key in values if key not in known)
@@ -747,7 +749,7 @@ def _load(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, dict[str,
             raise ValueError("it is UTF-16, and TOML is UTF-8; save it in that encoding")
         document = tomllib.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is no TOML file: {error}") from None
+        raise FormatError(f"{path} is not a TOML file: {error}") from None
     parent = document.pop("extends", None)
     below: dict[str, dict[str, Any]] = {}
     try:

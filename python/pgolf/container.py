@@ -100,7 +100,7 @@ def pack_content(header: Mapping[str, Any], tensors: Mapping[str, EncodedTensor]
         tensors: encoded tensors by name.
 
     Raises:
-        ValueError: the header is no JSON or above 1 MiB, arrays do not fit their encoding, or there is more than 1 GiB.
+        ValueError: the header is not JSON or above 1 MiB, arrays do not fit their encoding, there is more than 1 GiB.
     """
     table = {name: {"encoding": t.encoding, "shape": list(t.values.shape)} for name, t in tensors.items()}
     text = json.dumps(
@@ -361,7 +361,7 @@ class _Reader:
         try:
             header = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
-            self._fail(f"the header is no UTF-8 JSON ({error})")
+            self._fail(f"the header is not UTF-8 JSON ({error})")
         if _is_deep(header):
             self._fail(f"the header is nested more than {MAX_HEADER_DEPTH} deep; less was expected")
         if not isinstance(header, dict) or not isinstance(header.get("tensors"), dict):
@@ -455,4 +455,4 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON value")
+    raise ValueError(f"{constant} is not a JSON value")

@@ -32,10 +32,10 @@ class Encoding:
 
     @classmethod
     def parse(cls, text: object) -> Encoding:
-        """Raises ValueError for what is no encoding."""
+        """Raises ValueError for what is not an encoding."""
         if isinstance(text, str):
             if text in ENCODINGS:
                 return cls(text)
             if (found := _RMS.fullmatch(text)) and MIN_STEPS <= float(found[1]) <= MAX_STEPS:
                 return cls("int8", float(found[1]))
-        raise ValueError(f"{text!r} is no encoding")
+        raise ValueError(f"{text!r} is not an encoding")

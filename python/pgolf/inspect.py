@@ -367,7 +367,7 @@ def inspect_run(path: Path) -> RunSummary:
     from pgolf.checkpoint import newest
 
     if not (path / "config.toml").is_file():
-        raise FileNotFoundError(f"{path}: this folder is no run folder, as it holds no config.toml.")
+        raise FileNotFoundError(f"{path}: this folder is not a run folder, as it holds no config.toml.")
     log, artifact = path / "log.jsonl", path / "model.pgolf"
     records = read_records(log) if log.is_file() else []
     last = records[-1] if records else {"step": 0}
@@ -378,7 +378,7 @@ def inspect_run(path: Path) -> RunSummary:
         )
     except (TypeError, ValueError, OverflowError):
         names = "tokens, seconds, share_of_limit or memory_mib"
-        raise FormatError(f"{log}: in the last record {names} is no number.") from None
+        raise FormatError(f"{log}: in the last record {names} is not a number.") from None
     device = last.get("device")
     try:
         curves = Curves.of(records)

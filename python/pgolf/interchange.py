@@ -314,7 +314,7 @@ def _read_safetensors(path: Path) -> Contents:
     try:
         entries = library.deserialize(data)
     except library.SafetensorError as error:
-        raise FormatError(f"{path}: this is no whole safetensors file ({error}).") from None
+        raise FormatError(f"{path}: this is not a whole safetensors file ({error}).") from None
     tensors = {name: EncodedTensor(*_safetensor(path, name, **entry)) for name, entry in entries}
     said = json.loads(data[8 : 8 + header_bytes]).get("__metadata__", {}).get("pgolf")
     if said is None:

@@ -364,7 +364,7 @@ def as_array(value: Any, name: str) -> npt.NDArray[Any]:
     try:
         return np.asarray(value)
     except ValueError as error:  # a list of unequal lists
-        raise ValueError(f"{name} is no array ({error}).") from None
+        raise ValueError(f"{name} is not an array ({error}).") from None
 
 
 def as_tokens(ids: Any, name: str) -> IntArray:

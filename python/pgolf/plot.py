@@ -43,8 +43,8 @@ class Curves:
     def of(cls, log: StrPath | Records) -> Curves:
         """The losses in a run's ``log.jsonl``, or in its records.
 
-        Raises FileNotFoundError where there is no such log, FormatError naming the line that is no step record, or the
-        log where no loss was recorded; ValueError for records without a loss.
+        Raises FileNotFoundError where there is no such log, FormatError naming the line that is not a step record, or
+        the log where no loss was recorded; ValueError for records without a loss.
         """
         if not isinstance(log, (str, os.PathLike)):
             return cls._of_records(log)
@@ -101,7 +101,7 @@ def plot_loss(log: StrPath | Records, out: StrPath) -> None:
     out: the PNG file.
 
     Raises ModuleNotFoundError where matplotlib is not installed, FileNotFoundError where there is no such log,
-    FormatError naming the line that is no step record, ValueError where no loss was recorded.
+    FormatError naming the line that is not a step record, ValueError where no loss was recorded.
     """
     figure = new_figure()
     _draw(figure, Curves.of(log))
@@ -153,7 +153,7 @@ def read_records(log: StrPath) -> list[dict[str, Any]]:
 
     A last line without its end, which a run is writing or was killed over, is left out.
 
-    Raises FileNotFoundError where there is no such log, FormatError naming the line that is no step record.
+    Raises FileNotFoundError where there is no such log, FormatError naming the line that is not a step record.
     """
     path = Path(log)
     if not path.is_file():
@@ -165,7 +165,7 @@ def read_records(log: StrPath) -> list[dict[str, Any]]:
             _fields(record)
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise FormatError(
-                f"{path}, line {number}: this is no step record; a line of log.jsonl is expected."
+                f"{path}, line {number}: this is not a step record; a line of log.jsonl is expected."
             ) from None
         records.append(record)
     return records

@@ -158,12 +158,12 @@ def _lacks_weights(folder: Path) -> str:
         return "this is a data folder and holds no weights; give a run folder or a file with weights."
     below = sorted(other.name for other in folder.iterdir() if (other / "config.toml").is_file())
     if below:
-        return f"this folder is no run folder but holds some; give one of them: {_some(below)}."
+        return f"this folder is not a run folder but holds some; give one of them: {_some(below)}."
     files = sorted(other.name for other in folder.iterdir() if other.suffix in _ENDINGS)
     if files:
-        return f"this folder is no run folder, as it holds no config.toml; give one of its files: {_some(files)}."
+        return f"this folder is not a run folder, as it holds no config.toml; give one of its files: {_some(files)}."
     return (
-        f"this folder is no run folder, as it holds no config.toml; it holds {_listed(folder)}. "
+        f"this folder is not a run folder, as it holds no config.toml; it holds {_listed(folder)}. "
         "Give a run folder or a file with weights."
     )
 

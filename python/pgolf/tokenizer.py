@@ -52,7 +52,7 @@ class Tokenizer:
             self._processor.LoadFromSerializedProto(model)
             self._pieces = [self._processor.id_to_piece(token) for token in range(self._processor.vocab_size())]
         except (FormatError, RuntimeError, UnicodeDecodeError) as error:
-            raise FormatError(f"{self.path}: this is no SentencePiece model ({error}).") from None
+            raise FormatError(f"{self.path}: this is not a SentencePiece model ({error}).") from None
         self.sha256 = hashlib.sha256(model).hexdigest()
         """SHA-256 of the model file's bytes, in hexadecimal."""
         self.vocab_size = len(self._pieces)

@@ -50,7 +50,7 @@ def read_torch(file: BinaryIO, name: str) -> Any:
         The value. Tensors are owned arrays of their own dtype on the CPU; bfloat16 ones are float32, which is exact.
 
     Raises:
-        FormatError: no zip file of torch.save's, damaged, above 1 GiB, or something that is no tensor or plain data.
+        FormatError: no zip file of torch.save's, damaged, above 1 GiB, or something that is not a tensor or plain data.
         ModuleNotFoundError: PyTorch is not installed.
     """
     _check_archive(file, name)
@@ -97,7 +97,7 @@ def _fail(name: str, sentence: str) -> NoReturn:
 
 
 def _check_archive(file: BinaryIO, name: str) -> None:
-    """Refuses an archive that could fill the memory, and a pickle that names what is no tensor."""
+    """Refuses an archive that could fill the memory, and a pickle that names what is not a tensor."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()

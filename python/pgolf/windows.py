@@ -96,7 +96,7 @@ def _too_short(n_targets: int, seq_len: int, what: str) -> str:
 
 
 def check_positive(**values: Any) -> None:
-    """Raises TypeError for a named value that is no integer, ValueError for one below 1."""
+    """Raises TypeError for a named value that is not an integer, ValueError for one below 1."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise TypeError(f"{name} is {value!r}; expected an integer.")

@@ -65,7 +65,7 @@ def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str, **sampling: Any
     sampling: as for `pgolf.GPT.generate`. The tokenizer's BOS token begins the document, and the next one ends the
     text; it is the last new token.
 
-    White space at the prompt's end is no token of its own in the text that models are trained on: a space is the
+    White space at the prompt's end is not a token of its own in the text that models are trained on: a space is the
     beginning of the next word's piece. So it is not given to the model; instead the first new token is a piece that
     begins with a space, and that space is the prompt's.
 

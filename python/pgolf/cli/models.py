@@ -140,7 +140,7 @@ def run_config_path(run: Path) -> Path:
     """config.toml of a run folder; raises FileNotFoundError where the folder is none."""
     path = run / "config.toml"
     if not path.is_file():
-        raise FileNotFoundError(f"{run}: this folder is no run folder, as it holds no config.toml.")
+        raise FileNotFoundError(f"{run}: this folder is not a run folder, as it holds no config.toml.")
     return path
 
 

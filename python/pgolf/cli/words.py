@@ -28,7 +28,7 @@ def options_of(command: Callable[..., None]) -> dict[str, str]:
 
 
 def in_shell_words(sentence: str, options: Mapping[str, str]) -> str:
-    """A sentence with the arguments that it names as the command's options; what is no option stays as it is.
+    """A sentence with the arguments that it names as the command's options; what is not an option stays as it is.
 
     Names stand where the package's sentences have them: "x is …", "x=…", "pass x=", "give x", "(x=True, --x)". A word
     of the language ("The device is", "train.seed is") is none.

@@ -84,7 +84,7 @@ def _modules(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """A source file's docstrings in source order; none where it is no valid Python."""
+    """A source file's docstrings in source order; none where it is not valid Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old modules have invalid escapes

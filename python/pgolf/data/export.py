@@ -107,5 +107,5 @@ def _inside(path: str) -> str:
     """A path below ROOT; a manifest must not point elsewhere."""
     parts = PurePosixPath(path).parts
     if not parts or ".." in parts or path.startswith("/") or "\\" in path:
-        raise ValueError(f"{path!r} is no path inside the export")
+        raise ValueError(f"{path!r} is not a path inside the export")
     return f"{ROOT}/{path}"

@@ -145,7 +145,7 @@ class Hub:
         try:
             yield
         except utils.HFValidationError:
-            raise ValueError(f"{self.repo!r} is no name of a dataset; owner/name is expected.") from None
+            raise ValueError(f"{self.repo!r} is not the name of a dataset; owner/name is expected.") from None
         except utils.GatedRepoError:
             raise PermissionError(
                 f"{where} gives the dataset {self.repo} only to users whom its owner allows; "

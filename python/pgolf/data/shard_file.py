@@ -92,7 +92,7 @@ class ShardFile:
 
 
 def _token_count(path: Path, raw: bytes, size: int) -> int:
-    """The number of tokens in a header of a file of `size` bytes; raises FormatError where it is no shard's."""
+    """The number of tokens in a header of a file of `size` bytes; raises FormatError where it is not a shard's."""
     if len(raw) < HEADER_BYTES:
         raise FormatError(
             f"{path}: the file has {size:,} bytes; a shard starts with a header of {HEADER_BYTES:,} bytes."

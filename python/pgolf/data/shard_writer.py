@@ -19,7 +19,7 @@ from pgolf.data.shard_file import HEADER_BYTES, shard_header
 class ShardWriter:
     """Appends tokens to `pgolf_{split}_000000.bin`, `..._000001.bin` and so on, `shard_tokens` tokens to a file.
 
-    A shard's header is written when its last token is: until then the file is no shard. Use it as a context manager.
+    A shard's header is written when its last token is: until then the file is not a shard. Use it as a context manager.
     """
 
     def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:

@@ -27,7 +27,7 @@ def check(path: StrPath, settings: Settings | None = None) -> CheckReport:
 
     Raises:
         FileNotFoundError: no such folder, or nothing in it that could be judged.
-        FormatError: submission.json is no JSON object.
+        FormatError: submission.json is not a JSON object.
     """
     settings = settings or Settings()
     folder = Folder.open(Path(path), settings)

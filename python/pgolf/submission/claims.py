@@ -40,7 +40,7 @@ class Printed(float):
 
 
 def read_submission(path: Path) -> dict[str, Any]:
-    """submission.json, its decimal fractions as `Printed`; raises FormatError where it is no JSON object."""
+    """submission.json, its decimal fractions as `Printed`; raises FormatError where it is not a JSON object."""
     try:
         value = json.loads(path.read_bytes(), parse_float=Printed)
     except (ValueError, RecursionError) as error:

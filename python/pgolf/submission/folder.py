@@ -28,7 +28,7 @@ class Folder:
     def open(cls, path: Path, settings: Settings) -> Folder:
         """A run folder, a submission that pgolf wrote, or another one.
 
-        Raises FileNotFoundError where it is none of them, FormatError where submission.json is no JSON object.
+        Raises FileNotFoundError where it is none of them, FormatError where submission.json is not a JSON object.
         """
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such folder; a run folder or a submission is expected.")

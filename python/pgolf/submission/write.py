@@ -99,7 +99,7 @@ def submit(
     folders = [Path(run) for run in runs]
     for run in (*folders, *map(Path, baseline)):
         if not (run / "config.toml").is_file():
-            raise FileNotFoundError(f"{run}: this folder is no run folder, as it holds no config.toml.")
+            raise FileNotFoundError(f"{run}: this folder is not a run folder, as it holds no config.toml.")
     others = [_report_of(Path(run)) for run in baseline]
     if len({report.seed for report in others}) < len(others):
         raise ValueError(f"The baseline's runs have the seeds {[r.seed for r in others]}; each may stand there once.")
