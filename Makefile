@@ -69,7 +69,7 @@ help:
 	@echo "make clean   remove the environment and everything built"
 
 demo: $(PGOLF)
-	$(BIN)/python -m pgolf.demo
+	$(BIN)/python -m pgolf.cli.demo
 
 test: $(VENV)/.tested-with $(PGOLF)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -24,11 +24,11 @@ import numpy.typing as npt
 import zstandard
 
 import pgolf
-from pgolf.artifact import decode_tensor, encode_state, encode_tensor
+from pgolf.artifacts.artifact import decode_tensor, encode_state, encode_tensor
+from pgolf.artifacts.container import EncodedTensor, compress, encode_streams, pack, pack_content, unpack
+from pgolf.artifacts.quantize import prune_weights, quantize_rows
 from pgolf.config import Config
-from pgolf.container import EncodedTensor, compress, encode_streams, pack, pack_content, unpack
-from pgolf.inspect import entropy_bits
-from pgolf.quantize import prune_weights, quantize_rows
+from pgolf.report.inspection import entropy_bits
 
 Tensors = dict[str, EncodedTensor]
 Array = npt.NDArray[Any]

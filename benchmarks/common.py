@@ -81,7 +81,7 @@ def batch_of(work: Work, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def settings() -> dict[str, Any]:
     """What a native optimizer step needs, at the base recipe's full rates."""
     from pgolf.config import Config
-    from pgolf.trainer import step_settings
+    from pgolf.training.trainer import step_settings
 
     return step_settings(Config.from_recipe("base"))
 
@@ -106,7 +106,7 @@ def git_state() -> dict[str, Any]:
 
 
 def cpu_machine() -> dict[str, Any]:
-    from pgolf.machine import processor
+    from pgolf.common.machine import processor
 
     return {
         "cpu": processor(),
@@ -120,12 +120,13 @@ def cpu_machine() -> dict[str, Any]:
 def machine(device: str, quick: bool = False) -> dict[str, Any]:
     """What the numbers refer to, and the rates that they are compared with, measured now.
 
-    limit_tflops: pgolf.speed's, which `% of the limit` means; product_tflops: PyTorch's, of the same product.
+    limit_tflops: pgolf.system.speed's, which `% of the limit` means; product_tflops: PyTorch's, of the same product.
     copy_tb_per_s: read and written. quick: without PyTorch's, on less.
     """
     import torch
 
-    from pgolf import _C, speed
+    from pgolf import _C
+    from pgolf.system import speed
 
     limit = speed.measure_limit(device)
     found = {"limit_tflops": limit.flops / 1e12, "limit_product": limit.product, "torch": torch.__version__}

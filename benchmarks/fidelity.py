@@ -36,9 +36,10 @@ from typing import Any
 import numpy as np
 
 import pgolf
-from pgolf.artifact import export_with
-from pgolf.data.prepare import prepare
-from pgolf.plot import Curves, plot_runs
+from pgolf.artifacts.artifact import export_with
+from pgolf.data.preparation import prepare
+from pgolf.report.plot import plot_runs
+from pgolf.runs.records import Curves
 
 STEPS = 400
 SETTINGS = {

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 import pgolf
-from pgolf import checkpoint
+from pgolf.runs import checkpoint
 
 STEPS = 40
 SETTINGS = {

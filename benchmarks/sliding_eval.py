@@ -73,7 +73,7 @@ def random_case(args: argparse.Namespace) -> Case:
 
 def trained_case(args: argparse.Namespace) -> Case:
     import pgolf
-    from pgolf.evaluate import ValidationData
+    from pgolf.scoring.evaluation import ValidationData
 
     model = pgolf.load(args.model, device=args.device, dtype=args.dtype)
     length = model.train_seq_len or 2048

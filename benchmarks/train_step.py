@@ -187,7 +187,7 @@ def measure_script(script: Path, work: Work, data: Path) -> dict[str, Any]:
     Raises ValueError where it logged no steps, with the end of what it said.
     """
     import pgolf
-    from pgolf.data.shards import find_data
+    from pgolf.data.folder import find_data
 
     source = find_data(data)
     if source.tokenizer is None:
@@ -264,7 +264,7 @@ def named(text: str) -> list[str]:
 
 def measure(name: str, args: argparse.Namespace, limit_tflops: float) -> dict[str, Any]:
     """pgolf and its peers on one work, a line each."""
-    from pgolf.speed import flop_per_token
+    from pgolf.system.speed import flop_per_token
 
     work = WORK[name].quick() if args.quick else WORK[name]
     programs: dict[str, Any] = {"pgolf": measure_pgolf(work, args)}

@@ -23,11 +23,11 @@ import peer_ttt
 import torch
 
 from pgolf import ops
-from pgolf.audit import document_starts
 from pgolf.config import ModelConfig
-from pgolf.data.shards import load_tokens
+from pgolf.data.folder import load_tokens
 from pgolf.model import GPT
-from pgolf.ttt import Documents, Part, Settings, plan, score
+from pgolf.scoring.audit import document_starts
+from pgolf.scoring.ttt import Documents, Part, Settings, plan, score
 
 BOS = 1  # of the books' tokenizer, and of the public ones
 QUICK = {"num_layers": 2, "model_dim": 64, "num_heads": 2, "num_kv_heads": 1, "bigram_vocab_size": 64, "bigram_dim": 16}

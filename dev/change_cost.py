@@ -20,17 +20,17 @@ GENERATED = ("docs/variables.md", "docs/mutants.md")
 # What a key goes through before anything reads it: its declaration, the recipes, the native structure, its way there,
 # and the public scripts' variables. tests/reference/shapes.py is the reference's own table of keys.
 PLUMBING = (
-    "python/pgolf/config.py",
-    "python/pgolf/recipes/",
-    "python/pgolf/environment.py",
-    "python/pgolf/public_variables.py",
+    "python/pgolf/config/keys.py",
+    "python/pgolf/config/recipes/",
+    "python/pgolf/config/environment.py",
+    "python/pgolf/config/public_variables.py",
     "csrc/model/config.h",
     "csrc/bindings/model.cpp",
     "tests/reference/shapes.py",
     "tests/test_recipe_rows.py",
 )
 # Every operation's way to Python, which has nothing of its own: arrays in, fields of a structure out.
-BINDINGS = ("csrc/bindings/", "python/pgolf/_C.pyi", "python/pgolf/ops.py", "python/pgolf/op_calls.py")
+BINDINGS = ("csrc/bindings/", "python/pgolf/_C.pyi", "python/pgolf/ops/__init__.py", "python/pgolf/ops/calls.py")
 COLUMNS = ("commit", "computes", "bindings and ops", "the key's plumbing", "tests", "documents", "what")
 
 

@@ -9,7 +9,7 @@ Scripts are parsed and never run. Found is what reads `os.environ` or `os.getenv
 get, pop, setdefault, an index or `in`; directly or through functions that the script defines for it; with keys that are
 literals, or loop and constant variables over literals. A script that unpacks itself (exec of a compressed literal)
 is unpacked and read. What could not be read is said on stderr. The collection, names and defaults, is what
-tests/test_environment.py checks pgolf.environment against: {variable: [scripts that read it, default, ...]}.
+tests/test_environment.py checks pgolf.config.environment against: {variable: [scripts that read it, default, ...]}.
 """
 
 from __future__ import annotations

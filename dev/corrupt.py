@@ -194,12 +194,14 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
     import numpy as np
 
     import pgolf
-    from pgolf import artifact, checkpoint, container, plot
+    from pgolf.artifacts import artifact, container
     from pgolf.config import Config, ModelConfig, TrainConfig
+    from pgolf.data.folder import find_data, load_tokens
     from pgolf.data.manifest import HubEntry, Manifest, ShardEntry, SplitEntry, TokenizerEntry
-    from pgolf.data.shards import ShardSet, find_data, load_tokens
-    from pgolf.replay import Replay
-    from pgolf.trainer import StepRecord
+    from pgolf.data.shards import ShardSet
+    from pgolf.runs import checkpoint
+    from pgolf.runs.records import Curves, StepRecord
+    from pgolf.training.replay import Replay
 
     pgolf.set_num_threads(1)
     dice = np.random.default_rng(0)
@@ -273,7 +275,7 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
         "TOML": Kind("damaged.toml", (folder / "sample.toml").read_bytes(), Config.from_toml),
         "TOML, short": Kind("short.toml", (folder / "short.toml").read_bytes(), Config.from_toml),
         "log, replayed": Kind("damaged.jsonl", log, read_log),
-        "log, plotted": Kind("plotted.jsonl", log, plot.Curves.of),
+        "log, plotted": Kind("plotted.jsonl", log, Curves.of),
     }
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import atheris
 import corrupt
 
-from pgolf import container
+from pgolf.artifacts import container
+from pgolf.common.errors import FormatError
 from pgolf.data import manifest, shards
-from pgolf.errors import FormatError
 
 OUT = Path(__file__).resolve().parent.parent / "build" / "fuzz"
 SECONDS = 5

@@ -13,9 +13,9 @@ import numpy as np
 
 from pgolf import _C, ops
 from pgolf.config import NEWTON_SCHULZ, Config, ModelConfig
-from pgolf.evaluate import evaluate
 from pgolf.model import GPT
-from pgolf.trainer import step_settings
+from pgolf.scoring.evaluation import evaluate
+from pgolf.training.trainer import step_settings
 
 SETTINGS = step_settings(Config.from_recipe("base"))
 # d 96, a head width that fills no tile of 16; an untied head; sequences that fill no tile.

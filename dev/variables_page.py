@@ -2,7 +2,7 @@
 
     python dev/variables_page.py
 
-tests/test_environment.py compares the page with pgolf.environment.
+tests/test_environment.py compares the page with pgolf.config.environment.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pgolf.environment import VARIABLES, Variable
+from pgolf.config.environment import VARIABLES, Variable
 
 PAGE = Path(__file__).parents[1] / "docs" / "variables.md"
 
 INTRODUCTION = """\
 # Environment variables
 
-`examples/train_gpt.py` and `pgolf.environment.config_from_environment` take the environment variables of the public
+`examples/train_gpt.py` and `pgolf.config_from_environment` take the environment variables of the public
 training scripts. The tables hold all that the reference `train_gpt.py`, the merged records of openai/parameter-golf and
 fourteen pull requests read (`tests/data/public_variables.json`, collected by `dev/collect_variables.py`), and some that
 are common elsewhere. Written by `dev/variables_page.py`; a test compares the page with the code.

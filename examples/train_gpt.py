@@ -19,10 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pgolf
-from pgolf.environment import config_from_environment
-from pgolf.evaluate import ValidationData
-from pgolf.finish import Report, score_as_configured
-from pgolf.trainer import StepRecord
+from pgolf import Report, StepRecord, ValidationData, config_from_environment, score_as_configured
 
 # Where the competition's own download puts the data; these hold where DATA_PATH and DATA_DIR are unset.
 COMMUNITY_DATA = {

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 import pgolf
-from pgolf.data.prepare import prepare
+from pgolf.data.preparation import prepare
 from tests.places import GPU
 
 CORPUS_VOCAB = 512

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pgolf import _C
-from pgolf.errors import DeviceError
+from pgolf.common.errors import DeviceError
 
 
 @dataclass(frozen=True)

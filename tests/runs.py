@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from typer.testing import CliRunner, Result
 
-from pgolf.audit import check_bytes, document_starts
 from pgolf.cli.app import app
+from pgolf.common.files import file_sha256
 from pgolf.config import Config
-from pgolf.data.files import file_sha256
 from pgolf.data.manifest import Manifest, ShardEntry, SplitEntry, TokenizerEntry
 from pgolf.data.shards import read_shard, shards_of
-from pgolf.tokenizer import Tokenizer
-from pgolf.trainer import MEASURED, StepRecord, Trainer
+from pgolf.data.tokenizer import Tokenizer
+from pgolf.runs.records import MEASURED, StepRecord
+from pgolf.scoring.audit import check_bytes, document_starts
+from pgolf.training.trainer import Trainer
 from tests.conftest import CORPUS_VOCAB
 
 SMALL_MODEL = {

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import zstandard
 
-from pgolf.artifact import export, export_with, load, read_artifact
+from pgolf.artifacts.artifact import export, export_with, load, read_artifact
+from pgolf.artifacts.container import EncodedTensor, encode_stream, pack, unpack
+from pgolf.common.errors import FormatError, NonFiniteError
 from pgolf.config import Config, ExportConfig, ModelConfig, recipes
-from pgolf.container import EncodedTensor, encode_stream, pack, unpack
-from pgolf.errors import FormatError, NonFiniteError
 from pgolf.model import GPT
 from tests.reference import quant as reference
 from tests.reference.shapes import parameter_shapes

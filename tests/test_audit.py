@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgolf import audit
-from pgolf.audit import (
+from pgolf.data.shards import write_shard
+from pgolf.data.tokenizer import Tokenizer
+from pgolf.scoring import audit
+from pgolf.scoring.audit import (
     Duplicates,
     check_bytes,
     check_scores,
@@ -17,9 +19,7 @@ from pgolf.audit import (
     find_duplicates,
     per_document,
 )
-from pgolf.data.shards import write_shard
-from pgolf.tokenizer import Tokenizer
-from pgolf.windows import sliding_windows, standard_windows
+from pgolf.scoring.windows import sliding_windows, standard_windows
 from tests.test_tokenizer import train
 
 BOS = 1

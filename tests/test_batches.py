@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgolf import errors
+from pgolf.common import errors
 from pgolf.data.batches import BatchStream
 from pgolf.data.shards import ShardSet, write_shard
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pgolf
-from pgolf.audit import document_starts
 from pgolf.config import ModelConfig
 from pgolf.model import GPT
-from pgolf.ttt import Documents, Settings, score
+from pgolf.scoring.audit import document_starts
+from pgolf.scoring.ttt import Documents, Settings, score
 from tests.reference.model import perturb
 from tests.reference.rng import init_state
 from tests.test_products import HEIGHTS

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pgolf.data.prepare import PrepareReport, prepare
-from pgolf.data.shards import find_data, load_tokens
-from pgolf.tokenizer import Tokenizer
+from pgolf.data.folder import find_data, load_tokens
+from pgolf.data.preparation import PrepareReport, prepare
+from pgolf.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("books.jsonl.zst", "books_1024_bpe.model")

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pgolf
-from pgolf import budget
+from pgolf.artifacts import budget
 from pgolf.config import ExportConfig, ModelConfig
-from pgolf.plot import plot_frontier
+from pgolf.report.plot import plot_frontier
 from tests.runs import pgolf_
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -25,10 +25,10 @@ def change_cost() -> ModuleType:
     ("file", "room"),
     [
         ("csrc/cpu/mlp.cpp", "computes"),
-        ("python/pgolf/schedule.py", "computes"),
+        ("python/pgolf/training/schedule.py", "computes"),
         ("csrc/model/config.cpp", "computes"),
         ("csrc/model/config.h", "the key's plumbing"),
-        ("python/pgolf/recipes/base.toml", "the key's plumbing"),
+        ("python/pgolf/config/recipes/base.toml", "the key's plumbing"),
         ("csrc/bindings/model.cpp", "the key's plumbing"),
         ("csrc/bindings/ops.cpp", "bindings and ops"),
         ("tests/reference/model.py", "tests"),

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pgolf
-import pgolf.trainer
-from pgolf import checkpoint
+import pgolf.training.trainer
+from pgolf.common.errors import FormatError
+from pgolf.common.files import atomic_write
 from pgolf.config import Config
-from pgolf.data.files import atomic_write
-from pgolf.errors import FormatError
-from pgolf.trainer import Trainer
+from pgolf.runs import checkpoint
+from pgolf.training.trainer import Trainer
 from tests.runs import assert_same_state, log_of, run, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -197,7 +197,9 @@ def test_other_data_is_refused(small_corpus: Path, tmp_path: Path) -> None:
 def test_another_dtype_is_refused(small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_after(tiny(), small_corpus, tmp_path, 2).save_checkpoint()
     gpt = pgolf.GPT
-    monkeypatch.setattr(pgolf.trainer, "GPT", lambda *args, **named: gpt(*args, **{**named, "dtype": "float64"}))
+    monkeypatch.setattr(
+        pgolf.training.trainer, "GPT", lambda *args, **named: gpt(*args, **{**named, "dtype": "float64"})
+    )
     with pytest.raises(ValueError, match="the dtype is float64, there float32"):
         Trainer(tiny(), small_corpus, run_dir=tmp_path, resume=True)
 

@@ -19,13 +19,13 @@ import pytest
 from typer.testing import CliRunner
 
 import pgolf
-from pgolf import errors
 from pgolf.cli.app import app
+from pgolf.common import errors
 from pgolf.config import Config, TrainConfig
 from pgolf.data.hub import Hub
-from pgolf.data.inspect import inspect_data
-from pgolf.progress import duration, seconds_left, stages, training_progress
-from pgolf.trainer import StepRecord
+from pgolf.data.inspection import inspect_data
+from pgolf.report.progress import duration, seconds_left, stages, training_progress
+from pgolf.runs.records import StepRecord
 from tests import hub
 from tests.runs import files, last_json, pgolf_, refused
 
@@ -444,7 +444,7 @@ def test_data_download(small_corpus: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     with hub.serve(export) as standing_in:
         # The library reads HF_ENDPOINT when it is imported.
-        monkeypatch.setattr("pgolf.data.download.Hub", lambda repo, endpoint: Hub(repo, standing_in.endpoint))
+        monkeypatch.setattr("pgolf.data.downloading.Hub", lambda repo, endpoint: Hub(repo, standing_in.endpoint))
         options = ("--repo", hub.REPO, "--train-shards", 1)
         value = last_json(pgolf_("data", "download", "sp512", *options, "--json"))
         assert (value["path"], value["fetched_files"]) == ("data/sp512", 3)

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pgolf
+from pgolf.common.errors import FormatError
 from pgolf.config import (
     Config,
     EvalConfig,
@@ -28,7 +29,6 @@ from pgolf.config import (
     recipes,
     with_younger_keys,
 )
-from pgolf.errors import FormatError
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pgolf import _C, container
-from pgolf.container import EncodedTensor, encode_stream, pack, pack_content, unpack, version_of
-from pgolf.errors import FormatError
+from pgolf import _C
+from pgolf.artifacts import container
+from pgolf.artifacts.container import EncodedTensor, encode_stream, pack, pack_content, unpack, version_of
+from pgolf.common.errors import FormatError
 
 RNG = np.random.default_rng(0)
 HEADER = {"seed": 42, "größe": [1.5, None, True]}

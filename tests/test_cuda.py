@@ -22,11 +22,12 @@ import pytest
 import torch
 
 import pgolf
-from pgolf import _C, ops, speed
+from pgolf import _C, ops
+from pgolf.common.errors import DeviceError, NonFiniteError
 from pgolf.config import NEWTON_SCHULZ, Config, ModelConfig
-from pgolf.errors import DeviceError, NonFiniteError
 from pgolf.model import GPT
-from pgolf.trainer import Trainer
+from pgolf.system import speed
+from pgolf.training.trainer import Trainer
 from tests.conftest import CORPUS_VOCAB
 from tests.places import GPU_DTYPES, GPU_PLACES, Place
 from tests.reference.model import ReferenceGPT, perturb

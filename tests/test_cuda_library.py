@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pgolf import _C, model
+from pgolf import _C
+from pgolf.model import gpt as model
 
 BACKEND = Path(_C.__file__).with_name("libpgolf_cuda.so")
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -124,7 +125,7 @@ except RuntimeError as error:
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 # The extension, loaded from a file.
 LOAD = """
-import importlib.util, pgolf.errors
+import importlib.util, pgolf.common.errors
 spec = importlib.util.spec_from_file_location("pgolf._C", {path!r})
 _C = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(_C)
@@ -215,7 +216,8 @@ print(pgolf.GPT(config).device)
 ANY_DEVICE = """
 import warnings
 from pathlib import Path
-from pgolf import model, doctor
+from pgolf.model import gpt as model
+from pgolf.system import doctor
 model.shows_nvidia_gpu = lambda: {there}
 config = model.ModelConfig(vocab_size=8, num_layers=1, model_dim=8, num_heads=2, num_kv_heads=1, bigram_vocab_size=0)
 with warnings.catch_warnings(record=True) as caught:
@@ -449,7 +451,7 @@ def test_a_head_width_that_attention_lacks_is_refused_when_the_model_is_made(tmp
     program = """
 import pgolf
 from pgolf.config import ModelConfig
-from pgolf.errors import DeviceError
+from pgolf.common.errors import DeviceError
 for width in (2, 8, 16, 24, 30, 32, 36, 40, 64, 120, 128, 132, 136, 256, 512):
     for heads, groups in ((1, 1), (6, 2)):
         try:

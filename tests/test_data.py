@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgolf import errors
+from pgolf.common import errors
 from pgolf.data.batches import BatchStream
+from pgolf.data.folder import find_data, load_tokens
 from pgolf.data.shard_file import shard_header
-from pgolf.data.shards import ShardSet, find_data, load_tokens, read_shard, write_shard
+from pgolf.data.shards import ShardSet, read_shard, write_shard
 
 TOKENS = st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=50)
 

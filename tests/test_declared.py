@@ -16,20 +16,21 @@ import pytest
 
 import pgolf
 from pgolf import _C
-from pgolf.artifact import read_artifact
+from pgolf.artifacts.artifact import read_artifact
+from pgolf.artifacts.container import pack, unpack
 from pgolf.cli.generate import continue_text
-from pgolf.container import pack, unpack
+from pgolf.common.errors import FormatError
 from pgolf.data.declared import Record
+from pgolf.data.folder import find_data
 from pgolf.data.manifest import Manifest
-from pgolf.data.prepare import prepare
-from pgolf.data.shards import find_data, read_shard, sidecar_of, write_shard
-from pgolf.errors import FormatError
-from pgolf.evaluate import Score, ValidationData
+from pgolf.data.preparation import prepare
+from pgolf.data.shards import read_shard, sidecar_of, write_shard
+from pgolf.data.tokenizer import Tokenizer, _fields
 from pgolf.model import GPT
-from pgolf.run_folder import RunRecord
+from pgolf.runs.run_folder import RunRecord
+from pgolf.scoring.evaluation import Score, ValidationData
 from pgolf.submission import Settings, check
-from pgolf.tokenizer import Tokenizer, _fields
-from pgolf.trainer import Trainer
+from pgolf.training.trainer import Trainer
 from tests.runs import last_json, pgolf_, tiny
 from tests.test_tokenizer import train
 

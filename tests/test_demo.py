@@ -16,11 +16,11 @@ import zstandard
 from rich.console import Console
 
 import pgolf
+from pgolf.cli.demo import measure_baselines, run_demo, spelled_text
 from pgolf.data import prepare as prepare_module
 from pgolf.data.corpus import Corpus, Document
-from pgolf.data.shards import find_data
-from pgolf.demo import measure_baselines, run_demo, spelled_text
-from pgolf.tokenizer import Tokenizer
+from pgolf.data.folder import find_data
+from pgolf.data.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_the_demo_ends_with_its_table_and_can_be_run_again(little_corpus: Corpus
 def test_data_that_is_not_what_its_manifest_says_is_prepared_anew(
     change: str, little_corpus: Corpus, tmp_path: Path
 ) -> None:
-    from pgolf import demo as module
+    from pgolf.cli import demo as module
 
     def show(what: str, done: int, total: int) -> None:
         pass
@@ -132,7 +132,7 @@ def test_the_baselines_are_those_of_the_tools(small_corpus: Path) -> None:
 
 def test_the_demo_is_a_command(tmp_path: Path) -> None:
     def process(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pgolf.demo", *arguments]
+        command = [sys.executable, "-m", "pgolf.cli.demo", *arguments]
         return subprocess.run(command, capture_output=True, text=True)
 
     helped = process("--help")

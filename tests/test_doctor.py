@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 
 import pgolf
-from pgolf import _C, doctor, machine
-from pgolf.doctor import Check, examine
-from pgolf.trainer import Trainer
+from pgolf import _C
+from pgolf.common import machine
+from pgolf.system import doctor
+from pgolf.system.doctor import Check, examine
+from pgolf.training.trainer import Trainer
 from tests.runs import pgolf_, tiny
 
 Usage = namedtuple("Usage", "total used free")
@@ -224,7 +226,7 @@ def test_memory(kernel: dict[str, str]) -> None:
 
 def test_the_memory_of_training_is_what_training_takes(small_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(micro_batch_seqs=1, swa_start_frac=1.0, warmdown_iters=6)
-    monkeypatch.setattr("pgolf.config.Config.from_recipe", lambda name: config)
+    monkeypatch.setattr("pgolf.config.keys.Config.from_recipe", lambda name: config)
     trainer = Trainer(config, small_corpus)
     list(trainer)
     assert trainer.snapshots

@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pgolf.data.download import DEFAULT_TRAIN_SHARDS, DownloadReport, download
-from pgolf.data.export import MANIFEST, Export
-from pgolf.data.inspect import inspect_data
+from pgolf.common.errors import FormatError
+from pgolf.data.downloading import DEFAULT_TRAIN_SHARDS, DownloadReport, download
+from pgolf.data.folder import find_data
+from pgolf.data.inspection import inspect_data
 from pgolf.data.manifest import Manifest
-from pgolf.data.prepare import prepare
+from pgolf.data.preparation import prepare
+from pgolf.data.published import MANIFEST, Export
 from pgolf.data.shard_file import shard_header
-from pgolf.data.shards import find_data, read_shard
+from pgolf.data.shards import read_shard
+from pgolf.data.tokenizer import Tokenizer
 from pgolf.data.train_tokenizer import train_tokenizer
-from pgolf.errors import FormatError
-from pgolf.tokenizer import Tokenizer
 from tests.hub import COMMIT, REPO, HubStandIn, serve
 
 VOCAB = 300

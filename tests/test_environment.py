@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pgolf.config import NEWTON_SCHULZ, Config
-from pgolf.environment import VARIABLES, Variable, config_from_environment
+from pgolf.config.environment import VARIABLES, Variable, config_from_environment
 
 # Variables that pgolf has known from the beginning: those of the reference train_gpt.py, of the merged 10-layer script
 # (#180) and of #286, #289, #465, #560 and #997 in openai/parameter-golf.

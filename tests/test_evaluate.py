@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pgolf.common.errors import FormatError, NonFiniteError
 from pgolf.data.shards import write_shard
-from pgolf.errors import FormatError, NonFiniteError
-from pgolf.evaluate import ValidationData, evaluate
-from pgolf.tokenizer import Tokenizer
+from pgolf.data.tokenizer import Tokenizer
+from pgolf.scoring.evaluation import ValidationData, evaluate
 from tests.reference import evaluate as reference
 from tests.test_tokenizer import train
 
@@ -232,7 +232,7 @@ def test_validation_documents_in_the_training_shards_are_a_warning(folder, token
 
 
 def test_a_full_audit_looks_up_every_document(folder, monkeypatch):
-    monkeypatch.setattr("pgolf.audit.SAMPLED_DOCUMENTS", 2)
+    monkeypatch.setattr("pgolf.scoring.audit.SAMPLED_DOCUMENTS", 2)
     duplicates = {
         way: evaluate(TableModel(), folder, stride=8, audit=way).audit.duplicates for way in ("sample", "full")
     }

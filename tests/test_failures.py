@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pgolf import checkpoint
 from pgolf.config import Config
 from pgolf.data.shards import read_shard, write_shard
-from pgolf.trainer import step_settings
+from pgolf.runs import checkpoint
+from pgolf.training.trainer import step_settings
 from tests.runs import log_of, pgolf_
 from tests.test_interrupt import NEXT_BATCH, assert_same_run, child, command_in, held, train, wait_for
 
@@ -54,8 +54,8 @@ def assert_whole(run: Path, *steps: int) -> None:
         (NEXT_BATCH, 7, 1, "{run}/log.jsonl: File too large.", (4,)),
         (NEXT_BATCH, 7, 9_999, r"The checkpoint {run}/checkpoint/step-00000008.npz, 0 MB, cannot be written (File too "
          "large); step-00000004.npz before it is whole.", (4,)),
-        (("pgolf.trainer", "Trainer.use_average"), 1, 999, "{run}/model.pgolf: File too large.", (12, 16)),
-        (("pgolf.finish", "Report"), 1, 99, "{run}/report.json: File too large.", (12, 16)),
+        (("pgolf.training.trainer", "Trainer.use_average"), 1, 999, "{run}/model.pgolf: File too large.", (12, 16)),
+        (("pgolf.training.finish", "Report"), 1, 99, "{run}/report.json: File too large.", (12, 16)),
     ],
     ids=["log", "checkpoint", "artifact", "report"],
 )  # fmt: skip
@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite(
         launched.append(lr_scale)
         return step_settings(config, lr_scale, momentum) | ({"lr": [1e30] * 4} if len(launched) == step - 1 else {})
 
-    monkeypatch.setattr("pgolf.trainer.step_settings", too_high)
+    monkeypatch.setattr("pgolf.training.trainer.step_settings", too_high)
     run = tmp_path / "run"
     result = pgolf_(*train(config_file, small_corpus, run))
     monkeypatch.undo()

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import pgolf.progress
+import pgolf.report.progress
 from pgolf.cli.train import slow_run
 from pgolf.config import Config
-from pgolf.forecast import forecast
-from pgolf.progress import training_progress
-from pgolf.speed import Limit, flop_per_token
-from pgolf.trainer import Trainer
+from pgolf.report.progress import training_progress
+from pgolf.system.speed import Limit, flop_per_token
+from pgolf.training.forecast import forecast
+from pgolf.training.trainer import Trainer
 from tests.runs import pgolf_, run, tiny
 
 TWO_CORES = 2e11  # FLOP/s
@@ -53,7 +53,7 @@ def test_base_is_slow_on_two_cores_and_tiny_is_not() -> None:
 def test_a_slow_run_is_warned_of_and_begins_all_the_same(
     small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgolf.speed.known_limit", lambda device: Limit(1e3, "slow", ""))
+    monkeypatch.setattr("pgolf.system.speed.known_limit", lambda device: Limit(1e3, "slow", ""))
     config = tmp_path / "config.toml"
     config.write_text(tiny(iterations=1, warmdown_iters=1).to_toml())
     result = pgolf_("train", "--config", config, "--data", small_corpus, "--no-run-dir", "--device", "cpu")
@@ -63,8 +63,8 @@ def test_a_slow_run_is_warned_of_and_begins_all_the_same(
 
 
 def test_a_limit_is_measured_where_it_is_not_known(small_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgolf.speed.known_limit", lambda device: None)
-    monkeypatch.setattr("pgolf.speed.measure_limit", lambda device: Limit(1e12, "fast", ""))
+    monkeypatch.setattr("pgolf.system.speed.known_limit", lambda device: None)
+    monkeypatch.setattr("pgolf.system.speed.measure_limit", lambda device: Limit(1e12, "fast", ""))
     trainer = Trainer(tiny(), small_corpus, device="cpu")
     assert slow_run(trainer) is None and trainer.limit is not None and trainer.limit.flops == 1e12
 
@@ -86,7 +86,7 @@ def test_long_silences_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
         def monotonic(self) -> float:
             return now[0]
 
-    monkeypatch.setattr(pgolf.progress, "time", Clock())
+    monkeypatch.setattr(pgolf.report.progress, "time", Clock())
     out: Any = io.StringIO()
     with training_progress(tiny().train, Console(file=out, width=100)) as (_, watch):
         for seconds, done in ((1.0, 1), (29.0, 2), (31.0, 3), (40.0, 4), (62.0, 5)):

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pgolf import plot
+from pgolf.common.files import atomic_write, naming
 from pgolf.data import files as files_module
-from pgolf.data.files import atomic_write, naming
-from pgolf.data.prepare import prepare
+from pgolf.data.preparation import prepare
 from pgolf.data.shard_writer import ShardWriter
 from pgolf.data.train_tokenizer import train_tokenizer
+from pgolf.report import plot
 from tests.runs import pgolf_
 from tests.test_sources import prose
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import pgolf
-import pgolf.generate
+import pgolf.model.sampling
 from pgolf import _C
+from pgolf.common.errors import DeviceError, NonFiniteError
 from pgolf.config import NEWTON_SCHULZ, ModelConfig
-from pgolf.errors import DeviceError, NonFiniteError
-from pgolf.generate import _draw, distribution, sample
 from pgolf.model import GPT
+from pgolf.model.sampling import _draw, distribution, sample
 from tests.reference.model import perturb
 from tests.reference.rng import init_state
 from tests.test_model import TINY
@@ -297,7 +297,7 @@ def test_every_token_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
             reads.append(ids.tolist())
             return self.decoder.read(ids)
 
-    monkeypatch.setattr(pgolf.model._C, "Decoder", Counting)
+    monkeypatch.setattr(pgolf.model.gpt._C, "Decoder", Counting)
     new = made("three layers").generate([1, 5, 9], 6).tolist()
     assert reads == [[1, 5, 9], *([token] for token in new[:-1])]
 
@@ -321,7 +321,7 @@ def test_a_stop_token_may_come_before_room_for_the_whole_text_is_made(monkeypatc
     """An upper limit that is never reached costs no keys and values."""
     rooms, native = [], _C.Decoder
     monkeypatch.setattr(
-        pgolf.model._C, "Decoder", lambda model, positions: rooms.append(positions) or native(model, positions)
+        pgolf.model.gpt._C, "Decoder", lambda model, positions: rooms.append(positions) or native(model, positions)
     )
     model = made("three layers")
     for limit in (30, 10**7):
@@ -375,7 +375,7 @@ def test_weights_must_not_change_while_a_text_grows(monkeypatch: pytest.MonkeyPa
         optimizer.wait(optimizer.step(settings))
         return logits_fn(np.append(ids, first.argmax()))
 
-    monkeypatch.setattr(pgolf.generate, "sample", train_in_between)
+    monkeypatch.setattr(pgolf.model.sampling, "sample", train_in_between)
     with pytest.raises(RuntimeError, match=message):
         model.generate([1], 2)
 

@@ -14,14 +14,14 @@ import typer
 
 import pgolf
 from pgolf import checkpoint
-from pgolf.artifact import read_artifact
+from pgolf.artifacts.artifact import read_artifact
+from pgolf.artifacts.container import ENCODINGS, unpack
 from pgolf.cli.app import app
 from pgolf.config import Config
-from pgolf.container import ENCODINGS, unpack
+from pgolf.config.environment import VARIABLES
 from pgolf.data.manifest import Manifest
-from pgolf.environment import VARIABLES
-from pgolf.inspect import read_report
-from pgolf.trainer import Trainer
+from pgolf.runs.records import read_report
+from pgolf.training.trainer import Trainer
 from tests.runs import assert_same_state, last_json, log_of, pgolf_
 
 GOLDEN = Path(__file__).with_name("golden")

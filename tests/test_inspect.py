@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pgolf
-from pgolf import container
+from pgolf.artifacts import container
 from pgolf.cli.chart import loss_chart
-from pgolf.errors import FormatError
-from pgolf.inspect import (
+from pgolf.common.errors import FormatError
+from pgolf.report.inspection import (
     checkpoint_step,
     entropy_bits,
     inspect_artifact,
@@ -28,8 +28,8 @@ from pgolf.inspect import (
     inspect_run,
     kind_of,
 )
-from pgolf.plot import Curves
-from pgolf.trainer import Trainer
+from pgolf.runs.records import Curves
+from pgolf.training.trainer import Trainer
 from tests.runs import pgolf_, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,15 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgolf.common.errors import FormatError
 from pgolf.data import inspect
-from pgolf.data.inspect import SAMPLE_TOKENS, inspect_data
-from pgolf.data.prepare import prepare
+from pgolf.data.folder import find_data
+from pgolf.data.inspection import SAMPLE_TOKENS, inspect_data
+from pgolf.data.preparation import prepare
 from pgolf.data.shard_file import shard_header
-from pgolf.data.shards import find_data, read_shard, write_shard
+from pgolf.data.shards import read_shard, write_shard
 from pgolf.data.stats import TokenStats
+from pgolf.data.tokenizer import ByteTable, Tokenizer
 from pgolf.data.train_tokenizer import train_tokenizer
-from pgolf.errors import FormatError
-from pgolf.tokenizer import ByteTable, Tokenizer
 
 BOS = 1
 # Tokens 0 and 1 are boundaries, 5 to 7 have a leading space, 8 and 9 have no entry.

@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import pgolf
-from pgolf import bundle, interchange, torch_file
-from pgolf.bundle import pack_bundle, read_bundle
+from pgolf.artifacts import bundle, interchange, torch_file
+from pgolf.artifacts.bundle import pack_bundle, read_bundle
+from pgolf.artifacts.container import EncodedTensor, unpack
+from pgolf.artifacts.interchange import infer_config, kind_of_weights
+from pgolf.common.errors import FormatError
 from pgolf.config import Config, ModelConfig
-from pgolf.container import EncodedTensor, unpack
-from pgolf.errors import FormatError
-from pgolf.interchange import infer_config, kind_of_weights
 from pgolf.model import GPT
 from tests.reference import formats as reference
 from tests.reference.model import perturb

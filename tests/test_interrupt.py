@@ -26,11 +26,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pgolf import checkpoint
 from pgolf.cli.interrupts import watched_interrupts
 from pgolf.data.batches import BatchStream
-from pgolf.inspect import checkpoint_step
-from pgolf.trainer import Trainer
+from pgolf.report.inspection import checkpoint_step
+from pgolf.runs import checkpoint
+from pgolf.training.trainer import Trainer
 from tests.runs import log_of, pgolf_
 
 # A child that stops before the given call of a function until a line arrives on its standard input.
@@ -220,9 +220,9 @@ def test_wherever_it_comes_the_run_is_the_same(
     [
         ("numpy.savez", 2),  # while the checkpoint of step 8 is written
         ("json.dumps", 9),  # a line of the log
-        ("pgolf.progress._print_record", 9),
-        ("pgolf.trainer.Trainer.use_average", 1),  # in the end, before the weights become their average
-        ("pgolf.artifact.load", 1),  # and after
+        ("pgolf.report.progress._print_record", 9),
+        ("pgolf.training.trainer.Trainer.use_average", 1),  # in the end, before the weights become their average
+        ("pgolf.artifacts.artifact.load", 1),  # and after
     ],
 )
 def test_outside_of_the_steps_the_run_is_the_same(
@@ -244,7 +244,8 @@ def test_the_command_repeats_the_options_that_are_not_in_the_configuration(
     code, run = tmp_path / "my script.py", tmp_path / "run"
     code.write_text("x" * 99)
     monkeypatch.setattr(
-        "pgolf.progress._print_record", interrupt_at(3, pkgutil.resolve_name("pgolf.progress._print_record"))
+        "pgolf.report.progress._print_record",
+        interrupt_at(3, pkgutil.resolve_name("pgolf.report.progress._print_record")),
     )
     options = ("--code", code, "--threads", 1, "--device", "cpu", "--json")
     result = pgolf_(*map(str, (*train(config_file, small_corpus, run), *options)))
@@ -283,7 +284,7 @@ def test_a_checkpoint_that_cannot_be_written_then(
     def next_batch(self: BatchStream, take: Any = BatchStream.next, calls: list[int] = []) -> Any:  # noqa: B006
         calls.append(1)
         if len(calls) == step:
-            monkeypatch.setattr("pgolf.checkpoint.atomic_write", no_space)
+            monkeypatch.setattr("pgolf.runs.checkpoint.atomic_write", no_space)
             os.kill(os.getpid(), signal.SIGINT)
         return take(self)
 
@@ -318,7 +319,7 @@ def test_resuming_needs_no_recipe_and_refuses_what_is_no_run(plain: Path, tmp_pa
 
 SLOW_CHECKPOINT = """
 import time
-from pgolf.trainer import Trainer
+from pgolf.training.trainer import Trainer
 
 def save(self):
     print("saving", flush=True)

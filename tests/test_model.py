@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import pgolf
-import pgolf.model
+import pgolf.model.gpt
 from pgolf import _C
+from pgolf.common.errors import DeviceError
 from pgolf.config import ModelConfig
-from pgolf.errors import DeviceError
 from pgolf.model import GPT, newton_schulz
 from tests.reference import trainer as reference_trainer
 from tests.reference.model import ReferenceGPT, parameter_shapes, perturb, qat_clips

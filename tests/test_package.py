@@ -111,7 +111,7 @@ def takes_arguments(value: Any) -> bool:
     return any(name not in ("self", "cls") for name in inspect.signature(value).parameters)
 
 
-REFERS_TO = {"GPT.generate": "`pgolf.generate.sample`", "GPT.loss": "`token_losses`"}  # says what is raised
+REFERS_TO = {"GPT.generate": "`pgolf.model.sampling.sample`", "GPT.loss": "`token_losses`"}  # says what is raised
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if takes_arguments(resolve(name))])

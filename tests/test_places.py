@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from pgolf import ops
+from pgolf.artifacts.quantize import quantize_rows
 from pgolf.config import NEWTON_SCHULZ
-from pgolf.quantize import quantize_rows
 from tests.cases import (
     Case,
     adapted_head_case,

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pgolf import errors, plot
-from pgolf.plot import Curves, plot_loss, plot_runs
+from pgolf.common import errors
+from pgolf.report import plot
+from pgolf.report.plot import plot_loss, plot_runs
+from pgolf.runs.records import Curves
 
 RECORDS: list[dict[str, Any]] = [
     {"step": 0, "loss": None, "val_loss": 6.9, "val_bpb": 3.8},

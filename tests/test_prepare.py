@@ -22,15 +22,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from pgolf import errors
+from pgolf.common import errors
 from pgolf.data import documents as documents_module
 from pgolf.data import encode as encode_module
 from pgolf.data import prepare as prepare_module
 from pgolf.data.corpus import MIN_VAL_BYTES, MIN_VAL_FRACTION, builtin_corpus
 from pgolf.data.documents import FileReader
-from pgolf.data.prepare import prepare
+from pgolf.data.folder import find_data
+from pgolf.data.preparation import prepare
 from pgolf.data.progress import Progress
-from pgolf.data.shards import ShardSet, find_data, read_shard, write_shard
+from pgolf.data.shards import ShardSet, read_shard, write_shard
 from pgolf.data.train_tokenizer import train_tokenizer
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "the", "a", "café"]
@@ -439,7 +440,7 @@ def test_a_script_needs_no_main_guard(jsonl: Path, model: Path, tmp_path: Path) 
     script.write_text(
         textwrap.dedent(f"""
         from pgolf.data import encode
-        from pgolf.data.prepare import prepare
+        from pgolf.data.preparation import prepare
         encode.CHUNK_BYTES = 1000
         print("begun")
         prepare({str(jsonl)!r}, {str(tmp_path / "out")!r}, tokenizer={str(model)!r}, val_docs=2, workers=2)

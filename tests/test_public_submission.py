@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pgolf
+from pgolf.data.tokenizer import Tokenizer
 from pgolf.submission import Settings, check
-from pgolf.tokenizer import Tokenizer
 from tests.runs import declare
 from tests.test_submission import edit, outcomes, sentence
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pgolf.quantize import dequantize_rows, encode_plan, prune_weights, quantize_rows
+from pgolf.artifacts.quantize import dequantize_rows, encode_plan, prune_weights, quantize_rows
 from tests.reference import quant as reference
 
 POLICY = [("tok_emb.*", "fp16"), ("*.mlp.*", "int5"), ("*.attn.*", "int6"), ("*", "int8")]
@@ -143,7 +143,7 @@ def test_prune_leaves_small_and_other_tensors(shape):
 
 def test_same_bits_for_any_number_of_threads():
     script = (
-        "import hashlib, numpy as np; from pgolf.quantize import *;"
+        "import hashlib, numpy as np; from pgolf.artifacts.quantize import *;"
         "w = np.random.default_rng(0).standard_normal((400, 300)).astype(np.float32);"
         "parts = [*quantize_rows(w), *quantize_rows(w, bits=8, method='quantile_floor')];"
         "parts.append(dequantize_rows(*parts[:2]));"

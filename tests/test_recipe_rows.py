@@ -29,15 +29,15 @@ import torch
 import zstandard
 
 import pgolf
-import pgolf.trainer
-from pgolf.artifact import export_with, read_artifact
+import pgolf.training.trainer
+from pgolf.artifacts.artifact import export_with, read_artifact
+from pgolf.artifacts.container import unpack
 from pgolf.config import NEWTON_SCHULZ, Config, ModelConfig
-from pgolf.container import unpack
-from pgolf.data.shards import find_data
-from pgolf.evaluate import evaluate
-from pgolf.finish import Report
+from pgolf.data.folder import find_data
 from pgolf.model import GPT, parameter_shapes
-from pgolf.trainer import StepRecord, Trainer
+from pgolf.runs.records import Report, StepRecord
+from pgolf.scoring.evaluation import evaluate
+from pgolf.training.trainer import Trainer
 from tests.reference import evaluate as reference_evaluate
 from tests.reference import quant as reference_quant
 from tests.reference.model import fake_quantise, perturb, qat_clips
@@ -217,7 +217,7 @@ def runs(data: Path) -> Callable[[str], Run]:
         config.train.warmdown_iters //= SHRINK
         config.train.swa_every //= SHRINK
         pace = SHRINK * number(ROWS["time limit, s"][recipe]) / STEPS[recipe]
-        with mock.patch.object(pgolf.trainer, "time", Clock(pace)), warnings.catch_warnings():
+        with mock.patch.object(pgolf.training.trainer, "time", Clock(pace)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The learning rate falls from the start")
             trainer = perturbed(config, data)
             states = [trainer.model.state_dict()]
@@ -514,7 +514,7 @@ def test_scored_by(recipe: str, cell: str, data: Path, tmp_path: Path) -> None:
         batch_seqs.append(named.get("batch_seqs"))
         return evaluate(*args, **named)
 
-    with mock.patch("pgolf.finish.evaluate", spy):
+    with mock.patch("pgolf.training.finish.evaluate", spy):
         _, _, report = one_step(config, data, tmp_path / "run")
     tokens = pgolf.read_shard(next(data.glob("*_val_*.bin"))).astype(np.int64)
     sliding, tails = re.match(r"sliding (\d+)", cell), re.findall(r"(exact|reference) tail", cell)
@@ -545,7 +545,7 @@ def check_fallback(recipe: str, data: Path, tmp_path: Path) -> None:
     program = f"""
 import pgolf
 from pgolf.model import resolve_dtype
-pgolf.model.resolve_device = lambda device: ("cuda", 0)
+pgolf.model.gpt.resolve_device = lambda device: ("cuda", 0)
 print(resolve_dtype(pgolf.Config.from_recipe({recipe!r}).train.dtype, "cuda"))
 """
     for major, minor, dtype in ((7, 5, "float16"), (8, 0, "bfloat16"), (9, 0, "bfloat16")):

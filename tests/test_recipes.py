@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import pgolf.config
+import pgolf.config.keys
 from pgolf.config import NEWTON_SCHULZ, Config, recipe_policy, recipes
 
 if sys.version_info >= (3, 11):
@@ -18,7 +18,7 @@ else:
     import tomli as tomllib
 
 SPEC = (Path(__file__).parents[1] / "docs" / "spec.md").read_text(encoding="utf-8")
-RECIPES = Path(pgolf.config.__file__).parent / "recipes"
+RECIPES = Path(pgolf.config.keys.__file__).parent / "recipes"
 
 
 def rows(header: str) -> list[list[str]]:

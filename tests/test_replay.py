@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import pgolf.trainer
+import pgolf.training.trainer
+from pgolf.common.errors import FormatError
 from pgolf.config import Config, TrainConfig
-from pgolf.errors import FormatError
-from pgolf.replay import Replay
-from pgolf.trainer import Trainer
+from pgolf.training.replay import Replay
+from pgolf.training.trainer import Trainer
 from tests.runs import Clock, assert_same_state, log_of, run, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,7 +52,7 @@ def timed(**changes: Any) -> Config:
 @pytest.fixture
 def logged(small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Trainer, Path]:
     """A time-limited run in which everything that the clock decides changes, and its log."""
-    monkeypatch.setattr(pgolf.trainer, "time", UnevenClock())
+    monkeypatch.setattr(pgolf.training.trainer, "time", UnevenClock())
     trainer, records = run(timed(), small_corpus, run_dir=tmp_path / "run")
     for decision in ("qat", "snapshot", "looping"):
         assert {getattr(record, decision) for record in records[1:]} == {False, True}

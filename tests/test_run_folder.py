@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import pgolf
-from pgolf import checkpoint
 from pgolf.config import Config
 from pgolf.data.batches import BatchStream
-from pgolf.run_folder import weights_file
+from pgolf.runs import checkpoint
+from pgolf.runs.run_folder import weights_file
 from tests.runs import files, last_json, pgolf_, refused, run, tiny
 
 
@@ -237,7 +237,7 @@ def test_the_folder_has_the_recipes_name(
         made.append(run_dir)
         raise MemoryError
 
-    monkeypatch.setattr("pgolf.trainer.Trainer", trainer)
+    monkeypatch.setattr("pgolf.training.trainer.Trainer", trainer)
     assert pgolf_("train", *options, "--data", small_corpus).exit_code == 1
     assert re.fullmatch(rf"{name}-\d{{8}}-\d{{6}}", made[0].name)
     assert list(here.iterdir()) == []

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pgolf.config import TrainConfig
-from pgolf.schedule import Schedule
+from pgolf.training.schedule import Schedule
 
 
 def timed(limit: float = 600.0, iters: int = 3000, **other: object) -> Schedule:

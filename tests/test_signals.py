@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from pgolf import checkpoint
 from pgolf.cli.failures import Signalled
 from pgolf.cli.interrupts import Watch
+from pgolf.runs import checkpoint
 from tests.runs import log_of, pgolf_
 from tests.test_interrupt import (
     HELD,
@@ -81,7 +81,7 @@ def test_wherever_it_comes_the_run_is_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Also while weights change, which nothing may interrupt."""
-    from pgolf.trainer import Trainer
+    from pgolf.training.trainer import Trainer
 
     made, attribute, at = Trainer.__init__, "_optimizer" if method == "step" else "_native", 7
     sent = os.kill
@@ -227,7 +227,7 @@ def test_a_terminal_that_fails_before_its_signal(
         if calls == 4:
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("pgolf.progress._print_record", shown)
+    monkeypatch.setattr("pgolf.report.progress._print_record", shown)
     result = pgolf_(*train(config_file, small_corpus, tmp_path / "run", "checkpoint_every=0"))
     assert result.exit_code == 129
     assert newest(tmp_path / "run") == "step-00000003.npz"

@@ -16,10 +16,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgolf import errors
+from pgolf.common import errors
 from pgolf.data import documents as documents_module
 from pgolf.data.documents import FileReader
-from pgolf.data.prepare import prepare
+from pgolf.data.preparation import prepare
 from tests.runs import last_json, pgolf_, refused
 
 

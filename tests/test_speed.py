@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgolf import _C, speed
+from pgolf import _C
+from pgolf.common.errors import DeviceError
 from pgolf.config import Config, ModelConfig
-from pgolf.errors import DeviceError
-from pgolf.speed import Limit, flop_per_token, known_limit, measure_limit, peak_rss
-from pgolf.trainer import MEASURED, StepRecord, Trainer
+from pgolf.runs.records import MEASURED, StepRecord
+from pgolf.system import speed
+from pgolf.system.speed import Limit, flop_per_token, known_limit, measure_limit, peak_rss
+from pgolf.training.trainer import Trainer
 from tests.runs import Clock, log_of, pgolf_, run, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -172,7 +174,7 @@ def test_the_limit_is_measured_after_the_first_step_and_takes_no_training_time(
     small_corpus: Path, tmp_path: Path, cache: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A clock on which a step takes a second, and the measurement a thousand."""
-    import pgolf.trainer
+    import pgolf.training.trainer
 
     clock, measured = Clock(), []
 
@@ -181,8 +183,8 @@ def test_the_limit_is_measured_after_the_first_step_and_takes_no_training_time(
         measured.append(trainer.step)
         return measure_limit(device)
 
-    monkeypatch.setattr(pgolf.trainer, "time", clock)
-    monkeypatch.setattr(pgolf.trainer.speed, "measure_limit", slow)
+    monkeypatch.setattr(pgolf.training.trainer, "time", clock)
+    monkeypatch.setattr(pgolf.training.trainer.speed, "measure_limit", slow)
     trainer = Trainer(tiny(val_loss_every=3), small_corpus, run_dir=tmp_path / "run")
     assert trainer.limit is None
     records = list(trainer)

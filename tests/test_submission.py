@@ -17,16 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pgolf
+from pgolf.common.errors import FormatError
 from pgolf.config import Config
-from pgolf.data.shards import ShardSet, find_data
-from pgolf.errors import FormatError
+from pgolf.data.folder import find_data
+from pgolf.data.shards import ShardSet
+from pgolf.data.tokenizer import Tokenizer
 from pgolf.submission import About, CheckReport, Refused, Settings, check, submit
 from pgolf.submission import rules as rules_module
 from pgolf.submission import write as write_module
 from pgolf.submission.evidence import Timeline
 from pgolf.submission.rules import FOLDER_RULES, RUN_RULES
-from pgolf.tokenizer import Tokenizer
-from pgolf.trainer import Trainer
+from pgolf.training.trainer import Trainer
 from tests.runs import SMALL_MODEL, files, last_json, pgolf_, refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -556,7 +557,7 @@ def test_what_cannot_be_checked_is_said_and_refused(
 def test_a_sample_of_documents_leaves_the_rule_unchecked(
     runs: list[Path], code: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgolf.audit.SAMPLED_DOCUMENTS", 2)
+    monkeypatch.setattr("pgolf.scoring.audit.SAMPLED_DOCUMENTS", 2)
     assert check(runs[0], Settings(code=code)).ok
     report = check(runs[0], Settings(code=code, audit="sample"))
     assert outcomes(report)["documents"] == "unchecked"

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 import pgolf
-from pgolf.audit import Duplicates
 from pgolf.config import Config
-from pgolf.data.shards import DataFolder
+from pgolf.data.folder import DataFolder
+from pgolf.scoring.audit import Duplicates
 from pgolf.submission import CheckReport, Finding, Settings, check
 from pgolf.submission import rules as rules_module
-from pgolf.submission.check import finding_of, judge_folder
+from pgolf.submission.checking import finding_of, judge_folder
 from pgolf.submission.claims import PublicRun
 from pgolf.submission.evidence import Claim, Evidence, Library, RunFolder, Timeline
 from pgolf.submission.folder import Folder

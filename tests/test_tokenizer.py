@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from pgolf import errors
-from pgolf.tokenizer import Tokenizer
+from pgolf.common import errors
+from pgolf.data.tokenizer import Tokenizer
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",

@@ -13,8 +13,8 @@ import pytest
 
 import pgolf
 from pgolf.config import Config
-from pgolf.environment import VARIABLES
-from pgolf.evaluate import Score
+from pgolf.config.environment import VARIABLES
+from pgolf.scoring.evaluation import Score
 from tests.conftest import CORPUS_VOCAB
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_gpt.py"

@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 
 import pgolf
-import pgolf.trainer
+import pgolf.training.trainer
+from pgolf.common.errors import FormatError, NonFiniteError
 from pgolf.config import Config
 from pgolf.data.batches import BatchStream
-from pgolf.data.shards import ShardSet, find_data
-from pgolf.errors import FormatError, NonFiniteError
-from pgolf.evaluate import evaluate
-from pgolf.finish import Report
-from pgolf.tokenizer import Tokenizer
-from pgolf.trainer import Trainer
+from pgolf.data.folder import find_data
+from pgolf.data.shards import ShardSet
+from pgolf.data.tokenizer import Tokenizer
+from pgolf.runs.records import Report
+from pgolf.scoring.evaluation import evaluate
+from pgolf.training.trainer import Trainer
 from tests.conftest import CORPUS_VOCAB
 from tests.runs import TINY, Clock, assert_same_state, run, tiny
 
@@ -40,7 +41,7 @@ VAL_BATCH_SEQS = TINY["train.val_batch_tokens"] // TINY["train.train_seq_len"]
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Replaces the Trainer's clock: every step takes one second."""
     made = Clock()
-    monkeypatch.setattr(pgolf.trainer, "time", made)
+    monkeypatch.setattr(pgolf.training.trainer, "time", made)
     return made
 
 
@@ -192,7 +193,7 @@ def test_automatic_micro_batches(small_corpus: Path) -> None:
         == 4
     )
     assert Trainer(tiny(micro_batch_seqs=5), small_corpus).micro_batch_seqs == 5
-    assert pgolf.trainer._largest((64, 8, 1), 8_192, 2, 10_000) == 1
+    assert pgolf.training.trainer._largest((64, 8, 1), 8_192, 2, 10_000) == 1
 
 
 @pytest.mark.parametrize("size", [10, 4])

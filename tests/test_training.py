@@ -15,13 +15,15 @@ import pytest
 import torch
 
 import pgolf
-import pgolf.trainer
+import pgolf.training.trainer
 from pgolf.config import Config
 from pgolf.data.batches import BatchStream
-from pgolf.data.shards import ShardSet, find_data
-from pgolf.evaluate import evaluate
+from pgolf.data.folder import find_data
+from pgolf.data.shards import ShardSet
 from pgolf.model import GPT
-from pgolf.trainer import StepRecord, Trainer
+from pgolf.runs.records import StepRecord
+from pgolf.scoring.evaluation import evaluate
+from pgolf.training.trainer import Trainer
 from tests.conftest import CORPUS_VOCAB
 from tests.reference import evaluate as reference_evaluate
 from tests.reference.model import ReferenceGPT, perturb
@@ -89,7 +91,9 @@ def assert_weights_close(found: Mapping[str, np.ndarray], expected: Mapping[str,
 
 def use_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the Trainer make a float64 model, whose only difference from the reference is the order of sums."""
-    monkeypatch.setattr(pgolf.trainer, "GPT", lambda *args, **named: GPT(*args, **{**named, "dtype": "float64"}))
+    monkeypatch.setattr(
+        pgolf.training.trainer, "GPT", lambda *args, **named: GPT(*args, **{**named, "dtype": "float64"})
+    )
 
 
 # Five steps -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pgolf.ttest import below, regularised_incomplete_beta, student_t_sf
+from pgolf.submission.ttest import below, regularised_incomplete_beta, student_t_sf
 
 finite_t = st.floats(-50, 50)
 freedom = st.floats(0.3, 300)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import pgolf
 from pgolf import _C
-from pgolf.audit import document_starts
+from pgolf.common.errors import NonFiniteError
 from pgolf.config import Config, ModelConfig
-from pgolf.errors import NonFiniteError
 from pgolf.model import GPT
-from pgolf.ttt import Documents, Settings, Window, plan, score
+from pgolf.scoring.audit import document_starts
+from pgolf.scoring.ttt import Documents, Settings, Window, plan, score
 from tests.places import GPU_PLACES, ROUNDING_PLACES, Place
 from tests.reference import ttt as reference
 from tests.reference.model import perturb
@@ -421,7 +421,7 @@ def test_a_loss_that_is_no_number_is_an_error_that_names_the_token(model: GPT, m
         losses[7] = np.nan
         return losses, times
 
-    monkeypatch.setattr("pgolf.ttt.score", broken)
+    monkeypatch.setattr("pgolf.scoring.ttt.score", broken)
     with pytest.raises(NonFiniteError, match="The loss of token 8 is nan"):
         pgolf.evaluate(model, stream(30), method="ttt", ttt_chunk_size=24, ttt_eval_seq_len=64)
 

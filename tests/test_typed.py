@@ -16,11 +16,11 @@ import typer
 import pgolf
 from pgolf.cli.app import app
 from pgolf.cli.generate import _given_tokens, continue_text
+from pgolf.common.errors import FormatError
 from pgolf.config import Config, ModelConfig
+from pgolf.data.tokenizer import SPACE, Tokenizer
 from pgolf.data.train_tokenizer import train_tokenizer
-from pgolf.errors import FormatError
 from pgolf.model import GPT
-from pgolf.tokenizer import SPACE, Tokenizer
 from tests.runs import TINY, files, last_json, pgolf_, refused
 from tests.test_sources import prose
 

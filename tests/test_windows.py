@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgolf.windows import Windows, sliding_windows, standard_windows
+from pgolf.scoring.windows import Windows, sliding_windows, standard_windows
 from tests.reference import evaluate as reference
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from pgolf.plot import Curves
+    from pgolf.runs.records import Curves
 
 # A Braille character is a cell of 4 × 2 dots; Unicode numbers them so, from U+2800 on.
 _DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])

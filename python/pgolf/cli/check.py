@@ -61,7 +61,7 @@ def check_command(
 
     Example: pgolf check runs/demo --code train_gpt.py
     """
-    from pgolf.progress import stages
+    from pgolf.report.progress import stages
     from pgolf.submission import Settings, check
 
     use_threads(threads)

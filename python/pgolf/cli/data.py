@@ -11,13 +11,13 @@ import typer
 from pgolf.cli.failures import reported
 from pgolf.cli.options import JsonOption, TokenizerOption
 from pgolf.cli.output import console_for, data_table, key_value_table, print_json
-from pgolf.errors import FormatError
+from pgolf.common.errors import FormatError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pgolf.data.inspect import Counts, DataReport
+    from pgolf.data.inspection import Counts, DataReport
     from pgolf.data.manifest import Manifest
 
 data_app = typer.Typer(help="Prepare, download and inspect training data.", no_args_is_help=True)
@@ -61,8 +61,8 @@ def prepare_command(
 
     Example: pgolf data prepare books.jsonl.zst --out data/books --val-docs 512
     """
-    from pgolf.data.prepare import prepare
-    from pgolf.progress import stages
+    from pgolf.data.preparation import prepare
+    from pgolf.report.progress import stages
 
     console = console_for(as_json)
     with stages(console) as show:
@@ -121,8 +121,8 @@ def download_command(
 
     Example: pgolf data download sp1024 --train-shards 1 --out data/fineweb
     """
-    from pgolf.data.download import DEFAULT_REPO, DEFAULT_TRAIN_SHARDS, download
-    from pgolf.progress import stages
+    from pgolf.data.downloading import DEFAULT_REPO, DEFAULT_TRAIN_SHARDS, download
+    from pgolf.report.progress import stages
 
     console = console_for(as_json)
     with stages(console) as show:
@@ -164,7 +164,7 @@ def inspect_command(
 
     Example: pgolf data inspect data/demo --samples 2 --verify
     """
-    from pgolf.data.inspect import inspect_data
+    from pgolf.data.inspection import inspect_data
 
     show_data(inspect_data(path, tokenizer, samples, verify=verify), console_for(as_json), as_json)
 

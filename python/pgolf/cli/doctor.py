@@ -30,12 +30,12 @@ def doctor_command(
     """
     from rich.text import Text
 
-    from pgolf.doctor import examine
+    from pgolf.system.doctor import examine
 
     if measure:
         from pgolf import _C
         from pgolf.model import best_device
-        from pgolf.speed import measure_limit
+        from pgolf.system.speed import measure_limit
 
         measure_limit(best_device(_C.cuda_status()))
     checks = examine(Path.cwd())

@@ -24,9 +24,9 @@ from pgolf.cli.output import bits, console_for, key_value_table, print_json
 from pgolf.config import Config
 
 if TYPE_CHECKING:
-    from pgolf.audit import Audit
-    from pgolf.evaluate import Score
     from pgolf.model import GPT
+    from pgolf.scoring.audit import Audit
+    from pgolf.scoring.evaluation import Score
 
 
 def evaluate_command(
@@ -80,8 +80,8 @@ def evaluate_command(
 
     Someone else's: pgolf eval final_model.int8.ptz --recipe base --set model.rope_tables=bf16 --data data/fineweb
     """
-    from pgolf.evaluate import evaluate
-    from pgolf.progress import stages
+    from pgolf.report.progress import stages
+    from pgolf.scoring.evaluation import evaluate
 
     use_threads(threads)
     source = Source.of(model, recipe, config_file, overrides)
@@ -148,7 +148,7 @@ def _rows(score: Score) -> list[tuple[str, str]]:
 def _bytes_text(score: Score) -> str:
     if score.bytes is None or score.byte_basis is None:
         return "–"
-    from pgolf.evaluate import BASES
+    from pgolf.scoring.evaluation import BASES
 
     return f"{score.bytes:,}, of {BASES[score.byte_basis]}"
 

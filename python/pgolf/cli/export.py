@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pgolf.cli.export_report import report_table, summary
 from pgolf.cli.failures import requested_device
 from pgolf.cli.models import Source
 from pgolf.cli.options import (
@@ -20,14 +21,13 @@ from pgolf.cli.options import (
     complete_recipe,
     use_threads,
 )
-from pgolf.cli.output import console_for, data_table, print_json
+from pgolf.cli.output import console_for, print_json
 from pgolf.config import Config, ExportConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-    from pgolf.artifact import ExportReport
+    from pgolf.artifacts.artifact import ExportReport
     from pgolf.model import GPT
 
 
@@ -100,9 +100,9 @@ def export_command(
 
     Into a limit: pgolf export runs/base --fit 16000000 --code train_gpt.py --out model.pgolf --plot frontier.png
     """
-    from pgolf.artifact import export_with
-    from pgolf.bundle import BUNDLE_ENDING
-    from pgolf.interchange import STATE_DICT_ENDINGS, convert, kind_of_weights, save_state_dict
+    from pgolf.artifacts.artifact import export_with
+    from pgolf.artifacts.bundle import BUNDLE_ENDING
+    from pgolf.artifacts.interchange import STATE_DICT_ENDINGS, convert, kind_of_weights, save_state_dict
 
     use_threads(threads)
     source = Source.of(model, recipe, config_file, overrides)
@@ -150,7 +150,7 @@ def _show(report: ExportReport, console: Console, as_json: bool) -> None:
 
 
 def _weights(path: Path, source: Source, device: str | None) -> GPT:
-    from pgolf import checkpoint
+    from pgolf.runs import checkpoint
 
     if path.is_dir() and source.config is not None:
         newest = checkpoint.newest(path / "checkpoint")
@@ -158,28 +158,3 @@ def _weights(path: Path, source: Source, device: str | None) -> GPT:
             with requested_device():
                 return checkpoint.load_model(newest, source.config, device=device)
     return source.load(device=device)
-
-
-def report_table(report: ExportReport) -> Table:
-    table = data_table(("tensor", "shape", "encoding"), ("raw bytes", "compressed", "relative error"))
-    for tensor in report.tensors:
-        table.add_row(
-            tensor.name,
-            "×".join(map(str, tensor.shape)) or "scalar",
-            tensor.encoding,
-            f"{tensor.raw_bytes:,}",
-            f"{tensor.compressed_bytes:,}",
-            f"{tensor.relative_error:.2e}",
-        )
-    table.add_row("shared", "", "", "", f"{report.shared_bytes:,}", "")
-    return table
-
-
-def summary(report: ExportReport) -> str:
-    size = f"{report.path}: {report.bytes:,} bytes"
-    if report.total_bytes is not None:
-        size += f", with {report.code_bytes:,} bytes of code {report.total_bytes:,}"
-    if not report.fits:
-        return f"{size}; {-report.margin:,} bytes too many for the limit of {report.limit_bytes:,}."
-    left = "left" if report.code_bytes is not None else "left for code"
-    return f"{size}; {report.margin:,} of {report.limit_bytes:,} are {left}."

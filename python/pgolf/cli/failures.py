@@ -16,7 +16,7 @@ import typer
 
 from pgolf.cli.typed import print_any_name, signature_of
 from pgolf.cli.words import in_shell_words, options_of
-from pgolf.errors import DeviceError, NonFiniteError
+from pgolf.common.errors import DeviceError, NonFiniteError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 130
@@ -122,7 +122,7 @@ def _sentence(error: BaseException) -> str:
         sentence = error.strerror.removesuffix(".") + "."
         if error.filename:
             return f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {sentence}"
-        # Whatever writes a file names it (pgolf.data.files.naming), or has a sentence of its own; what prints does not.
+        # Whatever writes a file names it (common.files.naming), or has a sentence of its own; what prints does not.
         printing = error.errno in _NO_SPACE and error.strerror == os.strerror(error.errno)
         return f"standard output: {sentence}" if printing else sentence
     if isinstance(error, MemoryError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pgolf.cli.export import report_table, summary
+from pgolf.cli.export_report import report_table, summary
 from pgolf.cli.output import data_table
 from pgolf.config import ExportConfig
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pgolf.budget import FitReport, Point
+    from pgolf.artifacts.budget import FitReport, Point
     from pgolf.model import GPT
 
 
@@ -31,8 +31,8 @@ def fit_command(
     console: Console,
 ) -> FitReport:
     """Fit, print and draw; raises what ``pgolf.fit`` raises."""
-    from pgolf.budget import fit
-    from pgolf.progress import stages
+    from pgolf.artifacts.budget import fit
+    from pgolf.report.progress import stages
 
     with stages(console) as show:
         found = fit(
@@ -51,7 +51,7 @@ def fit_command(
     console.print(_frontier(found))
     console.print(summary(found.export), soft_wrap=True)
     if plot is not None:
-        from pgolf.plot import plot_frontier
+        from pgolf.report.plot import plot_frontier
 
         plot_frontier(found, plot)
         console.print(f"The picture is {plot}.", soft_wrap=True)

@@ -12,8 +12,8 @@ from pgolf.cli.options import DeviceOption, JsonOption, ModelArgument, ThreadsOp
 from pgolf.cli.output import print_json
 
 if TYPE_CHECKING:
+    from pgolf.data.tokenizer import Tokenizer
     from pgolf.model import GPT
-    from pgolf.tokenizer import Tokenizer
 
 
 def generate_command(

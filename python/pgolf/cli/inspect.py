@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pgolf.config import Config, ModelConfig
-    from pgolf.inspect import ArtifactSummary, CheckpointSummary, RunSummary, WeightsSummary
+    from pgolf.report.inspection import ArtifactSummary, CheckpointSummary, RunSummary, WeightsSummary
 
 
 def inspect_command(
@@ -34,9 +34,9 @@ def inspect_command(
     Example: pgolf inspect runs/demo/model.pgolf
     """
     from pgolf.cli.data import show_data
-    from pgolf.data.inspect import inspect_data
-    from pgolf.inspect import inspect_artifact, inspect_checkpoint, inspect_run, inspect_weights, kind_of
-    from pgolf.progress import stages
+    from pgolf.data.inspection import inspect_data
+    from pgolf.report.inspection import inspect_artifact, inspect_checkpoint, inspect_run, inspect_weights, kind_of
+    from pgolf.report.progress import stages
 
     use_threads(threads)
     console = console_for(as_json)
@@ -123,7 +123,7 @@ def _show_weights(weights: WeightsSummary, console: Console) -> None:
 
 
 def _show_checkpoint(checkpoint: CheckpointSummary, console: Console) -> None:
-    from pgolf.progress import duration
+    from pgolf.report.progress import duration
 
     shards = f"{checkpoint.data_shards:,} shard{'s' * (checkpoint.data_shards != 1)}"
     rows = [
@@ -143,8 +143,8 @@ def _show_run(run: RunSummary, console: Console) -> None:
     from pgolf.cli.chart import loss_chart
     from pgolf.cli.models import resume_command
     from pgolf.cli.train import report_table
-    from pgolf.inspect import checkpoint_step
-    from pgolf.progress import duration, machine_parts
+    from pgolf.report.inspection import checkpoint_step
+    from pgolf.report.progress import duration, machine_parts
 
     train = run.config.train
     rows = [
@@ -171,7 +171,7 @@ def _show_run(run: RunSummary, console: Console) -> None:
 
 
 def _limits(config: Config) -> str:
-    from pgolf.progress import duration
+    from pgolf.report.progress import duration
 
     train = config.train
     if train.replay:

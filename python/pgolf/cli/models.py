@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from pgolf.cli.failures import requested_device
 from pgolf.config import Config, parse_override
-from pgolf.run_folder import data_path, record_of, tokenizer_path, weights_file
+from pgolf.runs.run_folder import data_path, record_of, tokenizer_path, weights_file
 
 if TYPE_CHECKING:
     from pgolf.data.declared import Record
+    from pgolf.data.tokenizer import Tokenizer
     from pgolf.model import GPT
-    from pgolf.tokenizer import Tokenizer
 
 DEFAULT_RECIPE = "base"
 
@@ -49,7 +49,7 @@ class Source:
 
     def load(self, device: str | None) -> GPT:
         """The file's model; the configuration says what the file does not."""
-        from pgolf.interchange import load
+        from pgolf.artifacts.interchange import load
 
         with requested_device():
             return load(self.weights, device=device, config=self.config)
@@ -92,8 +92,8 @@ class Source:
         Raises ValueError where none is known, where its vocabulary is another one or its pieces are not those that the
         artifact or the run names, and the errors of reading it.
         """
-        from pgolf.data.shards import find_data
-        from pgolf.tokenizer import Tokenizer
+        from pgolf.data.folder import find_data
+        from pgolf.data.tokenizer import Tokenizer
 
         path, data = self.tokenizer_path(given), self._known_data()
         if path is None and data is not None:

@@ -43,7 +43,7 @@ def complete_recipe(incomplete: str) -> list[str]:
 def use_threads(count: int | None) -> None:
     """Set the number of native threads where the option was given."""
     if count is not None:
-        from pgolf.threads import set_num_threads
+        from pgolf.common.threads import set_num_threads
 
         set_num_threads(count)
 

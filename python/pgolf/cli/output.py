@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -55,15 +54,6 @@ def key_value_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     for name, value in rows:
         table.add_row(name, value)
     return table
-
-
-def wrapped(text: str, width: int, first: str = "", following: str = "") -> list[str]:
-    """Lines of a text, broken between words and nowhere else: a file name can be copied.
-
-    A word longer than ``width`` has a line that is too long. first, following: what the lines begin with.
-    """
-    wrapper = textwrap.TextWrapper(width, first, following, break_long_words=False, break_on_hyphens=False)
-    return wrapper.wrap(text) or [first.rstrip()]
 
 
 def bits(bpb: float | None) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from pgolf.cli.output import wrapped
+from pgolf.common.text import wrapped
 
 _WIDEST_NAME = 26
 """A longer name has its text on the next line, so that short ones leave room for theirs."""

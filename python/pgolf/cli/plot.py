@@ -21,7 +21,8 @@ def plot_command(
 
     Example: pgolf plot runs/base runs/wider --out compare.png
     """
-    from pgolf.plot import Curves, plot_runs
+    from pgolf.report.plot import plot_runs
+    from pgolf.runs.records import Curves
 
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out}: the picture is a PNG; give it a name that ends in .png.")

@@ -11,7 +11,7 @@ import typer
 from pgolf.cli.check import DataOption, LimitBytesOption, TimeLimitOption, show_findings
 from pgolf.cli.options import DeviceOption, JsonOption, ThreadsOption, TokenizerOption, use_threads
 from pgolf.cli.output import console_for, print_json
-from pgolf.errors import FormatError
+from pgolf.common.errors import FormatError
 
 
 def submit_command(
@@ -56,9 +56,9 @@ def submit_command(
 
     Example: pgolf submit runs/a runs/b runs/c --out records/mine --against 1.2244
     """
-    from pgolf.progress import stages
+    from pgolf.report.progress import stages
     from pgolf.submission import About, Refused, Settings, submit
-    from pgolf.submission.write import describe_test
+    from pgolf.submission.writing import describe_test
 
     use_threads(threads)
     try:

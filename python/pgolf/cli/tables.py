@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from pgolf.cli.output import wrapped
+from pgolf.common.text import wrapped
 
 _ENDLESS = 100_000
 """A width at which nothing is wrapped."""

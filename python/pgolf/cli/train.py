@@ -28,15 +28,15 @@ from pgolf.cli.options import (
     use_threads,
 )
 from pgolf.cli.output import bits, console_for, key_value_table, print_json
+from pgolf.common.errors import FormatError
 from pgolf.config import Config, parse_override
-from pgolf.errors import FormatError
-from pgolf.run_folder import data_path
+from pgolf.runs.run_folder import data_path
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pgolf.finish import Report
-    from pgolf.trainer import Trainer
+    from pgolf.runs.records import Report
+    from pgolf.training.trainer import Trainer
 
 
 def train_command(
@@ -88,8 +88,8 @@ def train_command(
 
     Example: pgolf train --recipe tiny --data data/demo --run-dir runs/demo --set train.max_wallclock_seconds=60
     """
-    from pgolf.progress import run_with_progress
-    from pgolf.trainer import Trainer
+    from pgolf.report.progress import run_with_progress
+    from pgolf.training.trainer import Trainer
 
     if resume and run_dir is None:
         raise ValueError("--resume needs the --run-dir of the run to go on with.")
@@ -181,7 +181,7 @@ def _new_folder(parent: Path, name: str) -> Path:
 
 def _begun(path: Path) -> bool:
     """Whether a run folder holds a step or a checkpoint."""
-    from pgolf.plot import read_records
+    from pgolf.runs.records import read_records
 
     log = path / "log.jsonl"
     return (path / "checkpoint").exists() or (log.is_file() and any(record["step"] for record in read_records(log)))
@@ -189,7 +189,7 @@ def _begun(path: Path) -> bool:
 
 def slow_run(trainer: Trainer) -> str | None:
     """The sentence that says what a run that is too large for this machine will take; None where it is not."""
-    from pgolf.progress import duration
+    from pgolf.report.progress import duration
 
     expected = trainer.forecast()
     if expected is None or not expected.is_slow:
@@ -202,7 +202,7 @@ def slow_run(trainer: Trainer) -> str | None:
 
 
 def _long(seconds: float) -> str:
-    from pgolf.progress import duration
+    from pgolf.report.progress import duration
 
     return f"{seconds / 86_400:,.1f} days" if seconds > 2 * 86_400 else duration(seconds)
 
@@ -245,8 +245,8 @@ def _keep(trainer: Trainer, error: BaseException, options: list[str]) -> str:
 
 
 def _newest_step(folder: Path) -> int | None:
-    from pgolf import checkpoint
-    from pgolf.inspect import checkpoint_step
+    from pgolf.report.inspection import checkpoint_step
+    from pgolf.runs import checkpoint
 
     path = checkpoint.newest(folder)
     return None if path is None else checkpoint_step(path)
@@ -261,8 +261,8 @@ def _picture(run_dir: Path) -> str:
 
 
 def _training_time(report: Report) -> list[str]:
-    from pgolf.progress import duration
-    from pgolf.speed import rate_text
+    from pgolf.report.progress import duration
+    from pgolf.system.speed import rate_text
 
     parts = [duration(report.seconds), f"{report.tokens_per_second:,.0f} tokens/s"]
     if report.share_of_limit is not None and report.limit_tflops is not None:
@@ -273,7 +273,7 @@ def _training_time(report: Report) -> list[str]:
 
 def report_table(report: Report) -> Table:
     """A run's report as a table."""
-    from pgolf.progress import duration
+    from pgolf.report.progress import duration
 
     rows = [("bits per byte, as trained", bits(report.val_bpb))]
     if report.val_loss_averaged is not None:
@@ -294,7 +294,7 @@ def report_table(report: Report) -> Table:
     if report.total_bytes is not None:
         rows.append(("artifact and code", f"{report.total_bytes:,} bytes"))
     if report.byte_basis is not None:
-        from pgolf.evaluate import BASES
+        from pgolf.scoring.evaluation import BASES
 
         rows.append(("bits per byte are of", BASES[report.byte_basis]))
     rows += [

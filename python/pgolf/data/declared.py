@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from pgolf.common.errors import FormatError
 from pgolf.data.manifest import NAME, Manifest, SplitEntry
 from pgolf.data.shard_file import ShardFile
-from pgolf.errors import FormatError
+from pgolf.data.shards import ShardSet, shards_of
 
 if TYPE_CHECKING:
-    from pgolf.tokenizer import Tokenizer
+    from pgolf.data.tokenizer import Tokenizer
 
 PGOLF, COMMUNITY, RUN, ARTIFACT = "pgolf", "community", "run", "artifact"
 """Who declares: `Score.audit.declared_by`."""
@@ -77,7 +78,7 @@ class DeclaredTokenizer:
 
     def _identity_of_file(self) -> str | None:
         """That of the declared file, where it is there and is the declared one."""
-        from pgolf.tokenizer import Tokenizer
+        from pgolf.data.tokenizer import Tokenizer
 
         if self.path is None or not self.path.is_file():
             return None
@@ -251,15 +252,11 @@ def _of_record(folder: Path, record: Record) -> Declaration | None:
 
     Shards of other names are other data, of which it says nothing.
     """
-    from pgolf.data.shards import shards_of  # which reads declarations
-
     split = record.split()
     if split is None:
         return None
     there = shards_of(folder, "val")
     if split.shards is None:
-        from pgolf.data.shards import ShardSet
-
         if not there or split.sha256 != ShardSet(there).fingerprint()["sha256"]:
             return None
     elif split.shards.keys().isdisjoint(path.name for path in there):
@@ -276,14 +273,12 @@ def check_split(declaration: Declaration, name: str, paths: Sequence[Path]) -> N
     split = declaration.split(name)
     for sentence in _differences(declaration.source, name, split, paths):
         raise FormatError(sentence)
-    if split.sha256 is not None and split.shards is not None:
-        from pgolf.data.shards import ShardSet
-
-        if ShardSet(paths).fingerprint()["sha256"] != split.sha256:
-            raise FormatError(
-                f"{paths[0].parent}: the {name} shards have the names and the tokens that {declaration.source} has "
-                f"recorded, but other content. {_OTHER_DATA}"
-            )
+    recorded = None if split.shards is None else split.sha256
+    if recorded is not None and ShardSet(paths).fingerprint()["sha256"] != recorded:
+        raise FormatError(
+            f"{paths[0].parent}: the {name} shards have the names and the tokens that {declaration.source} has "
+            f"recorded, but other content. {_OTHER_DATA}"
+        )
 
 
 _OTHER_DATA = (

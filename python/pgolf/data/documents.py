@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, cast
 
+from pgolf.common.errors import FormatError
 from pgolf.data import manifest
 from pgolf.data.corpus import Corpus
-from pgolf.errors import FormatError
 
 TEXT_DOCUMENT_BYTES = 16 * 1024
 """Longer text files become several documents."""

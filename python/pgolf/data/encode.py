@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgolf.data.documents import RawDocument
-from pgolf.tokenizer import Tokenizer
+from pgolf.data.tokenizer import Tokenizer
 
 CHUNK_BYTES = 2 * 1024 * 1024
 """Text that one process encodes at a time."""

@@ -17,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, cast
 
-from pgolf.errors import FormatError
+from pgolf.common.errors import FormatError
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
-from pgolf.data.files import atomic_write
-from pgolf.errors import FormatError
-from pgolf.tokenizer import Tokenizer
+from pgolf.common.errors import FormatError
+from pgolf.common.files import atomic_write
+from pgolf.data.tokenizer import Tokenizer
 
 NAME = "manifest.json"
 FORMAT = "pgolf-data-1"

@@ -8,10 +8,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from pgolf.common.files import file_sha256
 from pgolf.data import manifest
-from pgolf.data.files import file_sha256
 from pgolf.data.manifest import Manifest
-from pgolf.tokenizer import Tokenizer
+from pgolf.data.tokenizer import Tokenizer
 
 
 def check_out_dir(out: Path, given: Tokenizer | None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pgolf.errors import FormatError
+from pgolf.common.errors import FormatError
 
 MAGIC = 20240520
 VERSION = 1

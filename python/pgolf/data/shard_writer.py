@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pgolf.data.files import file_sha256, naming
+from pgolf.common.files import file_sha256, naming
 from pgolf.data.manifest import ShardEntry
 from pgolf.data.shard_file import HEADER_BYTES, shard_header
 

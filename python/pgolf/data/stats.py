@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pgolf.tokenizer import ByteTable
+from pgolf.data.tokenizer import ByteTable
 
 BLOCK_TOKENS = 1 << 20
 """Tokens to count at a time: some 10 MB of temporary arrays."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pgolf.data.files import atomic_write
+from pgolf.common.files import atomic_write
 
 NORMALIZATIONS = ("nmt_nfkc", "identity")
 SMALLEST_VOCAB = 261

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pgolf.errors import FormatError
-from pgolf.evaluate import BASES
+from pgolf.common.errors import FormatError
+from pgolf.scoring.evaluation import BASES
 from pgolf.submission.evidence import GPU_STEPS_IN_FLIGHT, Claim, Evidence, Library, Settings, Timeline, kept
 from pgolf.submission.logs import TextLog, printed_precision
 from pgolf.submission.verdict import Unchecked

@@ -8,33 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from pgolf import run_folder
-from pgolf.audit import defined_scores
+from pgolf.common.errors import FormatError
+from pgolf.common.types import Progress, StrPath
 from pgolf.config import Config, ExportConfig
 from pgolf.data.declared import Record
-from pgolf.data.shards import DataFolder, ShardSet, find_data
-from pgolf.errors import FormatError
-from pgolf.evaluate import AUDITS, Score, ValidationData
-from pgolf.evaluate import Model as ScoredModel
+from pgolf.data.folder import DataFolder, find_data
+from pgolf.data.shards import ShardSet
+from pgolf.runs import run_folder
+from pgolf.scoring.audit import defined_scores
+from pgolf.scoring.evaluation import AUDITS, Score, ValidationData
+from pgolf.scoring.evaluation import Model as ScoredModel
 from pgolf.submission.verdict import Unchecked
 
 if TYPE_CHECKING:
-    from pgolf.finish import Report
+    from pgolf.runs.records import Report
 
-StrPath = Union[str, "os.PathLike[str]"]
-Progress = Callable[[str, int, int], None]
-"""Called as progress(what, done, total)."""
 
 RUN_FILES = ("config.toml", "log.jsonl", "report.json", "model.pgolf")
 """What a submission keeps of a run folder."""
@@ -225,7 +223,7 @@ class Evidence:
     @kept
     def header(self) -> dict[str, Any]:
         """The artifact's header."""
-        from pgolf.artifact import read_artifact
+        from pgolf.artifacts.artifact import read_artifact
 
         return read_artifact(self.artifact)[0]
 
@@ -234,7 +232,7 @@ class Evidence:
         """The artifact's model, on the settings' device."""
         if self.settings.load is not None:
             return self.settings.load(self.artifact, self.settings.device)
-        from pgolf.artifact import load
+        from pgolf.artifacts.artifact import load
 
         return load(self.artifact, device=self.settings.device)
 
@@ -253,7 +251,7 @@ class Evidence:
     @kept
     def validation(self) -> ValidationData:
         """The validation stream with its audit; raises ValueError where the byte count is not that of the text."""
-        from pgolf.tokenizer import Tokenizer
+        from pgolf.data.tokenizer import Tokenizer
 
         path = self._tokenizer_path()
         if path is None:
@@ -269,7 +267,7 @@ class Evidence:
     @kept
     def score(self) -> Score:
         """The artifact's score, measured again by the run's own method."""
-        from pgolf.finish import score_as_configured
+        from pgolf.training.finish import score_as_configured
 
         if not self.settings.rescore:
             raise Unchecked("The artifact was not scored again, as was asked for.")
@@ -315,7 +313,7 @@ class RunFolder(Evidence):
 
     @kept
     def report(self) -> Report:
-        from pgolf.inspect import read_report
+        from pgolf.runs.records import read_report
 
         report = read_report(self._file("report.json"))
         assert report is not None
@@ -323,7 +321,7 @@ class RunFolder(Evidence):
 
     @kept
     def records(self) -> list[dict[str, Any]]:
-        from pgolf.plot import read_records
+        from pgolf.runs.records import read_records
 
         return read_records(self._file("log.jsonl"))
 
@@ -386,7 +384,7 @@ class RunFolder(Evidence):
     @kept
     def record(self) -> Record | None:
         """The artifact's, else the run's."""
-        from pgolf.artifact import record_of
+        from pgolf.artifacts.artifact import record_of
 
         of_artifact = None
         with contextlib.suppress(Unchecked, FormatError):  # of which other rules speak

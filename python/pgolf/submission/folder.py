@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pgolf.common.types import Progress
 from pgolf.submission.claims import PublicRun, claim_of, named_seeds, read_submission, seed_claims
-from pgolf.submission.evidence import RUN_FILES, Claim, Evidence, Library, Progress, RunFolder, Settings
+from pgolf.submission.evidence import RUN_FILES, Claim, Evidence, Library, RunFolder, Settings
 from pgolf.submission.logs import TextLog, telling_log
 from pgolf.submission.verdict import Unchecked
 

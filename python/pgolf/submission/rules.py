@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from pgolf.common.files import file_sha256
 from pgolf.config import Config
-from pgolf.data.files import file_sha256
-from pgolf.evaluate import BASES, ValidationData, plan_windows
+from pgolf.scoring.evaluation import BASES, ValidationData, plan_windows
 from pgolf.submission.agreement import submission_agrees
 from pgolf.submission.claims import SCORE_NAMES
 from pgolf.submission.evidence import Claim, Evidence, Model, RunFolder, number
@@ -424,8 +424,8 @@ def _by_windows(model: Model, tokens: np.ndarray[Any, Any], config: Config, leng
 
 def _by_training(model: Model, tokens: np.ndarray[Any, Any], config: Config, length: int) -> np.ndarray[Any, Any]:
     """The loss of every target of a short stream, (N,), by test-time training in chunks of ``length``."""
-    from pgolf.audit import document_starts
-    from pgolf.ttt import Documents, Settings, score
+    from pgolf.scoring.audit import document_starts
+    from pgolf.scoring.ttt import Documents, Settings, score
 
     documents = Documents.of(document_starts(tokens, max(config.model.bos_id, 0)), tokens.size - 1)
     settings = Settings(config.eval.ttt_lora_rank, config.eval.ttt_lora_lr, length, 2 * length, 1)

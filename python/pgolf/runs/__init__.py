@@ -1,0 +1,1 @@
+"""What a run leaves behind: its records, its report, its checkpoints, its folder."""

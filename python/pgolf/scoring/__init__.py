@@ -1,0 +1,1 @@
+"""Windows and documents, the score and its audit."""

@@ -1,0 +1,1 @@
+"""The training loop: schedule, trainer, what comes after the last step."""
