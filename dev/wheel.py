@@ -106,7 +106,7 @@ def read(path: Path) -> Wheel:
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
-        raise Refused(f"{path} is no wheel: {error}.") from error
+        raise Refused(f"{path} is not a wheel: {error}.") from error
     with archive, tempfile.TemporaryDirectory() as folder:
         entries = [entry for entry in archive.infolist() if not entry.is_dir()]
         files = {entry.filename: (entry.file_size, entry.compress_size) for entry in entries}

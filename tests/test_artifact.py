@@ -143,7 +143,7 @@ def test_header(tmp_path):
     report = export(model, path)
     header, _ = read_artifact(path)
     assert header == {
-        "model": model.config.to_dict(),
+        "model": model.config.to_stored(),
         "train_seq_len": None,
         "steps": None,
         "tokens": None,

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -148,6 +149,51 @@ def test_train_resumes_a_finished_run_to_the_same_artifact(run: Path, config_fil
     result = pgolf_("train", "--config", folder / "config.toml", "--run-dir", folder, "--resume")
     assert result.exit_code == 0, result.output
     assert (folder / "model.pgolf").read_bytes() == (run / "model.pgolf").read_bytes()
+
+
+def test_seeds_are_runs_of_their_own_and_end_in_a_test(config_file: Path, small_corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    words = ("train", "--config", config_file, "--run-dir", folder, "--set", "train.iterations=2")
+    words += ("--data", small_corpus, "--seeds", "3,1", "--against", 99)
+    first = pgolf_(*words, "--json")
+    assert first.exit_code == 0, first.output
+    found = json.loads(first.stdout)
+    scores = [found["runs"][seed]["score_bpb"] for seed in ("3", "1")]
+    assert scores[0] != scores[1] and [found["runs"][seed]["seed"] for seed in ("3", "1")] == [3, 1]
+    assert (found["unit"], found["mean"]) == ("bits per byte", statistics.fmean(scores))
+    assert found["standard_deviation"] == statistics.stdev(scores)
+    assert found["t_test"]["reference"] == 99 and found["t_test"]["p_value"] < 0.01
+    alone = pgolf_(*words[:-4], "--run-dir", tmp_path / "alone", "--set", "train.seed=1")
+    assert alone.exit_code == 0, alone.output
+    artifact = (folder / "seed-1" / "model.pgolf").read_bytes()
+    assert artifact == (tmp_path / "alone" / "model.pgolf").read_bytes()
+
+    # A seed that is finished is not begun again; one that is not is.
+    kept = (folder / "seed-3" / "report.json").stat().st_mtime_ns
+    shutil.rmtree(folder / "seed-1")
+    again = pgolf_("train", "--run-dir", folder, "--data", small_corpus, "--seeds", "3,1", "--resume")
+    assert again.exit_code == 0, again.output
+    assert (folder / "seed-3" / "report.json").stat().st_mtime_ns == kept
+    assert (folder / "seed-1" / "model.pgolf").read_bytes() == artifact
+    assert re.search(r"standard deviation +\d\.\d{5}", again.stdout) and f"{found['mean']:.5f}" in again.stdout
+    taken = pgolf_(*words)
+    assert taken.exit_code == 2 and "seed-3" in taken.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--seeds", "1,x", "--run-dir", "r"], "'x' is not a seed"),
+        (["--seeds", "1,", "--run-dir", "r"], "'' is not a seed"),
+        (["--seeds", "1,2,1", "--run-dir", "r"], "a seed stands twice"),
+        (["--seeds", "1,2"], "--seeds needs the --run-dir"),
+        (["--against", "1.2", "--run-dir", "r"], "--against tests a mean"),
+        (["--seeds", "1", "--against", "1.2", "--run-dir", "r"], "at least two"),
+    ],
+)
+def test_seeds_that_cannot_be_run(config_file: Path, words: list[str], told: str) -> None:
+    result = pgolf_("train", "--config", config_file, *words)
+    assert result.exit_code == 2 and told in result.stderr
 
 
 def test_train_says_what_a_picture_needs(
@@ -636,7 +682,7 @@ def test_damaged_artifacts(
     ("arguments", "message"),
     [
         (["eval", "{tmp}/nothing"], "no such file or folder"),
-        (["eval", "{tmp}"], r"no run folder, as it holds no config\.toml"),
+        (["eval", "{tmp}"], r"not a run folder, as it holds no config\.toml"),
         (["eval", "{run}/model.pgolf"], "does not say on which data it was trained; give --data"),
         (["eval", "{run}", "--data", "{tmp}/no"], "no: no such data folder"),
         (["eval", "{run}", "--method", "tt"], "method is 'tt'"),

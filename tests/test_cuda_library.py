@@ -411,7 +411,7 @@ def stand_in_backend(path: Path) -> Path:
 #include "cuda/api.h"
 #include "cuda/head_width.h"
 using namespace pgolf;
-using namespace pgolf::border;
+using namespace pgolf::abi;
 static Text said;
 static Status fails(Status status, const char* what) noexcept {{ said.set(what); return status; }}
 static Status widths(void*, SublayerMemory*, const AttentionSublayer* op, bool) noexcept {{

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import pgolf
 from pgolf.cli.demo import measure_baselines, run_demo, spelled_text
-from pgolf.data import prepare as prepare_module
+from pgolf.data import preparation as prepare_module
 from pgolf.data.corpus import Corpus, Document
 from pgolf.data.folder import find_data
 from pgolf.data.tokenizer import Tokenizer

@@ -399,7 +399,7 @@ def test_tokenizers_that_the_manifest_contradicts(hub: HubStandIn, tmp_path: Pat
     with pytest.raises(FormatError, match="has 300 tokens; the export's manifest says 301"):
         fetch(hub, tmp_path)
     hub.files[MODEL] = b"no model"
-    with pytest.raises(FormatError, match=rf"{MODEL} of {REPO} is of no use: .*no SentencePiece model"):
+    with pytest.raises(FormatError, match=rf"{MODEL} of {REPO} is of no use: .*not a SentencePiece model"):
         fetch(hub, tmp_path)
 
 

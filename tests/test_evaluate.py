@@ -21,7 +21,7 @@ from tests.reference import evaluate as reference
 from tests.test_tokenizer import train
 
 # pgolf.evaluate, as an attribute of the package, is the function.
-evaluation = sys.modules["pgolf.evaluate"]
+evaluation = sys.modules["pgolf.scoring.evaluation"]
 
 VOCAB = 340
 BOS = 1

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pgolf.common import files as files_module
 from pgolf.common.files import atomic_write, naming
-from pgolf.data import files as files_module
 from pgolf.data.preparation import prepare
 from pgolf.data.shard_writer import ShardWriter
 from pgolf.data.train_tokenizer import train_tokenizer

@@ -13,13 +13,13 @@ import pytest
 import typer
 
 import pgolf
-from pgolf import checkpoint
 from pgolf.artifacts.artifact import read_artifact
 from pgolf.artifacts.container import ENCODINGS, unpack
 from pgolf.cli.app import app
 from pgolf.config import Config
 from pgolf.config.environment import VARIABLES
 from pgolf.data.manifest import Manifest
+from pgolf.runs import checkpoint
 from pgolf.runs.records import read_report
 from pgolf.training.trainer import Trainer
 from tests.runs import assert_same_state, last_json, log_of, pgolf_

@@ -94,7 +94,7 @@ def test_an_artifact(run: Path) -> None:
     summary = inspect_artifact(path)
     header, encoded = container.unpack(path)
     assert (summary.bytes, summary.limit_bytes, summary.version) == (path.stat().st_size, 16_000_000, 2)
-    assert summary.model.to_dict() == header["model"]
+    assert summary.model.to_stored() == header["model"]
     assert (summary.train_seq_len, summary.steps, summary.tokens, summary.seed) == (16, 6, 960, 42)
     assert (summary.pgolf, summary.zstd) == (pgolf.__version__, header["zstd"])
     assert summary.weights == pgolf.load(path).num_parameters
@@ -318,7 +318,7 @@ def test_losses_that_are_not_finite_are_not_drawn(run: Path, tmp_path: Path) -> 
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no run folder, as it holds no config\.toml"):
+    with pytest.raises(FileNotFoundError, match=r"not a run folder, as it holds no config\.toml"):
         inspect_run(tmp_path)
 
 

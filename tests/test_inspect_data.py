@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgolf.common.errors import FormatError
-from pgolf.data import inspect
+from pgolf.data import inspection as inspect
 from pgolf.data.folder import find_data
 from pgolf.data.inspection import SAMPLE_TOKENS, inspect_data
 from pgolf.data.preparation import prepare

@@ -623,9 +623,9 @@ def safetensors_file(header: Any, data: bytes = b"", size: int | None = None) ->
 def test_safetensors_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     f32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     cases = [
-        (safetensors_file({"a": f32}, b"\0" * 7), "no whole safetensors file"),
-        (safetensors_file({"a": f32}, b"\0" * 9), "no whole safetensors file"),
-        (safetensors_file({"a": {**f32, "shape": [1 << 62, 4]}}, b"\0" * 8), "no whole safetensors file"),
+        (safetensors_file({"a": f32}, b"\0" * 7), "not a whole safetensors file"),
+        (safetensors_file({"a": f32}, b"\0" * 9), "not a whole safetensors file"),
+        (safetensors_file({"a": {**f32, "shape": [1 << 62, 4]}}, b"\0" * 8), "not a whole safetensors file"),
         (safetensors_file({}, size=1 << 30), "the header claims 1,073,741,824 bytes; at most 1,048,576"),
         (safetensors_file({"a": {**f32, "dtype": "I64", "shape": [1]}}, b"\0" * 8), "'a' is of I64; F64, F32"),
         (safetensors_file({"a": f32}, b"\0\0\xc0\x7f" * 2), "the tensor 'a': it holds NaN or infinity"),
@@ -732,7 +732,7 @@ def test_wrong_requests(tmp_path: Path) -> None:
     model = small_model()
     for call, error, message in (
         (lambda: pgolf.load(tmp_path / "no.pt"), FileNotFoundError, "no.pt"),
-        (lambda: pgolf.load_state_dict(tmp_path), FileNotFoundError, "no run folder, as it holds no config.toml"),
+        (lambda: pgolf.load_state_dict(tmp_path), FileNotFoundError, "not a run folder, as it holds no config.toml"),
         (lambda: pgolf.save_state_dict(model, tmp_path / "x.pgolf"), ValueError, "ends with .pt or .safetensors"),
         (lambda: pgolf.save_state_dict(model, tmp_path / "no" / "x.pt"), FileNotFoundError, "There is no folder"),
         (lambda: pgolf.save_state_dict({"a": np.ones(2, int)}, tmp_path / "x.pt"), TypeError, "a has dtype int64"),

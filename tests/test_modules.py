@@ -195,3 +195,5 @@ def test_an_old_module_does_not_take_a_function_s_place() -> None:
         for name in ("evaluate", "inspect"):
             importlib.import_module(f"pgolf.{name}")
             assert callable(getattr(pgolf, name))
+        importlib.import_module("pgolf.submission.check")
+        assert callable(pgolf.submission.check)

@@ -14,7 +14,8 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from pgolf.cli.app import app
-from pgolf.cli.output import console_for, data_table, key_value_table, wrapped
+from pgolf.cli.output import console_for, data_table, key_value_table
+from pgolf.common.text import wrapped
 
 
 def verbs(command: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

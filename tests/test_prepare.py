@@ -25,7 +25,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from pgolf.common import errors
 from pgolf.data import documents as documents_module
 from pgolf.data import encode as encode_module
-from pgolf.data import prepare as prepare_module
+from pgolf.data import preparation as prepare_module
 from pgolf.data.corpus import MIN_VAL_BYTES, MIN_VAL_FRACTION, builtin_corpus
 from pgolf.data.documents import FileReader
 from pgolf.data.folder import find_data

@@ -24,7 +24,7 @@ from pgolf.data.shards import ShardSet
 from pgolf.data.tokenizer import Tokenizer
 from pgolf.submission import About, CheckReport, Refused, Settings, check, submit
 from pgolf.submission import rules as rules_module
-from pgolf.submission import write as write_module
+from pgolf.submission import writing as write_module
 from pgolf.submission.evidence import Timeline
 from pgolf.submission.rules import FOLDER_RULES, RUN_RULES
 from pgolf.training.trainer import Trainer

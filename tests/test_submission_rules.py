@@ -89,7 +89,7 @@ class Empty(RunFolder):
             code=path / "code.py",
             artifact=path / "model.pgolf",
             records=[],
-            header={"steps": 0, "tokens": 0, "seed": 1, "model": Config().model.to_dict()},
+            header={"steps": 0, "tokens": 0, "seed": 1, "model": Config().model.to_stored()},
             config=Config(),
             report=SimpleNamespace(
                 steps=0, tokens=0, seed=1, seconds=0.0, artifact_bytes=0, data={"train": 1, "val": 1}

@@ -7,7 +7,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "pgolf's native core: model, optimizer and quantiser.";
   py::register_exception_translator([](std::exception_ptr error) {
     const auto raise = [](const char* type, const char* message) {
-      const py::object cls = py::module_::import("pgolf.errors").attr(type);
+      const py::object cls = py::module_::import("pgolf.common.errors").attr(type);
       PyErr_SetString(cls.ptr(), message);
     };
     try {

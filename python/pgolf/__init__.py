@@ -12,8 +12,6 @@ Nothing heavy is imported before it is used: modules are when they are first nam
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pgolf import _moved
@@ -139,13 +137,5 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *_ROOMS})
 
 
-class _Package(ModuleType):
-    """A package whose functions keep their names: importing an old module of one's name does not take its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and name in __all__):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 _moved.install()
+_moved.keep_names(__name__)

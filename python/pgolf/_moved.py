@@ -101,5 +101,18 @@ class _Finder(MetaPathFinder, Loader):
         module.__spec__ = self._own  # in place of the old name's
 
 
+class _Package(ModuleType):
+    """A package whose public names stay what they are when an old module of such a name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and name in self.__all__):
+            super().__setattr__(name, value)
+
+
+def keep_names(package: str) -> None:
+    """For packages with a function that bears an old module's name: importing that module does not take its place."""
+    sys.modules[package].__class__ = _Package
+
+
 def install() -> None:
     sys.meta_path.append(_Finder())

@@ -49,7 +49,7 @@ def recipes_command(
 
 def _description(recipe: str) -> str:
     """The first sentence of the comment with which the recipe's file begins."""
-    lines = (resources.files("pgolf") / "recipes" / f"{recipe}.toml").read_text(encoding="utf-8").splitlines()
+    lines = (resources.files("pgolf.config") / "recipes" / f"{recipe}.toml").read_text(encoding="utf-8").splitlines()
     comment = []
     for line in lines:
         if not line.startswith("#"):

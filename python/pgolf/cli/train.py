@@ -6,10 +6,11 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import count
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,9 +34,11 @@ from pgolf.config import Config, parse_override
 from pgolf.runs.run_folder import data_path
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from pgolf.runs.records import Report
+    from pgolf.submission.ttest import TTest
     from pgolf.training.trainer import Trainer
 
 
@@ -78,35 +81,98 @@ def train_command(
         Path | None,
         typer.Option("--code", metavar="FILE", help="The script whose bytes count beside the artifact's."),
     ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            "--seeds",
+            metavar="N,N,…",
+            help="A run for each seed, one after the other, in the run folder's seed-N; --resume goes on with them.",
+        ),
+    ] = None,
+    against: Annotated[
+        float | None,
+        typer.Option("--against", metavar="BPB", help="With --seeds: test whether the mean score is below this one."),
+    ] = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model by a recipe: train, average, export, reload, score.
+
+    With --seeds several times, ending in mean, standard deviation and, --against a score, a one-sided t-test.
 
     Ctrl-C once writes a checkpoint and prints the command that goes on from it; twice ends at once. So do SIGTERM and
     a terminal that is closed.
 
     Example: pgolf train --recipe tiny --data data/demo --run-dir runs/demo --set train.max_wallclock_seconds=60
     """
-    from pgolf.report.progress import run_with_progress
-    from pgolf.training.trainer import Trainer
-
     if resume and run_dir is None:
         raise ValueError("--resume needs the --run-dir of the run to go on with.")
+    from pgolf.runs.records import read_report
+
+    sweep = None if seeds is None else parse_seeds(seeds)
+    if sweep is not None and run_dir is None:
+        raise ValueError("--seeds needs the --run-dir in which each seed has its folder.")
+    if against is not None and (sweep is None or len(sweep) < 2):
+        raise ValueError("--against tests a mean: it needs --seeds with at least two of them.")
     if no_run_dir and run_dir is not None:
         raise ValueError(f"--run-dir {run_dir} and --no-run-dir are both given; give one of the two.")
     values = dict(parse_override(text) for text in overrides or [])
     given = {"data_path": data, "tokenizer_path": tokenizer, "replay": replay_schedule}
     values |= {f"train.{key}": str(path) for key, path in given.items() if path is not None}
-    config = _configuration(recipe, config_file, run_dir if resume else None, values)
+    first = run_dir if sweep is None or run_dir is None else _begun_first(run_dir, sweep)
+    config = _configuration(recipe, config_file, first if resume else None, values)
     if code is not None and not code.is_file():
         raise FileNotFoundError(f"{code}: no such script, whose bytes could be counted.")
-    known = data_path(run_dir, config) if resume and run_dir is not None and "train.data_path" not in values else None
+    known = data_path(first, config) if resume and first is not None and "train.data_path" not in values else None
     if known is not None:
         there(known, "data folder", "--data")
     use_threads(threads)
     console = console_for(as_json)
-    with watched_interrupts(console) as watch, _run_folder(run_dir, no_run_dir, recipe, config_file) as folder:
+    options = _options({"--device": device, "--threads": threads, "--code": code}) + ["--json"] * as_json
+    if sweep is not None and run_dir is not None:
+        assert seeds is not None
+        options = _options({"--seeds": seeds, "--against": against}) + options
+        runs = {}
+        for seed in sweep:
+            folder = run_dir / f"seed-{seed}"
+            done = read_report(folder / "report.json") if resume else None  # a finished run is not begun again
+            if done is None:
+                console.print(f"Seed {seed}, in {folder}:", soft_wrap=True)
+                mine, begun = config.override({"train.seed": seed}), resume and (folder / "config.toml").is_file()
+                done = _train(mine, _Folder(folder), device, begun, code, console, run_dir, options)
+                console.print(report_table(done))
+            runs[seed] = done
+        found = Sweep.of(runs, against)
+        console.print(found.table())
+        if as_json:
+            print_json({"run_dir": str(run_dir), **found.to_dict()})
+        return
+    with _run_folder(run_dir, no_run_dir, recipe, config_file) as folder_made:
+        report = _train(config, folder_made, device, resume, code, console, folder_made.path, options)
+    run_dir = folder_made.path
+    console.print(report_table(report))
+    if run_dir is not None:
+        console.print(_picture(run_dir), soft_wrap=True)
+        console.print(f"The run is in {run_dir}.", soft_wrap=True)
+    if as_json:
+        print_json({"run_dir": None if run_dir is None else str(run_dir), **report.to_dict()})
+
+
+def _train(
+    config: Config,
+    folder: _Folder,
+    device: str | None,
+    resume: bool,
+    code: Path | None,
+    console: Console,
+    resumed: Path | None,
+    options: list[str],
+) -> Report:
+    """One run. resumed, options: of the command that goes on after an interruption."""
+    from pgolf.report.progress import run_with_progress
+    from pgolf.training.trainer import Trainer
+
+    with watched_interrupts(console) as watch:
         with requested_device():
             trainer = Trainer(config, run_dir=folder.path, device=device, resume=resume)
         try:
@@ -116,20 +182,79 @@ def train_command(
                 console.print(f"No --run-dir was given: the run is kept in {folder.path}.")
             if (warning := slow_run(trainer)) is not None:
                 warnings.warn(warning, stacklevel=2)
-            report = run_with_progress(trainer, console, code)
+            return run_with_progress(trainer, console, code)
         except (KeyboardInterrupt, Exception) as error:
             if isinstance(error, BrokenPipeError):
                 raise
             cause = Signalled(signal.SIGHUP) if watch.hung_up(error) else error
-            options = _options({"--device": device, "--threads": threads, "--code": code}) + ["--json"] * as_json
-            raise Stopped(cause, _keep(trainer, cause, options)) from error
-    run_dir = folder.path
-    console.print(report_table(report))
-    if run_dir is not None:
-        console.print(_picture(run_dir), soft_wrap=True)
-        console.print(f"The run is in {run_dir}.", soft_wrap=True)
-    if as_json:
-        print_json({"run_dir": None if run_dir is None else str(run_dir), **report.to_dict()})
+            raise Stopped(cause, _keep(trainer, cause, resumed, options)) from error
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds in "1337,42,7"; raises ValueError where one is not a whole number from 0 on, or stands twice."""
+    seeds = []
+    for part in text.split(","):
+        if not part.strip().isdecimal():
+            raise ValueError(f"--seeds {text}: {part!r} is not a seed; expected whole numbers and commas.")
+        seeds.append(int(part))
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds {text}: a seed stands twice; every run needs its own.")
+    return seeds
+
+
+def _begun_first(run_dir: Path, seeds: list[int]) -> Path:
+    """The first seed's folder that has a configuration; else that of the first seed."""
+    folders = [run_dir / f"seed-{seed}" for seed in seeds]
+    return next((folder for folder in folders if (folder / "config.toml").is_file()), folders[0])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of several seeds. unit: what scores are in, "bits per byte", or without a tokenizer "nats per token"."""
+
+    runs: dict[int, Report]
+    unit: str
+    scores: list[float]
+    test: TTest | None
+
+    @classmethod
+    def of(cls, runs: dict[int, Report], against: float | None) -> Sweep:
+        """against: the score that the mean is tested to be below, in the scores' unit; None: no test."""
+        from pgolf.submission.ttest import below
+
+        scores = [report.score_bpb for report in runs.values() if report.score_bpb is not None]
+        unit = "bits per byte"
+        if len(scores) < len(runs):
+            scores, unit = [report.score_loss for report in runs.values()], "nats per token"
+        return cls(runs, unit, scores, None if against is None else below(scores, against))
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.scores)
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation of a seed's score, with n − 1; None for one seed."""
+        return stdev(self.scores) if len(self.scores) > 1 else None
+
+    def table(self) -> Table:
+        rows = [(f"seed {seed}", f"{score:.4f}") for seed, score in zip(self.runs, self.scores, strict=True)]
+        rows.append((f"mean, {self.unit}", f"{self.mean:.5f}"))
+        if self.deviation is not None:
+            rows.append(("standard deviation", f"{self.deviation:.5f}"))
+        if self.test is not None:
+            rows.append((f"mean below {self.test.reference:g}: t, df", f"{self.test.statistic:.2f}, {self.test.df:g}"))
+            rows.append(("  p (one-sided)", f"{self.test.p_value:.2g}"))
+        return key_value_table("Seeds", rows)
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "runs": {str(seed): report.to_dict() for seed, report in self.runs.items()},
+            "unit": self.unit,
+            "mean": self.mean,
+            "standard_deviation": self.deviation,
+            "t_test": None if self.test is None else asdict(self.test),
+        }
 
 
 @dataclass(frozen=True)
@@ -225,9 +350,9 @@ def _options(values: dict[str, object]) -> list[str]:
     return [str(word) for name, value in values.items() if value is not None for word in (name, value)]
 
 
-def _keep(trainer: Trainer, error: BaseException, options: list[str]) -> str:
-    """Writes the state where it is whole, and says how to go on from what is kept."""
-    if trainer.run_dir is None:
+def _keep(trainer: Trainer, error: BaseException, resumed: Path | None, options: list[str]) -> str:
+    """Writes the state where it is whole, and says how to go on from what is kept: with the folder `resumed`."""
+    if trainer.run_dir is None or resumed is None:
         return "Nothing of the run is kept, since it has no run folder (--run-dir)."
     folder = trainer.run_dir / "checkpoint"
     trouble = ""
@@ -241,7 +366,7 @@ def _keep(trainer: Trainer, error: BaseException, options: list[str]) -> str:
     step = _newest_step(folder)
     if step is None:
         return f"{trouble}There is no checkpoint to go on from."
-    return f"{trouble}To go on after step {step:,}:\n    {resume_command(trainer.run_dir, *options)}"
+    return f"{trouble}To go on after step {step:,}:\n    {resume_command(resumed, *options)}"
 
 
 def _newest_step(folder: Path) -> int | None:

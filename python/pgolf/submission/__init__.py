@@ -9,6 +9,7 @@ rules.py holds the rules, one small function each; docs/submission.md says what 
 
 from __future__ import annotations
 
+from pgolf import _moved
 from pgolf.submission.checking import check as check
 from pgolf.submission.evidence import Settings as Settings
 from pgolf.submission.verdict import CheckReport as CheckReport
@@ -19,3 +20,5 @@ from pgolf.submission.writing import Written as Written
 from pgolf.submission.writing import submit as submit
 
 __all__ = ["About", "CheckReport", "Finding", "Refused", "Settings", "Written", "check", "submit"]
+
+_moved.keep_names(__name__)
