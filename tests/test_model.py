@@ -378,7 +378,7 @@ def test_batches_larger_than_a_native_call(monkeypatch: pytest.MonkeyPatch) -> N
     ids, targets = tokens(config, 5, 9)
     losses, logits = model.token_losses(ids, targets), model.logits(ids)
     loss, gradients = model.loss_and_grads(ids, targets)
-    monkeypatch.setattr(pgolf.model, "_CALL_TOKENS", 20)  # parts of 2, 2 and 1 sequences
+    monkeypatch.setattr(pgolf.model.gpt, "_CALL_TOKENS", 20)  # parts of 2, 2 and 1 sequences
     parts = [slice(0, 2), slice(2, 4), slice(4, 5)]
     alone = [(model.token_losses(ids[p], targets[p]), model.logits(ids[p])) for p in parts]
     assert np.array_equal(model.token_losses(ids, targets), np.concatenate([a for a, _ in alone]))

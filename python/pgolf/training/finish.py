@@ -104,7 +104,14 @@ def _finish(trainer: Trainer, folder: Path, progress: Progress, code: str | os.P
 def score_as_configured(
     model: Model, validation: ValidationData, config: Config, progress: Progress | None = None
 ) -> Score:
-    """The score of a loaded artifact by the configuration's [eval] table: what a run reports, and a check repeats."""
+    """The score of a loaded artifact by the configuration's [eval] table: what a run reports, and a check repeats.
+
+    Args:
+        progress: called as progress("score", windows done, windows in all).
+
+    Raises:
+        What `pgolf.evaluate` raises.
+    """
     return evaluate(
         model,
         validation,
