@@ -12,8 +12,9 @@ import sys
 import numpy as np
 
 from pgolf import _C, ops
+from pgolf.artifacts.quantize import qat_clips
 from pgolf.config import NEWTON_SCHULZ, Config, ModelConfig
-from pgolf.model import GPT
+from pgolf.model import GPT, parameter_shapes
 from pgolf.scoring.evaluation import evaluate
 from pgolf.training.trainer import step_settings
 
@@ -45,6 +46,7 @@ def train(dtype: str, changes: dict[str, object], adapts: bool) -> None:
     model = GPT(config, seed=1, device="cuda", dtype=dtype)
     april = bool(config.num_loops)
     polynomials = NEWTON_SCHULZ["polar_express" if april else "keller_jordan"]
+    model._native.set_qat_clips(qat_clips(parameter_shapes(config), Config().export.policy))
     optimizer = _C.Optimizer(model._native, 5, polynomials, april)
     rng = np.random.default_rng(0)
     for step in range(2):

@@ -311,6 +311,17 @@ def test_a_stored_model_table_leaves_out_younger_keys_that_do_nothing() -> None:
     assert with_younger_keys(older) == tables
 
 
+def test_a_file_that_an_older_pgolf_wrote_keeps_what_it_ran_with(tmp_path: Path) -> None:
+    golden = Path(__file__).with_name("golden") / "half" / "config.toml"
+    assert Config().train.qat_grid == "export"
+    assert Config.from_toml(golden).train.qat_grid == "fixed"
+    assert Config.from_toml(golden, {"train.qat_grid": "export"}).train.qat_grid == "export"
+    text = golden.read_text(encoding="utf-8")
+    assert Config.from_toml(write(tmp_path / "new.toml", Config().to_toml())).train.qat_grid == "export"
+    mine = write(tmp_path / "mine.toml", text.replace("adam_eps", "# adam_eps"))  # not whole: nobody's but a person's
+    assert Config.from_toml(mine).train.qat_grid == "export"
+
+
 # TOML
 
 texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=12)

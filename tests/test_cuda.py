@@ -30,7 +30,7 @@ from pgolf.system import speed
 from pgolf.training.trainer import Trainer
 from tests.conftest import CORPUS_VOCAB
 from tests.places import GPU_DTYPES, GPU_PLACES, Place
-from tests.reference.model import ReferenceGPT, perturb
+from tests.reference.model import ReferenceGPT, perturb, qat_clips
 from tests.reference.rng import init_state
 from tests.runs import assert_same_state
 from tests.test_model import assert_gradients_close, relative, tokens
@@ -141,6 +141,7 @@ def test_late_qat(dtype: str) -> None:
     results = []
     for device in ("cuda", "cpu"):
         native = made(config, state, device, dtype)._native
+        native.set_qat_clips(qat_clips(config))
         for qat in (False, True):
             native.begin_step(qat)
             native.micro_step(ids.astype(np.int32), targets.astype(np.int32), 1.0 / ids.size)

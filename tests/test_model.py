@@ -194,6 +194,7 @@ def test_late_qat_equals_the_reference(case: str, dtype: str, tolerance: float) 
     assert abs(expected - plain[0]) > 5e-5 * plain[0]  # else this would test nothing
 
     native = model._native
+    native.set_qat_clips(qat_clips(config))
     native.begin_step(True)
     native.micro_step(ids.astype(np.int32), targets.astype(np.int32), 1.0 / ids.size)
     native.end_step()
@@ -207,9 +208,23 @@ def test_late_qat_equals_the_reference(case: str, dtype: str, tolerance: float) 
         assert np.array_equal(value, state[name].astype(dtype))
 
 
+def test_clips_that_cannot_be_set_are_named() -> None:
+    model = GPT(tiny(), seed=1)
+    with pytest.raises(ValueError, match="clip of blocks.0.mlp.fc.weight is 128; expected 0, or for a matrix"):
+        model._native.set_qat_clips({"blocks.0.mlp.fc.weight": 128})
+    with pytest.raises(ValueError, match="clip of blocks.0.attn_scale is 15"):
+        model._native.set_qat_clips({"blocks.0.attn_scale": 15})
+    with pytest.raises(ValueError, match="no parameter named blocks.9"):
+        model._native.set_qat_clips({"blocks.9": 15})
+    model._native.begin_step(True)
+    with pytest.raises(ValueError, match="before the first one"):
+        model._native.set_qat_clips({})
+
+
 def test_late_qat_of_rows_of_zeros_is_finite() -> None:
     config = tiny()
     model = GPT(config, seed=1)
+    model._native.set_qat_clips(qat_clips(config))
     ids, targets = tokens(config, 2, 9)
     model._native.begin_step(True)
     model._native.micro_step(ids.astype(np.int32), targets.astype(np.int32), 1.0)
@@ -631,6 +646,7 @@ def test_memory_table() -> None:
     )
     model.loss_and_grads(ids, targets)
     model.logits(ids[:1])
+    model._native.set_qat_clips(qat_clips(model.config))
     model._native.begin_step(True)
     rows = dict(model.memory_table())
     assert {

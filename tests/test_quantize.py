@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pgolf.artifacts.quantize import dequantize_rows, encode_plan, prune_weights, quantize_rows
+from pgolf.artifacts.quantize import dequantize_rows, encode_plan, prune_weights, qat_clips, quantize_rows
 from tests.reference import quant as reference
 
 POLICY = [("tok_emb.*", "fp16"), ("*.mlp.*", "int5"), ("*.attn.*", "int6"), ("*", "int8")]
@@ -231,6 +231,25 @@ def test_bad_arguments_of_quantize_rows(error, message, w, arguments):
 def test_bad_arguments_of_dequantize_rows(error, message, q, scale):
     with pytest.raises(error, match=message):
         dequantize_rows(q, scale)
+
+
+def test_late_qat_s_grids_are_the_policy_s():
+    shapes = {"tok_emb.weight": (9, 4), "blocks.0.attn.c_k.weight": (4, 4), "blocks.0.attn.q_gain": (4,)}
+    shapes |= {"blocks.0.mlp.fc.weight": (8, 4), "blocks.1.mlp.fc.weight": (8, 4), "bigram.proj.weight": (4, 4)}
+    policy = [("blocks.0.attn.*", "fp16"), ("blocks.1.*", "int5"), ("*.mlp.*", "int6"), ("*.attn.*", "int6")]
+    everywhere = [("*", "int6")]
+    assert qat_clips(shapes, policy) == {
+        "blocks.0.attn.c_k.weight": 31,  # kept as fp16, trained as its like
+        "blocks.0.mlp.fc.weight": 31,
+        "blocks.1.mlp.fc.weight": 15,
+    }
+    assert qat_clips(shapes, [("blocks.0.*", "rms:4.5"), *everywhere]) == {"blocks.1.mlp.fc.weight": 31}
+    assert qat_clips(shapes, [("blocks.1.*", "int8"), *everywhere]).keys() == {
+        "blocks.0.attn.c_k.weight",
+        "blocks.0.mlp.fc.weight",
+    }
+    assert qat_clips(shapes, [("*.attn.*", "int6")]) == {"blocks.0.attn.c_k.weight": 31}
+    assert qat_clips(shapes, [("*", "fp16")]) == {}
 
 
 def test_encode_plan_in_order():

@@ -716,6 +716,7 @@ def test_common_steps(recipe: str, tied: bool, data: Path, monkeypatch: pytest.M
         matrix_lr=number(ROWS["matrix lr"][recipe]),
         muon_coefficients=[(3.4445, -4.7750, 2.0315)],
         muon_row_normalize=False,
+        qat_grid="export",
         enable_looping_at=0.0,
         muon_weight_decay=0.04,
         weight_decay=number(ROWS["AdamW decay"][recipe]),

@@ -26,6 +26,7 @@ from pgolf.scoring.evaluation import evaluate
 from pgolf.training.trainer import Trainer
 from tests.conftest import CORPUS_VOCAB
 from tests.reference import evaluate as reference_evaluate
+from tests.reference import model as reference_model
 from tests.reference.model import ReferenceGPT, perturb
 from tests.reference.quant import quantize_state
 from tests.reference.rng import init_state
@@ -216,6 +217,30 @@ def test_late_qat_in_float64(small_corpus: Path, start: float, monkeypatch: pyte
     for record, step in steps:
         assert record.loss == pytest.approx(step.loss, rel=1e-12)
     assert_weights_close(pair.trainer.model.state_dict(), pair.reference.state(), 1e-10)
+
+
+def test_late_qat_trains_on_the_export_s_grid(small_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An MLP that is exported as int6 trains on the int6 grid, and attention that is not exported on one on none."""
+    use_float64(monkeypatch)
+    policy = [["blocks.0.mlp.*", "fp16"], ["*.mlp.*", "int6"], ["*.attn.*", "rms:4"], ["*", "int8"]]
+    config = averaging(iterations=3, warmdown_iters=2, qat_start_frac=0.0).override({"export.policy": policy})
+
+    def clips(cfg: Any) -> dict[str, int]:
+        return {name: 31 for name, clip in reference_model.qat_clips(cfg).items() if ".mlp." in name}
+
+    monkeypatch.setattr("tests.reference.trainer.qat_clips", clips)
+    pair = Pair(config, small_corpus)
+    for record, step in pair.train():
+        assert record.qat and record.loss == pytest.approx(step.loss, rel=1e-12)
+    assert_weights_close(pair.trainer.model.state_dict(), pair.reference.state(), 1e-10)
+
+
+def test_late_qat_on_the_fixed_grid(small_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_float64(monkeypatch)
+    changes = {"export.policy": [["*", "int8"]], "train.qat_grid": "fixed"}
+    config = averaging(iterations=2, warmdown_iters=2, qat_start_frac=0.0).override(changes)
+    for record, step in Pair(config, small_corpus).train():
+        assert record.qat and record.loss == pytest.approx(step.loss, rel=1e-12)
 
 
 def test_late_qat_in_float32(small_corpus: Path) -> None:

@@ -271,6 +271,15 @@ void bind_model(py::module_& m) {
             return out;
           },
           py::arg("ticket"), py::arg("batch_seqs"), py::arg("count"))
+      .def(
+          "set_qat_clips",
+          [](NativeModel& self, const std::map<std::string, int>& by_name) {
+            std::vector<int> clips(self.gpt->table().size(), 0);
+            for (const auto& [name, clip] : by_name) clips[self.gpt->index_of(name)] = clip;
+            std::lock_guard lock(self.mutex);
+            self.gpt->set_qat_clips(clips);
+          },
+          py::arg("clips"))
       .def_property(
           "looping", [](NativeModel& self) { return self.gpt->looping(); },
           [](NativeModel& self, bool looping) {

@@ -58,8 +58,8 @@ ParameterTable parameter_table(const ModelConfig& c) {
   ParameterTable table;
   const std::int64_t d = c.model_dim, F = c.mlp_hidden, kv = c.num_kv_heads * c.head_dim();
   const auto add = [&](std::string name, std::vector<std::int64_t> shape, Group group, Init init, double value = 0,
-                       int qat_clip = 0, std::optional<std::size_t> scale = {}) {
-    table.specs.push_back({std::move(name), std::move(shape), group, init, value, qat_clip, scale, false});
+                       std::optional<std::size_t> scale = {}) {
+    table.specs.push_back({std::move(name), std::move(shape), group, init, value, scale, false});
     return table.specs.size() - 1;
   };
 
@@ -74,20 +74,19 @@ ParameterTable parameter_table(const ModelConfig& c) {
   }
   table.smear_gate = add("smear.gate", {d}, kScalar, Init::zero);
   table.skip_weights = add("skip_weights", {c.num_skips(), d}, kScalar, Init::one);
-  constexpr int kInt5 = 15, kInt6 = 31;
   for (std::int64_t i = 0; i < c.num_layers; ++i) {
     const std::string block = block_name(i);
     ParameterTable::Layer layer;
     layer.resid_mix = add(block + "resid_mix", {2, d}, kScalar, Init::residual_mix);
     const std::size_t attn_scale = add(block + "attn_scale", {d}, kScalar, Init::one);
     const std::size_t mlp_scale = add(block + "mlp_scale", {d}, kScalar, Init::one);
-    layer.wq = add(block + "attn.c_q.weight", {d, d}, kMatrix, Init::orthogonal, 1.0, kInt6);
-    layer.wk = add(block + "attn.c_k.weight", {kv, d}, kMatrix, Init::orthogonal, 1.0, kInt6);
-    layer.wv = add(block + "attn.c_v.weight", {kv, d}, kMatrix, Init::orthogonal, 1.0, kInt6);
-    layer.wo = add(block + "attn.proj.weight", {d, d}, kMatrix, Init::zero, 0, kInt6, attn_scale);
+    layer.wq = add(block + "attn.c_q.weight", {d, d}, kMatrix, Init::orthogonal, 1.0);
+    layer.wk = add(block + "attn.c_k.weight", {kv, d}, kMatrix, Init::orthogonal, 1.0);
+    layer.wv = add(block + "attn.c_v.weight", {kv, d}, kMatrix, Init::orthogonal, 1.0);
+    layer.wo = add(block + "attn.proj.weight", {d, d}, kMatrix, Init::zero, 0, attn_scale);
     layer.q_gain = add(block + "attn.q_gain", {c.num_heads}, kScalar, Init::constant, c.qk_gain_init);
-    layer.up = add(block + "mlp.fc.weight", {F, d}, kMatrix, Init::orthogonal, 1.0, kInt5);
-    layer.down = add(block + "mlp.proj.weight", {d, F}, kMatrix, Init::zero, 0, kInt5, mlp_scale);
+    layer.up = add(block + "mlp.fc.weight", {F, d}, kMatrix, Init::orthogonal, 1.0);
+    layer.down = add(block + "mlp.proj.weight", {d, F}, kMatrix, Init::zero, 0, mlp_scale);
     table.specs[layer.down].mlp_down = true;
     table.layers.push_back(layer);
   }

@@ -45,7 +45,6 @@ struct ParameterSpec {
   Group group;
   Init init;
   double init_value;                 // the constant; the standard deviation; the factor on an orthogonal matrix
-  int qat_clip;                      // 15, 31, or 0: never fake-quantised
   std::optional<std::size_t> scale;  // a projection: the vector that multiplies its rows
   bool mlp_down;                     // its working copy is multiplied by Backend::mlp_down_factor
 

@@ -82,6 +82,7 @@ GPT::GPT(const ModelConfig& config, std::unique_ptr<Backend> backend, std::optio
   for (const bool looping : {false, true}) passes_[looping] = passes_of(config_, looping);
   looping_ = config_.num_loops > 0;
   check_heads();
+  qat_clips_.assign(table_.specs.size(), 0);
   weights_.allocate(*backend_, table_.specs, backend_->master_dtype());
   std::vector<ParameterSpec> copied = table_.specs;
   for (std::size_t i = 0; i < copied.size(); ++i)
@@ -157,7 +158,17 @@ GPT::Reads GPT::reads(std::size_t index, bool qat) const {
   const ParameterSpec& spec = table_.specs[index];
   if (spec.group == kScalar) return Reads::itself;
   if (backend_->rounds() || spec.scale) return Reads::working;
-  return qat && spec.qat_clip ? Reads::quantized : Reads::itself;
+  return qat && qat_clips_[index] ? Reads::quantized : Reads::itself;
+}
+
+void GPT::set_qat_clips(const std::vector<int>& clips) {
+  require(clips.size() == table_.specs.size(), "There are ", clips.size(), " clips for late QAT; expected ",
+          table_.specs.size(), ", one for each parameter.");
+  require(copy_list_[1].empty(), "A step with late QAT has begun; its clips are set before the first one.");
+  for (std::size_t i = 0; i < clips.size(); ++i)
+    require(clips[i] == 0 || (clips[i] > 0 && clips[i] <= 127 && table_.specs[i].group == kMatrix), "The clip of ",
+            table_.specs[i].name, " is ", clips[i], "; expected 0, or for a matrix a number up to 127.");
+  qat_clips_ = clips;
 }
 
 double GPT::copy_factor(std::size_t index) const {
@@ -178,7 +189,7 @@ void GPT::make_copies(bool qat) {
       const Reads kind = reads(i, qat);
       if (kind == Reads::itself || weights_[i].size() == 0) continue;
       const ParameterSpec& spec = table_.specs[i];
-      list.push_back({weights_[i], spec.scale ? weights_[*spec.scale] : TensorView(), qat ? spec.qat_clip : 0,
+      list.push_back({weights_[i], spec.scale ? weights_[*spec.scale] : TensorView(), qat ? qat_clips_[i] : 0,
                       copy_factor(i), kind == Reads::working ? working_[i] : quantized_[i]});
     }
   }
@@ -419,7 +430,7 @@ void GPT::end_step() {
     for (std::size_t i = 0; i < table_.specs.size(); ++i) {
       const ParameterSpec& spec = table_.specs[i];
       if (!spec.scale) continue;
-      list.push_back({weights_[i], weights_[*spec.scale], qat_ ? spec.qat_clip : 0, copy_factor(i), grads_[i],
+      list.push_back({weights_[i], weights_[*spec.scale], qat_ ? qat_clips_[i] : 0, copy_factor(i), grads_[i],
                       grads_[*spec.scale]});
     }
   backend_->finish_projections(list);

@@ -97,6 +97,10 @@ class GPT {
   int losses_later(const std::int32_t* ids, const std::int32_t* targets, std::int64_t B, std::int64_t T,
                    std::int64_t first);
 
+  // Late QAT's largest integer for every parameter of the table, 0: never fake-quantised, as all are at first. Before
+  // the first step with it.
+  void set_qat_clips(const std::vector<int>& clips);
+
   // A training step: begin_step, micro_step for each part of the batch, end_step; then the gradients stand in
   // grads(), times values()->loss_scale, and the sum of the losses in values()->loss_sum. loss_scale is 1/(tokens of
   // the step) for a mean. Nothing is allocated from the second step of a shape on, and no call waits for the backend.
@@ -142,6 +146,7 @@ class GPT {
   ModelConfig config_;
   std::unique_ptr<Backend> backend_;  // outlives the memory below
   ParameterTable table_;
+  std::vector<int> qat_clips_;   // of every parameter
   std::vector<Pass> passes_[2];  // without and with loops
   bool looping_ = false;
   ParameterSet weights_, grads_;

@@ -32,6 +32,9 @@ class Model:
         """`losses` without waiting for a GPU; returns a ticket for `wait_losses`. At most a MiB of losses."""
 
     def wait_losses(self, ticket: int, batch_seqs: int, count: int) -> _Floats: ...
+    def set_qat_clips(self, clips: dict[str, int]) -> None:
+        """The largest integer of the matrices that steps with late QAT fake-quantise; before the first such step."""
+
     looping: bool
     """Whether the layers run with their loops."""
 

@@ -121,6 +121,35 @@ def prune_weights(w: Float32Array, fraction: float) -> Float32Array:
     return pruned
 
 
+FIXED_GRID = (("*.mlp.*", "int5"), ("*.attn.*", "int6"))
+"""The policy by which late QAT trains where `train.qat_grid` is "fixed"."""
+
+
+def qat_clips(shapes: Mapping[str, tuple[int, ...]], policy: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """The largest integer of each matrix that late QAT trains on the grid of its export (docs/spec.md §3).
+
+    Those are the matrices `*.mlp.*` and `*.attn.*` to which the policy's first int5 or int6 rule that matches applies,
+    whatever float rules come before it: a matrix that is kept as fp16 trains as its like do. Others are left alone.
+
+    Args:
+        shapes: shape by tensor name.
+        policy: ordered (pattern, encoding) pairs.
+
+    Returns:
+        15 (int5) or 31 (int6) by name.
+    """
+    clips = {"int5": 15, "int6": 31}
+    grids = [(pattern, encoding) for pattern, encoding in policy if encoding not in ("fp16", "fp32")]
+    found = {}
+    for name, shape in shapes.items():
+        if len(shape) != 2 or not any(fnmatchcase(name, kind) for kind in ("*.mlp.*", "*.attn.*")):
+            continue
+        encoding = next((encoding for pattern, encoding in grids if fnmatchcase(name, pattern)), None)
+        if encoding in clips:
+            found[name] = clips[encoding]
+    return found
+
+
 def encode_plan(
     shapes: Mapping[str, tuple[int, ...]],
     policy: Sequence[tuple[str, str]],

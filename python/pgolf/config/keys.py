@@ -439,6 +439,9 @@ class TrainConfig(_Table):
     ema_decay: float = _key(0.0, _below_one)
     # Share of the time limit (without one, of N) from which late QAT is on; 0: always, 1: never. [§3]
     qat_start_frac: float = _key(1.0, _fraction)
+    # The integers that late QAT trains on. export: each matrix's own in export.policy; fixed: int5 in MLPs, int6 in
+    # attention, whatever the policy says, as runs did that were begun before there was this key. [§3]
+    qat_grid: str = _key("export", _choice("export", "fixed"), absent="fixed")
     # Share of the time limit (without one, of N) from which the model's loops are on; 0: always. [§3]
     enable_looping_at: float = _key(0.0, _fraction, absent=0.0)
     # Steps between validations; 0: only at the end. [§3]
@@ -564,12 +567,13 @@ class Config:
         """The configuration in a TOML file, with single values replaced as in ``from_recipe``.
 
         The file may say ``extends = "base"`` (a recipe) or ``extends = "other.toml"`` (a file, relative to this one);
-        then it needs to hold only what differs. Without it, missing keys have the defaults.
+        then it needs to hold only what differs. Without it, missing keys have the defaults; but a file that holds every
+        key that an older pgolf knew is one that it wrote, and younger keys have the values that it ran with.
 
         Raises FileNotFoundError, FormatError for a file that is not TOML, extends itself or has unknown keys (the
         nearest is named), and ValueError for impossible values, all named.
         """
-        tables = _overlay(_load(Path(path)), _tables_of(overrides or {}))
+        tables = _overlay(_as_written(_load(Path(path))), _tables_of(overrides or {}))
         try:
             return cls._checked(tables)
         except ValueError as error:
@@ -713,6 +717,16 @@ def _tables_of(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             problems.append(_unknown_key(full_key))
     _raise(problems)
     return tables
+
+
+def _as_written(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A file's tables; where they hold every key that has always been there, with the values of the younger ones."""
+    old = {
+        name: {item.name for item in fields(table) if item.metadata.get("absent", _NO_VALUE) is _NO_VALUE}
+        for name, table in _TABLES.items()
+    }
+    complete = all(tables.get(name, {}).keys() >= keys for name, keys in old.items())
+    return with_younger_keys(tables) if complete else tables
 
 
 def with_younger_keys(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

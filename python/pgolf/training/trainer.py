@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from pgolf import _C
+from pgolf.artifacts.quantize import FIXED_GRID, qat_clips
 from pgolf.common.errors import DeviceError, FormatError, NonFiniteError
 from pgolf.common.files import atomic_write, naming, remove_partials
 from pgolf.common.types import Progress
@@ -37,7 +38,7 @@ from pgolf.data.declared import RUN, Record, Split, record_of_split
 from pgolf.data.folder import find_data
 from pgolf.data.shards import ShardSet
 from pgolf.data.tokenizer import Tokenizer
-from pgolf.model import GPT
+from pgolf.model import GPT, parameter_shapes
 from pgolf.runs import checkpoint, run_folder
 from pgolf.runs.records import Report, StepRecord
 from pgolf.scoring.evaluation import ValidationData, evaluate, plan_windows
@@ -138,6 +139,9 @@ class Trainer:
         self.model.scoring = config.eval.scoring(config.eval_seq_len)
         self.model.record = self._record()
         self._native = self.model._native
+        if train.qat_start_frac < 1:
+            policy = config.export.policy if train.qat_grid == "export" else FIXED_GRID
+            self._native.set_qat_clips(qat_clips(parameter_shapes(model), policy))
         rule = (train.muon_backend_steps, train.muon_coefficients, train.muon_row_normalize)
         self._optimizer = _C.Optimizer(self._native, *rule)
         self._loops = model.num_loops > 0
