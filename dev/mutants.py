@@ -256,7 +256,8 @@ def _with_tools() -> dict[str, str]:
 class Results:
     """What was found so far, by mutant: dev/mutants.done, committed, so that the list is run over several days.
 
-    A result is good while the mutant, the file that it bends and the file of the test that caught it stay as they are.
+    A result is good while the mutant, the file that it bends and the file of the test that caught it stay as they are;
+    a survivor's, while all tests do.
     A line is {"mutant": name, "digest": of these three, "caught_by": the test, or null for a survivor}.
     """
 
@@ -287,8 +288,8 @@ class Results:
             os.replace(temporary, self._path)
 
     def _digest(self, mutant: Mutant, caught_by: str | None) -> str:
-        files = [mutant.file, *([caught_by.split("::")[0]] if caught_by else [])]
-        contents = [(self._root / file).read_bytes() if (self._root / file).exists() else b"" for file in files]
+        tests = [self._root / caught_by.split("::")[0]] if caught_by else sorted(self._root.glob("tests/*.py"))
+        contents = [file.read_bytes() if file.exists() else b"" for file in (self._root / mutant.file, *tests)]
         parts = [json.dumps(astuple(mutant)).encode(), *contents]
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 

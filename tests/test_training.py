@@ -101,7 +101,7 @@ def use_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
-    "loops from the third step on": {"model.num_loops": 2, "model.loop_end": 1, "enable_looping_at": 0.3},
+    "loops from the third step on": {"model.num_loops": 2, "model.loop_end": 1, "enable_looping_at": 0.4},
     "normalised rows, Polar Express": {"muon_row_normalize": True, "muon_coefficients": "polar_express"},
     "two polynomials for five iterations": {"muon_coefficients": [(2.0, -1.5, 0.5), (3.4445, -4.7750, 2.0315)]},
     "no clip, no decay": {"grad_clip_norm": 0.0, "weight_decay": 0.0, "muon_weight_decay": 0.0},
