@@ -183,7 +183,7 @@ class Agreement:
         import torch
 
         self.pgolf, self.peer = Pgolf(shape), Peer(shape)
-        weights = self.pgolf.training.trainer.model.state_dict()
+        weights = self.pgolf.trainer.model.state_dict()
         self.peer.training.model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
 
     def agreement(self, steps: int, windows: int, stride: int, batch: int) -> list[dict[str, Any]]:

@@ -156,3 +156,15 @@ def test_works_are_those_of_the_recipes() -> None:
         common.WORK["small"].tokens == 131_072
         and common.WORK["small"].sequences // 8 in common.WORK["small"].peer_micro
     )
+
+
+def test_cpu_steps_and_sliding_losses_are_the_peer_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = importlib.import_module("cpu_workers")
+    monkeypatch.setattr(workers, "THREADS", 1)
+    shape = workers.Shape(64, 32, 2, 4, 2, 64, 64, 256, 128, 16)
+    program = workers.PROGRAMS["agreement"](shape)
+    with program.pgolf.folder:
+        pairs = program.agreement(3, windows=5, stride=8, batch=4)
+    assert [pair["what"] for pair in pairs] == ["loss of step 1", "loss of step 2", "loss of step 3", "sliding loss"]
+    for pair in pairs:
+        assert pair["pgolf"] == pytest.approx(pair["peer"], rel=1e-5)
